@@ -1,0 +1,1 @@
+"""The roof: HTTP, command line, and the composition root that starts a head and its workers."""

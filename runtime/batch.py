@@ -1,0 +1,48 @@
+"""What the model needs to know of one step on one worker: built once per step, read by every layer."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+
+@dataclass(slots=True)
+class StepBatch:
+    """A ragged batch of R rows, T tokens in all, flattened along the token axis.
+
+    Row r holds tokens ``query_starts[r] : query_starts[r + 1]``, at positions
+    ``context_lens[r] - query_len .. context_lens[r]``. Decode rows are simply rows of length 1.
+    """
+
+    positions: torch.Tensor
+    """int64 ``[T]``, on the device."""
+    query_starts: np.ndarray
+    """int32 ``[R + 1]``."""
+    context_lens: np.ndarray
+    """int32 ``[R]``: KV rows of the sequence once this step has written its own."""
+    block_tables: np.ndarray
+    """int32 ``[R, max_blocks]`` of block ids, zero padded."""
+    memo: dict[Any, Any] = field(default_factory=dict)
+    """Room for what is derived once per step (rotary tables, page tables, masks). Keys are the users' own."""
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.context_lens)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.query_starts[-1])
+
+
+@dataclass(slots=True)
+class LayerKV:
+    """The KV pages of one layer on one worker.
+
+    `data` is the worker's whole page pool, ``[num_pages, 2, block_size, num_kv_heads, head_dim]`` (0 is K, 1 is V);
+    `page_of_block` maps a block id to its page for this layer, int32 ``[num_blocks]``, -1 where there is none.
+    """
+
+    layer: int
+    data: torch.Tensor
+    page_of_block: np.ndarray

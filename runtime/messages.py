@@ -1,0 +1,257 @@
+"""Every message that crosses a process, as frozen msgspec structs in tagged unions.
+
+A message is msgpack bytes; tensors travel beside it, never inside. What the head sends to a worker is a
+`ToWorker`, what a worker sends to the head is a `ToHead`; each side decodes its union once, where the message
+enters, and matches it exhaustively. Every message that concerns serving carries the epoch it was made under;
+a receiver counts and drops what is stale.
+
+A step travels ``head -> hop 0 -> hop 1 -> ... -> head``: `Step` wraps the immutable plan (`StepPlan`, encoded once
+by the head and forwarded as raw bytes) and grows one `HopTiming` per hop. Steps of one epoch are numbered
+0, 1, 2, ... (`StepPlan.ordinal`) and every hop runs them in exactly that order, whatever order they arrive in.
+That order is what makes a KV row written by step n readable in step n+1 without any further handshake.
+"""
+
+from typing import TypeAlias
+
+import msgspec
+
+from kvstore.ids import BlockId, Epoch, SequenceId, WorkerName
+from runtime.layout import Layout
+
+
+class Sampling(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
+    """How the next token of a sequence is chosen. ``temperature == 0`` is greedy; 0 / 1.0 / -1 switch a filter off.
+
+    `logprobs` is the number of alternatives reported beside the chosen token, -1 for none at all.
+    `banned_until_min_tokens` are the token ids that may not be sampled before `min_tokens` tokens are out.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    banned_until_min_tokens: tuple[int, ...] = ()
+    logprobs: int = -1
+
+    @property
+    def needs_history(self) -> bool:
+        return self.frequency_penalty != 0.0 or self.presence_penalty != 0.0 or self.repetition_penalty != 1.0
+
+
+class SequenceStart(msgspec.Struct, frozen=True, array_like=True):
+    """What a worker must know of a sequence the first time it meets it (again after a preemption).
+
+    `history` holds all known tokens (prompt, then output so far) when `sampling.needs_history`, else nothing.
+    `blocks` is the whole block table so far, the blocks found in the prefix cache included.
+    """
+
+    num_prompt_tokens: int
+    sampling: Sampling
+    blocks: list[BlockId]
+    history: list[int]
+
+
+class Row(msgspec.Struct, frozen=True, array_like=True):
+    """The part of one sequence in one step: tokens for positions ``start .. start + len(tokens)``.
+
+    `new_blocks` extends the block table. With `sample` the last position's logits are sampled. With
+    `prompt_logprobs >= 0` the log-probability of the token that follows each position is reported, with that many
+    alternatives; `next_token` is the token that follows the last position (-1 when it is yet to be sampled).
+    """
+
+    sequence: SequenceId
+    start: int
+    tokens: list[int]
+    new_blocks: list[BlockId]
+    sample: bool
+    begin: SequenceStart | None = None
+    prompt_logprobs: int = -1
+    next_token: int = -1
+
+
+class StepPlan(msgspec.Struct, frozen=True, array_like=True):
+    """One pass of one microbatch through the pipeline. `released` sequences are forgotten before the rows run."""
+
+    epoch: Epoch
+    ordinal: int
+    microbatch: int
+    rows: list[Row]
+    released: list[SequenceId]
+
+
+class HopTiming(msgspec.Struct, frozen=True, array_like=True):
+    """What a hop spent on a step, in microseconds: idle before it, waiting in its queue, computing, and sampling."""
+
+    worker: WorkerName
+    idle_us: int
+    queued_us: int
+    compute_us: int
+    sample_us: int
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """The log-probability of `token`, its rank (0 is the most likely), and the most likely alternatives."""
+
+    token: int
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]]
+
+
+# -- head to worker -----------------------------------------------------------------------------------------
+
+
+class Welcome(msgspec.Struct, frozen=True, array_like=True, tag=1):
+    """The reply to `Join`."""
+
+    heartbeat_interval_s: float
+    head_timeout_s: float
+
+
+class Load(msgspec.Struct, frozen=True, array_like=True, tag=2):
+    """Hold the units that `layout` gives to you, then answer `Loaded`. Progress goes out as `LoadProgress`.
+
+    `model` is a folder; `load_format` is "safetensors" or "dummy". `kv_bytes` bounds the page pool; 0 lets the
+    worker take `memory_share` of the memory that is free once the weights are in.
+    """
+
+    layout: Layout
+    model: str
+    load_format: str
+    dtype: str
+    block_size: int
+    kv_bytes: int
+    memory_share: float
+    max_context: int
+    implementation: str = "auto"
+
+
+class Step(msgspec.Struct, frozen=True, array_like=True, tag=3):
+    """A step at hop `hop`. Beside it travels the hidden state, ``[num_tokens, hidden_size]``, except to hop 0."""
+
+    hop: int
+    plan: bytes
+    timings: list[HopTiming]
+
+
+class Shutdown(msgspec.Struct, frozen=True, array_like=True, tag=4):
+    """End the process with exit code 0, so that its agent does not restart it."""
+
+    reason: str
+
+
+class Audit(msgspec.Struct, frozen=True, array_like=True, tag=5):
+    """Run `check_integrity()` on everything and answer `Audited` (a call, not a message)."""
+
+    live_sequences: list[SequenceId]
+
+
+ToWorker: TypeAlias = Welcome | Load | Step | Shutdown | Audit
+
+
+# -- worker to head -----------------------------------------------------------------------------------------
+
+
+class Join(msgspec.Struct, frozen=True, array_like=True, tag=32):
+    """A worker announces itself. `name` is unique per incarnation: a restarted worker joins as a new member."""
+
+    name: WorkerName
+    host: str
+    pid: int
+    device: str
+    device_name: str
+    memory_total: int
+    memory_available: int
+    num_threads: int
+    versions: dict[str, str]
+    replaces: WorkerName = ""
+
+
+class Heartbeat(msgspec.Struct, frozen=True, array_like=True, tag=33):
+    worker: WorkerName
+    rss: int
+    pages_used: int
+    num_sequences: int
+    num_stale: int
+
+
+class LoadProgress(msgspec.Struct, frozen=True, array_like=True, tag=34):
+    worker: WorkerName
+    epoch: Epoch
+    units_loaded: int
+    units_total: int
+    phase: str
+
+
+class Loaded(msgspec.Struct, frozen=True, array_like=True, tag=35):
+    """The units of `epoch` are up and warm. `num_pages` is the size of the page pool, `page_bytes` that of a page."""
+
+    worker: WorkerName
+    epoch: Epoch
+    weight_bytes: int
+    num_pages: int
+    page_bytes: int
+    seconds: float
+    implementation: str
+
+
+class LoadFailed(msgspec.Struct, frozen=True, array_like=True, tag=36):
+    worker: WorkerName
+    epoch: Epoch
+    error: str
+
+
+class StepResult(msgspec.Struct, frozen=True, array_like=True, tag=37):
+    """What the last hop found: one token per sampled row, in the order of the rows.
+
+    `logprobs` aligns with `tokens` when any row asked for them (None where a row did not), else it is empty.
+    `prompt_logprobs` holds (sequence, start, entries) for rows that asked, one entry per position with a known
+    next token. `failed` names the sequences whose logits were not finite.
+    """
+
+    epoch: Epoch
+    ordinal: int
+    microbatch: int
+    tokens: list[int]
+    logprobs: list[TokenLogprobs | None]
+    prompt_logprobs: list[tuple[SequenceId, int, list[TokenLogprobs]]]
+    timings: list[HopTiming]
+    failed: list[SequenceId] = []
+
+
+class StepFailed(msgspec.Struct, frozen=True, array_like=True, tag=38):
+    """A worker could not run a step (our bug, or a device error). The head treats the worker as lost."""
+
+    worker: WorkerName
+    epoch: Epoch
+    ordinal: int
+    error: str
+
+
+class Leave(msgspec.Struct, frozen=True, array_like=True, tag=39):
+    """A worker is about to end on purpose (it got SIGTERM)."""
+
+    worker: WorkerName
+    reason: str
+
+
+class Audited(msgspec.Struct, frozen=True, array_like=True, tag=40):
+    worker: WorkerName
+    num_sequences: int
+    pages_used: int
+    rss: int
+    problems: list[str]
+
+
+ToHead: TypeAlias = Join | Heartbeat | LoadProgress | Loaded | LoadFailed | StepResult | StepFailed | Leave | Audited
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode
+decode_to_head = msgspec.msgpack.Decoder(ToHead).decode
+decode_plan = msgspec.msgpack.Decoder(StepPlan).decode

@@ -1,0 +1,32 @@
+"""What the head and the planner must know of a model, read from its folder without building it."""
+
+import msgspec
+
+
+class ModelSpec(msgspec.Struct, frozen=True):
+    """Shapes and sizes of a decoder-only model. Bytes are those of the serving dtype; FLOP count a multiply-add as 2."""
+
+    name: str
+    folder: str
+    architecture: str
+    dtype: str
+    load_format: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_context: int
+    tied_embeddings: bool
+    layer_bytes: tuple[int, ...]
+    embedding_bytes: int
+    lm_head_bytes: int
+    layer_flops_per_token: tuple[int, ...]
+    lm_head_flops_per_token: int
+    eos_token_ids: tuple[int, ...]
+    sliding_window: int | None = None
+
+    def kv_bytes_per_token_layer(self) -> int:
+        """K and V of one position in one layer, in bytes."""
+        return 2 * self.num_kv_heads * self.head_dim * (4 if self.dtype == "float32" else 2)

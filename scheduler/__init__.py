@@ -1,0 +1,1 @@
+"""What decides: requests, batching, membership, the pure state machine and its thin asyncio driver."""
