@@ -1,0 +1,257 @@
+"""One worker's memory for KV: a pool of equal pages, any of which can hold any block of any layer.
+
+The pages are one tensor that is allocated once and never moves. A table maps (held layer, block id) to a page;
+layers that arrive or leave just take and return pages, so the KV cache is resized live by construction. Pages are
+taken when a block is first needed and zeroed then, so that whatever a padded kernel reads is finite; on a CPU the
+memory of a page that was never taken is not even committed.
+
+The head counts blocks for every worker, so the pool never runs dry unless the head is wrong; `PoolExhausted` says by
+how much. The pool has one owner, the thread that runs the worker's stage; it takes no locks.
+
+Never true: a page that two (layer, block) pairs share, or that is both free and mapped; a page for a layer that
+is not held.
+"""
+
+import zlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+
+from kvstore.ids import BlockId, PageId
+
+NO_PAGE = -1
+"""What `PagePool.page_of` holds for a block without a page."""
+
+
+class PoolExhausted(Exception):
+    """The head asked for more pages than the pool has left. Nothing was taken."""
+
+    def __init__(self, num_needed: int, num_free: int, num_pages: int, num_layers: int):
+        super().__init__(
+            f"{num_needed} KV pages are needed but only {num_free} of {num_pages} are free "
+            f"with {num_layers} layers held; the head has handed out more blocks than fit"
+        )
+        self.num_needed = num_needed
+        self.num_free = num_free
+        self.num_pages = num_pages
+        self.num_layers = num_layers
+
+
+class PagePool:
+    """`num_pages` pages of K and V for `block_size` positions of one layer.
+
+    Raises:
+        ValueError: when a size is not positive, or more pages are wanted than an int32 can number.
+    """
+
+    def __init__(
+        self,
+        num_pages: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ):
+        if min(num_pages, block_size, num_kv_heads, head_dim) < 1 or num_pages > np.iinfo(np.int32).max:
+            raise ValueError(
+                f"cannot build {num_pages} pages of {block_size} positions, {num_kv_heads} heads and head size {head_dim}: "
+                f"every size must be positive and there can be at most {np.iinfo(np.int32).max} pages"
+            )
+        self.num_pages = num_pages
+        self.block_size = block_size
+        self.data = torch.empty((num_pages, 2, block_size, num_kv_heads, head_dim), dtype=dtype, device=device)
+        """``[num_pages, 2, block_size, num_kv_heads, head_dim]``, 0 is K and 1 is V. The base pointer never moves."""
+        self.page_bytes = 2 * block_size * num_kv_heads * head_dim * dtype.itemsize
+        # On the host, clearing pages through a numpy view of the bytes skips torch's indexing machinery.
+        self._bytes = self.data.view(torch.uint8).reshape(num_pages, -1).numpy() if self.data.is_cpu else None
+        self._free = np.arange(num_pages - 1, -1, -1, dtype=np.int32)
+        self._num_free = num_pages
+        self._row_of: dict[int, int] = {}
+        self._table = np.empty((0, 0), dtype=np.int32)
+
+    # -- layers ---------------------------------------------------------------------------------------------
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The held layers, ascending."""
+        return tuple(sorted(self._row_of))
+
+    @property
+    def num_free(self) -> int:
+        """Pages that are free."""
+        return self._num_free
+
+    @property
+    def num_used(self) -> int:
+        """Pages that hold a block of a layer."""
+        return self.num_pages - self._num_free
+
+    def hold(self, layers: Iterable[int], num_blocks_hint: int = 0) -> None:
+        """Be ready to give pages to `layers`; those that are held already stay as they are.
+
+        `num_blocks_hint` is the number of block ids to expect; with it the tables need not grow later.
+        """
+        arriving = [layer for layer in dict.fromkeys(layers) if layer not in self._row_of]
+        taken = set(self._row_of.values())
+        vacant = [row for row in range(len(self._row_of) + len(arriving)) if row not in taken]
+        self._grow(max(vacant[: len(arriving)], default=-1) + 1, num_blocks_hint)
+        self._row_of.update(zip(arriving, vacant, strict=False))
+
+    def drop(self, layers: Iterable[int]) -> None:
+        """Give back the layers and all their pages."""
+        for layer in layers:
+            row = self._table[self._row_of.pop(layer)]
+            self._give_back(row[row != NO_PAGE])
+            row.fill(NO_PAGE)
+
+    def page_of(self, layer: int) -> np.ndarray:
+        """int32 ``[num_block_ids]``: the page of each block of `layer`, `NO_PAGE` where there is none.
+
+        A live view, to be read only, and valid until the next `hold` or `ensure`, which may replace the table.
+        """
+        return self._table[self._row_of[layer]]
+
+    # -- blocks ---------------------------------------------------------------------------------------------
+
+    def ensure(self, block_ids: np.ndarray | Sequence[BlockId], layers: Iterable[int] | None = None) -> int:
+        """Give these blocks a page in every held layer (or only in `layers`) where they have none; zeroed.
+
+        Returns the number of pages taken.
+
+        Raises:
+            PoolExhausted: when too few are free; then none is taken.
+        """
+        blocks = _as_ids(block_ids)
+        if not len(blocks) or not self._row_of:
+            return 0
+        self._grow(0, int(blocks.max()) + 1)
+        rows = self._rows(layers)[:, None]
+        missing = self._table[rows, blocks] == NO_PAGE
+        if not missing.any():
+            return 0
+        blocks = np.unique(blocks)
+        pages = self._table[rows, blocks]
+        missing = pages == NO_PAGE
+        taken = self._take(int(np.count_nonzero(missing)))
+        pages[missing] = taken
+        self._table[rows, blocks] = pages
+        return len(taken)
+
+    def release_blocks(self, block_ids: np.ndarray | Sequence[BlockId]) -> int:
+        """Give back the pages of these blocks in every held layer; returns how many pages that were."""
+        blocks = np.unique(_as_ids(block_ids))
+        return self._clear(blocks[blocks < self._table.shape[1]])
+
+    def retain_only(self, live_block_ids: np.ndarray | Sequence[BlockId]) -> int:
+        """Give back the pages of all other blocks; returns how many pages that were."""
+        live = _as_ids(live_block_ids)
+        dead = np.ones(self._table.shape[1], dtype=bool)
+        dead[live[live < len(dead)]] = False
+        return self._clear(np.flatnonzero(dead))
+
+    def read_page(self, layer: int, block: BlockId) -> torch.Tensor:
+        """The page of a block, ``[2, block_size, num_kv_heads, head_dim]``: a view of the pool, not a copy."""
+        return self.data[self._page(layer, block)]
+
+    def write_page(self, layer: int, block: BlockId, page: torch.Tensor) -> None:
+        """Overwrite the page of a block, which must have one, with `page` (same shape and dtype, any device)."""
+        self._check_fits(page)
+        self.data[self._page(layer, block)].copy_(page)
+
+    def read_pages(self, layer: int, block_ids: np.ndarray | Sequence[BlockId]) -> torch.Tensor:
+        """A copy of the pages of several blocks, ``[num_blocks, 2, block_size, num_kv_heads, head_dim]``."""
+        return self.data.index_select(0, self._page_index(layer, block_ids))
+
+    def write_pages(self, layer: int, block_ids: np.ndarray | Sequence[BlockId], pages: torch.Tensor) -> None:
+        """Overwrite the pages of several distinct blocks, which must have pages, with `pages` (as `read_pages`)."""
+        self._check_fits(pages[0] if len(pages) else self.data[0])
+        self.data.index_copy_(0, self._page_index(layer, block_ids), pages.to(self.data.device))
+
+    def checksum(self, layer: int, block: BlockId) -> int:
+        """CRC-32 of the bytes of a block's page."""
+        page = self.read_page(layer, block)
+        return zlib.crc32(page.contiguous().view(torch.uint8).cpu().numpy().data)
+
+    def check_integrity(self) -> None:
+        """Audit everything. O(pages + layers * blocks).
+
+        Raises:
+            AssertionError: with the story of what is wrong.
+        """
+        rows = list(self._row_of.values())
+        assert len(set(rows)) == len(rows), "two layers share a row of the page table"
+        mapped = self._table[self._table != NO_PAGE]
+        held = self._table[rows]
+        num_held = np.count_nonzero(held != NO_PAGE)
+        assert num_held == len(mapped), f"{len(mapped) - num_held} pages are mapped for layers that are not held"
+        pages = np.concatenate([mapped, self._free[: self._num_free]])
+        assert len(pages) == self.num_pages, f"{len(mapped)} used and {self._num_free} free pages of {self.num_pages}"
+        counts = np.bincount(pages, minlength=self.num_pages)
+        assert len(counts) == self.num_pages, f"page {len(counts) - 1} is outside the pool of {self.num_pages}"
+        wrong = np.flatnonzero(counts != 1)
+        assert not len(wrong), f"page {wrong[:1]} is in {counts[wrong[:1]]} places, free or mapped"
+
+    # -- private --------------------------------------------------------------------------------------------
+
+    def _rows(self, layers: Iterable[int] | None) -> np.ndarray:
+        rows = self._row_of.values() if layers is None else [self._row_of[layer] for layer in layers]
+        return np.fromiter(rows, dtype=np.int64)
+
+    def _grow(self, num_rows: int, num_blocks: int) -> None:
+        old_rows, old_blocks = self._table.shape
+        if num_rows <= old_rows and num_blocks <= old_blocks:
+            return
+        if num_blocks > old_blocks:
+            num_blocks = max(num_blocks, 2 * old_blocks, 64)
+        table = np.full((max(num_rows, old_rows), max(num_blocks, old_blocks)), NO_PAGE, dtype=np.int32)
+        table[:old_rows, :old_blocks] = self._table
+        self._table = table
+
+    def _take(self, count: int) -> np.ndarray:
+        if count > self._num_free:
+            raise PoolExhausted(count, self._num_free, self.num_pages, len(self._row_of))
+        self._num_free -= count
+        pages = self._free[self._num_free : self._num_free + count][::-1].copy()
+        if self._bytes is not None:
+            self._bytes[pages] = 0
+        else:
+            self.data.index_fill_(0, torch.from_numpy(pages).to(self.data.device, torch.int64), 0)
+        return pages
+
+    def _give_back(self, pages: np.ndarray) -> None:
+        self._free[self._num_free : self._num_free + len(pages)] = pages
+        self._num_free += len(pages)
+
+    def _clear(self, blocks: np.ndarray) -> int:
+        if not len(blocks) or not self._row_of:
+            return 0
+        rows = self._rows(None)[:, None]
+        pages = self._table[rows, blocks]
+        pages = pages[pages != NO_PAGE]
+        self._table[rows, blocks] = NO_PAGE
+        self._give_back(pages)
+        return len(pages)
+
+    def _check_fits(self, page: torch.Tensor) -> None:
+        shape, dtype = self.data.shape[1:], self.data.dtype
+        assert page.shape == shape, f"a page of {list(page.shape)} does not fit one of {list(shape)}"
+        assert page.dtype == dtype, f"a page of {page.dtype} does not fit one of {dtype}"
+
+    def _page(self, layer: int, block: BlockId) -> PageId:
+        row = self.page_of(layer)
+        page = int(row[block]) if 0 <= block < len(row) else NO_PAGE
+        assert page != NO_PAGE, f"block {block} has no page in layer {layer}"
+        return page
+
+    def _page_index(self, layer: int, block_ids: np.ndarray | Sequence[BlockId]) -> torch.Tensor:
+        pages = self.page_of(layer)[_as_ids(block_ids)]
+        assert (pages != NO_PAGE).all(), f"some of the blocks have no page in layer {layer}"
+        return torch.from_numpy(pages.astype(np.int64)).to(self.data.device)
+
+
+def _as_ids(block_ids: np.ndarray | Sequence[BlockId]) -> np.ndarray:
+    blocks = np.asarray(block_ids, dtype=np.int64)
+    assert not len(blocks) or blocks.min() >= 0, f"block {blocks.min()} is no block"
+    return blocks
