@@ -1,6 +1,6 @@
 # Sourced by the other scripts: makes and updates the virtual environment, and says where it is.
 #
-# How it works: a stamp file per set of extras holds a hash of everything that decides what is installed
+# How it works: a stamp file per extra holds a hash of everything that decides what is installed
 # (pyproject.toml, constraints.txt, this file, the Python and torch asked for). While the stamp fits, pip is not
 # started at all. Everything that writes happens under a lock on .venv/.lock, so two scripts may start at once.
 #
@@ -22,27 +22,31 @@ ensure_env() {
         export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
         return
     fi
-    local extras want stamp
-    extras=$(IFS=,; printf '%s' "$*")
+    local want python extra
     want=$(_fingerprint)
-    stamp=$VENV/.stamp-${extras:-base}
-    if _fits "$stamp" "$want"; then return; fi
-
-    local python
+    if _fits "$want" base "$@"; then return; fi
     python=$(_find_python) || exit 1
     mkdir -p "$VENV" || die "cannot create $VENV"
     exec 9>"$VENV/.lock"
     # The lock belongs to the open file, not to the process that takes it: it is ours until descriptor 9 is closed.
     "$python" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)' || die "cannot lock $VENV/.lock"
-    if ! _fits "$stamp" "$want"; then
+    if ! _fits "$want" base "$@"; then
         _make_venv "$python"
-        _install "$extras"
-        printf '%s\n' "$want" >"$stamp"
+        _install "$(IFS=,; printf '%s' "$*")"
+        for extra in base "$@"; do printf '%s\n' "$want" >"$VENV/.stamp-$extra"; done
     fi
     exec 9>&-
 }
 
-_fits() { [ -x "$VENV/bin/python" ] && [ -f "$1" ] && [ "$(cat "$1")" = "$2" ]; }
+# _fits FINGERPRINT EXTRA ...
+_fits() {
+    local want=$1 extra
+    [ -x "$VENV/bin/python" ] || return 1
+    shift
+    for extra in "$@"; do
+        [ -f "$VENV/.stamp-$extra" ] && [ "$(cat "$VENV/.stamp-$extra")" = "$want" ] || return 1
+    done
+}
 
 _fingerprint() {
     { cat "$ROOT/pyproject.toml" "$ROOT/scripts/constraints.txt" "$ROOT/scripts/env.sh"
