@@ -147,9 +147,14 @@ class Shutdown(msgspec.Struct, frozen=True, array_like=True, tag=4):
 
 
 class Audit(msgspec.Struct, frozen=True, array_like=True, tag=5):
-    """Run `check_integrity()` on everything and answer `Audited` (a call, not a message)."""
+    """Run `check_integrity()` on everything and answer `Audited` (a call, not a message).
+
+    Sequences up to `newest` that are not in `live_sequences` are forgotten first: they are released by the next
+    step anyway, and an idle server has none.
+    """
 
     live_sequences: list[SequenceId]
+    newest: SequenceId
 
 
 ToWorker: TypeAlias = Welcome | Load | Step | Shutdown | Audit

@@ -1,0 +1,118 @@
+"""``torchrun --standalone --nproc-per-node 1 -m runtime --head HOST:PORT``: a worker's process.
+
+It joins the head, serves until it is told to end, and exits with 0 (its agent does not start it again). When the
+head goes away a worker that was started by hand keeps its weights and looks for a new head at the same address; one
+that was started by a head (``--lifeline-pid``) ends with it. A crash exits with 1, and the agent starts a new process,
+which joins under the next name (``w0``, ``w0-r1``, ...).
+"""
+
+import argparse
+import faulthandler
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parse(argv)
+    faulthandler.enable()
+    home = Path(os.environ.get("MIDFLIGHT_HOME") or Path.home() / ".cache" / "midflight")
+    os.environ.setdefault("NUMBA_CACHE_DIR", str(home / "numba"))
+    logging.basicConfig(
+        level=args.log_level.upper(),
+        format=f"%(asctime)s %(levelname)s {args.name or 'worker'}: %(message)s",
+        stream=sys.stderr,
+    )
+    logging.getLogger("numba").setLevel(logging.WARNING)
+    return _Process(args).run()
+
+
+class _Process:
+    """The loop around `Worker`: one turn per head."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        from runtime.device import choose_device
+        from runtime.lifeline import watch
+        from runtime.loading import Loader
+
+        self._args = args
+        if args.lifeline_pid:
+            watch(args.lifeline_pid, lambda: os._exit(0))
+        self._device = choose_device(args.device, args.threads or int(os.environ.get("OMP_NUM_THREADS", "1")))
+        self._loader = Loader(self._device)
+        self._base = args.name or _default_name()
+        self._turn = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        self._leaving = False
+
+    def run(self) -> int:
+        from runtime.rpc import Door, DoorError
+        from runtime.worker import HeadLost, StepError, Worker
+
+        log = logging.getLogger("midflight.worker")
+        lost_since_s: float | None = None
+        while True:
+            name = self._name(self._turn)
+            replaces = self._name(self._turn - 1) if self._turn else ""
+            worker = Worker(name, replaces, self._device, self._loader)
+            signal.signal(signal.SIGTERM, lambda *_: self._leave(worker))
+            started_s = time.monotonic()
+            try:
+                reason = worker.run(
+                    lambda handler, name=name: Door(
+                        name,
+                        self._args.head,
+                        is_head=False,
+                        handler=handler,
+                        allow_public=self._args.allow_public_rpc,
+                    )
+                )
+                log.info("ending: %s", reason)
+                return 0
+            except StepError:
+                return 1
+            except (HeadLost, DoorError) as error:
+                if self._leaving or self._args.lifeline_pid:
+                    return 0
+                now_s = time.monotonic()
+                if now_s - started_s > 60.0 or lost_since_s is None:
+                    lost_since_s = now_s
+                if now_s - lost_since_s > self._args.rejoin_timeout:
+                    log.error("no head at %s for %.0f s: %s", self._args.head, self._args.rejoin_timeout, error)
+                    return 0
+                log.warning("the head at %s is not there (%s); trying again", self._args.head, error)
+                time.sleep(1.0)
+                self._turn += 1
+
+    def _name(self, turn: int) -> str:
+        return self._base if turn == 0 else f"{self._base}-r{turn}"
+
+    def _leave(self, worker) -> None:
+        self._leaving = True
+        worker.leave("SIGTERM")
+
+
+def _default_name() -> str:
+    """Stable across the restarts of one agent, different between agents."""
+    run = os.environ.get("TORCHELASTIC_RUN_ID") or str(os.getpid())
+    return f"{socket.gethostname().partition('.')[0]}-{run[:6]}"
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m runtime", description="A Midflight worker, started by torchrun.")
+    parser.add_argument("--head", required=True, metavar="HOST:PORT", help="the head's rendezvous address")
+    parser.add_argument("--name", default="", help="the worker's name (default: host and agent)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    parser.add_argument("--threads", type=int, default=0, help="compute threads (default: OMP_NUM_THREADS, or 1)")
+    parser.add_argument("--allow-public-rpc", action="store_true", help="bind RPC to an address that is not loopback")
+    parser.add_argument("--rejoin-timeout", type=float, default=600.0, metavar="SECONDS")
+    parser.add_argument("--lifeline-pid", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

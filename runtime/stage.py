@@ -1,0 +1,144 @@
+"""A stage: the units that one worker holds under one layout, its page pool, and how it runs its part of a step.
+
+`Stage.run` is the whole hot path of a worker between two messages: plan -> batch -> embedding (first hop) -> layers ->
+hidden state, or logits of the sampled rows and their tokens (last hop).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kvstore.ids import WorkerName
+from kvstore.page_pool import PagePool
+from runtime.batch import LayerKV, StepBatch
+from runtime.layout import Layout
+from runtime.messages import Row, StepPlan, TokenLogprobs
+from runtime.sampling import SamplingRow, TokenHistory, prompt_logprobs, sample
+from runtime.stage_state import PlannedBatch, SequenceState, StageState
+
+
+@dataclass(slots=True)
+class Units:
+    """The loaded units of a worker. Layers map ``[T, hidden]`` to ``[T, hidden]``; see `runtime.model.builder`."""
+
+    layers: dict[int, Callable[[torch.Tensor, StepBatch, LayerKV], torch.Tensor]]
+    embedding: Callable[[torch.Tensor], torch.Tensor] | None = None
+    lm_head: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+
+@dataclass(slots=True)
+class Sampled:
+    """What the last hop found; the fields are those of `StepResult`."""
+
+    tokens: list[int]
+    logprobs: list[TokenLogprobs | None]
+    prompt_logprobs: list[tuple[int, int, list[TokenLogprobs]]]
+    failed: list[int]
+
+
+class Stage:
+    """One worker's part of one layout. Not thread safe: the worker's compute thread owns it."""
+
+    def __init__(self, layout: Layout, worker: WorkerName, units: Units, pool: PagePool, device: torch.device) -> None:
+        hops = [hop for hop, segment in enumerate(layout.segments) if segment.worker == worker]
+        assert hops, f"{worker} serves nothing in {layout}"
+        self.layout = layout
+        self.pool = pool
+        self.state = StageState(pool.block_size, len(hops))
+        self._units = units
+        self._device = device
+        self._last_hop = layout.num_hops - 1
+        self._batches: dict[int, StepBatch] = {}
+        self._final_hop_here = hops[-1]
+
+    def run(self, plan: StepPlan, hop: int, hidden: torch.Tensor | None) -> torch.Tensor:
+        """The hidden state that leaves hop `hop`, ``[T, hidden]``. `hidden` is None at hop 0.
+
+        Raises:
+            PlanError: when the plan contradicts what this worker knows.
+        """
+        planned = self.state.plan_batch(plan)
+        if planned.new_blocks:
+            self.pool.ensure(planned.new_blocks)
+        batch = self._batches.pop(plan.ordinal, None) or make_batch(planned, self._device)
+        if hop != self._final_hop_here:
+            self._batches[plan.ordinal] = batch
+        if hop == 0:
+            assert self._units.embedding is not None, "the first hop holds the embedding"
+            hidden = self._units.embedding(torch.from_numpy(planned.tokens).to(self._device))
+        assert hidden is not None, f"a step came to hop {hop} without its hidden state"
+        for layer in self.layout.segments[hop].layers:
+            kv = LayerKV(layer, self.pool.data, self.pool.page_of(layer))
+            hidden = self._units.layers[layer](hidden, batch, kv)
+        self._planned = planned
+        return hidden
+
+    def sample(self, hidden: torch.Tensor) -> Sampled:
+        """The tokens of the step that `run` has just finished at the last hop; only sampled rows meet the LM head."""
+        planned, lm_head = self._planned, self._units.lm_head
+        assert lm_head is not None, "the last hop holds the LM head"
+        rows, starts = planned.plan.rows, planned.query_starts
+        chosen = [index for index, row in enumerate(rows) if row.sample]
+        found = Sampled([], [], [], [])
+        if chosen:
+            last = torch.from_numpy(starts[1:][chosen].astype(np.int64) - 1).to(hidden.device)
+            every_token = len(chosen) == len(hidden)
+            logits = lm_head(hidden if every_token else hidden.index_select(0, last))
+            self._choose(logits, [(rows[i], planned.sequences[i]) for i in chosen], found)
+        for index, row in enumerate(rows):
+            if row.prompt_logprobs >= 0:
+                entries = _read_prompt(lm_head, hidden[starts[index] : starts[index + 1]], row)
+                found.prompt_logprobs.append((row.sequence, row.start, entries))
+        return found
+
+    def check_integrity(self) -> None:
+        self.state.check_integrity()
+        self.pool.check_integrity()
+
+    def _choose(self, logits: torch.Tensor, chosen: list[tuple[Row, SequenceState]], found: Sampled) -> None:
+        sampling_rows = [
+            SamplingRow(state.sampling, state.num_tokens - state.num_prompt_tokens, _history(state))
+            for _, state in chosen
+        ]
+        output = sample(logits, sampling_rows)
+        found.tokens = output.tokens
+        if any(state.sampling.logprobs >= 0 for _, state in chosen):
+            found.logprobs = output.logprobs
+        found.failed = [chosen[index][0].sequence for index in output.failed]
+        for token, row in zip(output.tokens, sampling_rows, strict=True):
+            if row.history is not None:
+                row.history.add(token)
+
+
+def make_batch(planned: PlannedBatch, device: torch.device) -> StepBatch:
+    """The planned arrays as the model wants them."""
+    return StepBatch(
+        positions=torch.from_numpy(planned.positions).to(device),
+        query_starts=planned.query_starts,
+        context_lens=planned.context_lens,
+        block_tables=planned.block_tables,
+    )
+
+
+def _history(state: SequenceState) -> TokenHistory | None:
+    """The token counts that the penalties need, made from the known tokens when the sequence is first sampled here."""
+    if not state.sampling.needs_history:
+        return None
+    if state.extra is None:
+        prompt, output = state.history[: state.num_prompt_tokens], state.history[state.num_prompt_tokens :]
+        state.extra = TokenHistory(prompt, output)
+    assert isinstance(state.extra, TokenHistory)
+    return state.extra
+
+
+def _read_prompt(lm_head: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, row: Row) -> list[TokenLogprobs]:
+    """Log-probabilities of the tokens that follow the positions of `row`, as far as they are known."""
+    targets = row.tokens[1:] + ([row.next_token] if row.next_token >= 0 else [])
+    entries: list[TokenLogprobs] = []
+    for start in range(0, len(targets), 64):  # the logits of a whole prompt would take more room than the model
+        part = targets[start : start + 64]
+        logits = lm_head(hidden[start : start + len(part)])
+        entries += prompt_logprobs(logits, torch.tensor(part, device=logits.device), row.prompt_logprobs)
+    return entries

@@ -1,0 +1,333 @@
+"""The thin asyncio shell around `scheduler.state`: it brings events in and carries effects out.
+
+Everything here runs on the head's event loop. The RPC door calls `receive` in its own threads, which only hands the
+bytes over to the loop. Nothing is decided here.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, assert_never
+
+import torch
+
+from kvstore.ids import SequenceId
+from runtime.messages import (
+    Audit,
+    Audited,
+    Join,
+    Shutdown,
+    Step,
+    Welcome,
+    decode_to_head,
+    encode,
+)
+from runtime.rpc import Door
+from scheduler.request import AdmissionError, EngineStats, Health, Limits, Request, Sink
+from scheduler.state import (
+    Cancel,
+    Drain,
+    Effect,
+    Emit,
+    Event,
+    EvictWorker,
+    FromWorker,
+    PeerDown,
+    Report,
+    SchedulerState,
+    SendLoad,
+    SendStep,
+    Submit,
+    Tick,
+)
+
+log = logging.getLogger("midflight.head")
+
+HEARTBEAT_INTERVAL_S = 1.0
+HEAD_TIMEOUT_S = 15.0
+TICK_INTERVAL_S = 0.5
+AUDIT_TIMEOUT_S = 30.0
+
+
+class Driver:
+    """The engine that the API calls (`scheduler.request.Engine`)."""
+
+    def __init__(self, state: SchedulerState, loop: asyncio.AbstractEventLoop) -> None:
+        self._state = state
+        self._loop = loop
+        self._sinks: dict[SequenceId, Sink] = {}
+        self._next_sequence = 1
+        self._door: Door | None = None
+        self._closed = False
+        self._ticker: asyncio.Task[None] | None = None
+        self._finish_rate = 0.0
+        self._num_finished_before = 0
+        self.on_change: Callable[[], None] = lambda: None
+        """Called on the loop after a report: something an operator would want to see has changed."""
+
+    # -- life ---------------------------------------------------------------------------------------------
+
+    def start(self, door: Door) -> None:
+        self._door = door
+        self._ticker = self._loop.create_task(self._tick_forever())
+
+    async def close(self, reason: str) -> None:
+        """Tell every worker to end, then leave the group. Unfinished requests end with an error."""
+        self._closed = True
+        if self._ticker is not None:
+            self._ticker.cancel()
+        for sequence in list(self._sinks):
+            self._sinks.pop(sequence)
+            self._state.step(Cancel(sequence, "abort"))
+        if self._door is None:
+            return
+        payload = encode(Shutdown(reason))
+        for name in self._state.members.workers:
+            self._door.send(name, payload)
+        await asyncio.sleep(0.2)  # let the farewells leave: the door closes without waiting for anybody
+        await self._loop.run_in_executor(None, self._door.close)
+
+    def receive(self, payload: bytes, tensors: Sequence[torch.Tensor]) -> bytes | None:
+        """A message from a worker, in an RPC thread. Only `Join` is a call and has a reply."""
+        message = decode_to_head(payload)
+        self._loop.call_soon_threadsafe(self._received, message)
+        if isinstance(message, Join):
+            return encode(Welcome(HEARTBEAT_INTERVAL_S, HEAD_TIMEOUT_S))
+        return None
+
+    def worker_exited(self, name: str, reason: str) -> None:
+        """A local worker process is known to have ended."""
+        self._handle(PeerDown(name, reason, self._loop.time()))
+
+    # -- the engine's interface ---------------------------------------------------------------------------
+
+    def submit(self, request: Request, sink: Sink) -> SequenceId:
+        sequence = self._next_sequence
+        self._sinks[sequence] = sink
+        try:
+            self._handle(Submit(sequence, request))
+        except AdmissionError as error:
+            del self._sinks[sequence]
+            if error.status == 429:
+                error.retry_after_s = self._retry_after_s()
+            raise
+        self._next_sequence += 1
+        return sequence
+
+    def abort(self, sequence: SequenceId) -> None:
+        self._cancel(sequence, "abort")
+
+    def finish(self, sequence: SequenceId) -> None:
+        self._cancel(sequence, "stop")
+
+    def limits(self) -> Limits:
+        state = self._state
+        if not state.served_once:
+            raise AdmissionError(f"the server is {state.status.replace('_', ' ')}", status=503, code="not_ready")
+        return Limits(
+            max_context=state.batcher.max_context,
+            model_max_context=state.cluster.spec.max_context,
+            kv_tokens=state.num_blocks * state.batching.block_size,
+            vocab_size=state.cluster.spec.vocab_size,
+            max_queue=state.batching.max_queue,
+            max_running=state.batching.max_running,
+        )
+
+    def health(self) -> Health:
+        state = self._state
+        workers = state.members.workers.values()
+        names = state.layout.workers if state.layout else ()
+        loading = [w for w in workers if w.info.name in names]
+        return Health(
+            status="draining" if state.draining and state.status == "serving" else state.status,
+            detail=state.detail or "; ".join(f"{w.info.name}: {w.phase}" for w in loading if w.status == "loading"),
+            workers_joined=len(workers),
+            workers_wanted=state.cluster.num_stages,
+            units_loaded=sum(w.units_loaded for w in loading),
+            units_total=sum(w.units_total for w in loading) or state.cluster.spec.num_layers + 2,
+        )
+
+    def stats(self) -> EngineStats:
+        state, counters, pool = self._state, self._state.batcher.counters, self._state.pool
+        return EngineStats(
+            waiting=state.batcher.num_waiting,
+            running=state.batcher.num_running,
+            kv_blocks_total=state.num_blocks,
+            kv_blocks_used=pool.num_used,
+            kv_blocks_cached=pool.num_cached,
+            prefix_queries_tokens=counters.prefix_queries_tokens,
+            prefix_hit_tokens=counters.prefix_hit_tokens,
+            prompt_tokens=counters.prompt_tokens,
+            generated_tokens=counters.generated_tokens,
+            steps=counters.steps,
+            preemptions=counters.preemptions,
+            finished=dict(counters.finished),
+            rejected=counters.rejected,
+            stale_results=counters.stale_results,
+            workers_lost=state.members.num_lost,
+            stages=state.stage_stats(),
+        )
+
+    def layout_view(self) -> dict[str, Any]:
+        state = self._state
+        stages = []
+        for segment in state.layout.segments if state.layout else ():
+            worker = state.members.workers.get(segment.worker)
+            loaded = worker.loaded if worker else None
+            stages.append(
+                {
+                    "worker": segment.worker,
+                    "layers": [segment.layers.start, segment.layers.stop],
+                    "device": worker.info.device if worker else None,
+                    "device_name": worker.info.device_name if worker else None,
+                    "weight_bytes": loaded.weight_bytes if loaded else None,
+                    "kv_pages": loaded.num_pages if loaded else None,
+                    "implementation": loaded.implementation if loaded else None,
+                }
+            )
+        return {
+            "epoch": state.epoch,
+            "model": state.cluster.spec.name,
+            "num_layers": state.cluster.spec.num_layers,
+            "status": state.status,
+            "stages": stages,
+            "transition": None,
+        }
+
+    def workers_view(self) -> list[dict[str, Any]]:
+        state, now = self._state, self._loop.time()
+        layout = state.layout
+        return [
+            {
+                "name": name,
+                "status": worker.status,
+                "layers": list(layout.layers_of(name)) if layout else [],
+                "host": worker.info.host,
+                "pid": worker.info.pid,
+                "device": worker.info.device,
+                "device_name": worker.info.device_name,
+                "memory_total": worker.info.memory_total,
+                "memory_available": worker.info.memory_available,
+                "num_threads": worker.info.num_threads,
+                "versions": worker.info.versions,
+                "rss": worker.rss,
+                "pages_used": worker.pages_used,
+                "num_sequences": worker.num_sequences,
+                "last_seen_s": round(now - worker.last_seen_s, 3),
+                "units_loaded": worker.units_loaded,
+                "units_total": worker.units_total,
+            }
+            for name, worker in sorted(state.members.workers.items())
+        ]
+
+    def begin_drain(self) -> None:
+        self._handle(Drain())
+
+    def num_unfinished(self) -> int:
+        return self._state.batcher.num_unfinished
+
+    async def audit(self) -> dict[str, Any]:
+        """Every structure's own integrity check, here and on every worker: problems in words, and what is in use."""
+        problems: list[str] = []
+        try:
+            self._state.check_integrity()
+        except AssertionError as error:
+            problems.append(f"head: {error}")
+        live = self._state.batcher.live_sequences()
+        names = list(self._state.layout.workers) if self._state.layout else []
+        workers = await asyncio.gather(*(self._audit_worker(name, live) for name in names), return_exceptions=True)
+        for name, found in zip(names, workers, strict=True):
+            if isinstance(found, BaseException):
+                problems.append(f"{name}: {found}")
+            else:
+                problems += [f"{name}: {problem}" for problem in found.problems]
+        return {
+            "problems": problems,
+            "sinks": len(self._sinks),
+            "sequences": len(live),
+            "tasks": len(asyncio.all_tasks(self._loop)),
+            "workers": [
+                {"worker": w.worker, "num_sequences": w.num_sequences, "pages_used": w.pages_used, "rss": w.rss}
+                for w in workers
+                if isinstance(w, Audited)
+            ],
+        }
+
+    # -- events and effects -------------------------------------------------------------------------------
+
+    def _cancel(self, sequence: SequenceId, reason: Any) -> None:
+        if self._sinks.pop(sequence, None) is not None:
+            self._handle(Cancel(sequence, reason))
+
+    def _received(self, message: Any) -> None:
+        if not self._closed:
+            self._handle(FromWorker(message, self._loop.time()))
+
+    def _handle(self, event: Event) -> None:
+        for effect in self._state.step(event):
+            self._carry_out(effect)
+
+    def _carry_out(self, effect: Effect) -> None:
+        door = self._door
+        match effect:
+            case Emit():
+                self._emit(effect)
+            case SendStep():
+                assert door is not None
+                payload = encode(Step(0, encode(effect.plan), []))
+                door.send(effect.worker, payload, on_error=self._on_send_error(effect.worker))
+            case SendLoad():
+                assert door is not None
+                door.send(effect.worker, encode(effect.load), on_error=self._on_send_error(effect.worker))
+                self.on_change()
+            case EvictWorker():
+                if door is not None:
+                    self._loop.run_in_executor(None, door.evict, effect.worker)
+                self.on_change()
+            case Report():
+                log.log(getattr(logging, effect.level.upper()), "%s", effect.text)
+                self.on_change()
+            case _:
+                assert_never(effect)
+
+    def _emit(self, effect: Emit) -> None:
+        last = effect.output.finish_reason is not None
+        sink = self._sinks.pop(effect.sequence, None) if last else self._sinks.get(effect.sequence)
+        if sink is None:
+            return
+        try:
+            sink(effect.output)
+        except Exception:
+            log.exception("the sink of sequence %d failed; the request is aborted", effect.sequence)
+            self._sinks.pop(effect.sequence, None)
+            if not last:  # not from inside the effects of this very event
+                self._loop.call_soon(self._handle, Cancel(effect.sequence, "abort"))
+
+    def _on_send_error(self, worker: str) -> Callable[[Exception], None]:
+        def lost(error: Exception) -> None:  # in an RPC thread
+            if not self._closed:
+                self._loop.call_soon_threadsafe(self.worker_exited, worker, str(error))
+
+        return lost
+
+    async def _tick_forever(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_INTERVAL_S)
+            finished = sum(self._state.batcher.counters.finished.values())
+            rate = (finished - self._num_finished_before) / TICK_INTERVAL_S
+            self._num_finished_before = finished
+            self._finish_rate += 0.1 * (rate - self._finish_rate)
+            self._handle(Tick(self._loop.time()))
+
+    def _retry_after_s(self) -> int:
+        """How long the present queue takes at the present rate, between 1 s and a minute."""
+        if self._finish_rate <= 0.0:
+            return 10
+        return max(1, min(60, round(self._state.batcher.num_waiting / self._finish_rate)))
+
+    async def _audit_worker(self, name: str, live: list[SequenceId]) -> Audited:
+        assert self._door is not None
+        future = self._door.call(name, encode(Audit(live, self._next_sequence - 1)), timeout_s=AUDIT_TIMEOUT_S)
+        reply = decode_to_head(await asyncio.wrap_future(future))
+        assert isinstance(reply, Audited)
+        return reply

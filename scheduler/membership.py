@@ -1,0 +1,101 @@
+"""Who is there, and how a layout comes up: workers join, load, are ready, are lost. Pure.
+
+A worker's life is a table (`_NEXT`): what is not in it raises, because it is our bug. A name belongs to one incarnation
+of a worker; a restarted worker joins under another name and says whom it replaces.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from kvstore.ids import Epoch, WorkerName
+from runtime.messages import Join, Loaded
+
+WorkerStatus: TypeAlias = Literal["idle", "loading", "ready"]
+
+_NEXT: dict[tuple[WorkerStatus, str], WorkerStatus] = {
+    ("idle", "load"): "loading",
+    ("ready", "load"): "loading",
+    ("loading", "load"): "loading",
+    ("loading", "loaded"): "ready",
+    ("ready", "free"): "idle",
+    ("loading", "free"): "idle",
+    ("idle", "free"): "idle",
+}
+
+
+@dataclass(slots=True)
+class Worker:
+    """One live incarnation of a worker. Times are the driver's seconds."""
+
+    info: Join
+    status: WorkerStatus
+    last_seen_s: float
+    epoch: Epoch = 0
+    units_loaded: int = 0
+    units_total: int = 0
+    phase: str = ""
+    loaded: Loaded | None = None
+    rss: int = 0
+    pages_used: int = 0
+    num_sequences: int = 0
+
+    def advance(self, action: str) -> None:
+        following = _NEXT.get((self.status, action))
+        assert following is not None, f"worker {self.info.name} is {self.status} and cannot {action}"
+        self.status = following
+
+
+@dataclass(slots=True)
+class Membership:
+    """The workers by name. Dead ones are removed, not kept."""
+
+    workers: dict[WorkerName, Worker] = field(default_factory=dict)
+    num_lost: int = 0
+
+    def join(self, info: Join, now_s: float) -> None:
+        assert info.name not in self.workers, f"worker {info.name} joined twice"
+        self.workers[info.name] = Worker(info, "idle", now_s)
+
+    def lose(self, name: WorkerName) -> Worker | None:
+        worker = self.workers.pop(name, None)
+        if worker is not None:
+            self.num_lost += 1
+        return worker
+
+    def seen(self, name: WorkerName, now_s: float) -> Worker | None:
+        worker = self.workers.get(name)
+        if worker is not None:
+            worker.last_seen_s = now_s
+        return worker
+
+    def silent(self, now_s: float, timeout_s: float) -> list[WorkerName]:
+        return [name for name, worker in self.workers.items() if now_s - worker.last_seen_s > timeout_s]
+
+    def in_order(self) -> list[WorkerName]:
+        """The order in which workers become stages: by name, numbers by value (w2 before w10)."""
+        return sorted(self.workers, key=_natural)
+
+    def all_ready(self, names: tuple[WorkerName, ...], epoch: Epoch) -> bool:
+        return all(
+            (worker := self.workers.get(name)) is not None and worker.status == "ready" and worker.epoch == epoch
+            for name in names
+        )
+
+    def same_host(self, name: WorkerName) -> int:
+        """How many workers share the memory of this one (itself included): the same host and kind of device."""
+        info = self.workers[name].info
+        return sum(w.info.host == info.host and w.info.device == info.device for w in self.workers.values())
+
+
+def _natural(name: str) -> tuple[tuple[int, int | str], ...]:
+    parts: list[tuple[int, int | str]] = []
+    digits = ""
+    for char in name + "\0":
+        if char.isdigit():
+            digits += char
+            continue
+        if digits:
+            parts.append((0, int(digits)))
+            digits = ""
+        parts.append((1, char))
+    return tuple(parts)

@@ -1,0 +1,161 @@
+"""A request as the scheduler sees it, what it gives back, and the engine's contract with the API.
+
+Text never gets here: prompts and outputs are token ids. Stop *strings* are the API's business (it calls
+`Engine.finish`); stop *tokens* are ours.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, Protocol, TypeAlias
+
+import msgspec
+
+from kvstore.ids import SequenceId
+from runtime.messages import Sampling, TokenLogprobs
+
+FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
+
+
+class Request(msgspec.Struct, frozen=True):
+    """One sequence to generate.
+
+    `stop_token_ids` end the sequence (the end-of-sequence tokens included, unless they are to be ignored); the
+    token that stopped it is reported in the output's `tokens`. ``max_tokens == 0`` only reads the prompt, which is
+    of use with `prompt_logprobs`. `prompt_logprobs >= 0` reports the prompt's log-probabilities with that many
+    alternatives and bypasses the prefix cache.
+    """
+
+    request_id: str
+    prompt: list[int]
+    sampling: Sampling
+    max_tokens: int
+    stop_token_ids: frozenset[int] = frozenset()
+    prompt_logprobs: int = -1
+    use_prefix_cache: bool = True
+
+
+class TokenOutput(msgspec.Struct, frozen=True):
+    """What one step brought to one sequence. Exactly one output of a sequence has a `finish_reason`, the last one.
+
+    `logprobs` aligns with `tokens` when the request asked for them. `prompt_logprobs` (one entry per prompt position
+    but the first) comes whole, with the output that ends the prefill. `error` is a sentence for the client.
+    """
+
+    tokens: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    stopped_by: int | None = None
+    num_cached_tokens: int = 0
+    prompt_logprobs: list[TokenLogprobs] | None = None
+
+
+Sink: TypeAlias = Callable[[TokenOutput], None]
+
+
+class AdmissionError(Exception):
+    """The request cannot be taken; `status` is the HTTP status that fits, `param` the field that is at fault."""
+
+    def __init__(self, message: str, *, status: int, code: str, param: str | None = None, retry_after_s: int | None = None):
+        super().__init__(message)
+        self.message = message
+        self.status = status
+        self.code = code
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """What a request may ask for. `max_context` is the smaller of the model's and what the KV pages hold."""
+
+    max_context: int
+    model_max_context: int
+    kv_tokens: int
+    vocab_size: int
+    max_queue: int
+    max_running: int
+
+
+class Health(msgspec.Struct, frozen=True):
+    """`status` is "starting", "waiting_for_workers", "loading", "serving", "recovering", "draining" or "failed"."""
+
+    status: str
+    detail: str
+    workers_joined: int
+    workers_wanted: int
+    units_loaded: int
+    units_total: int
+
+
+class StageStats(msgspec.Struct, frozen=True):
+    """Sums since the start for one hop of the present layout; times in seconds."""
+
+    worker: str
+    hop: int
+    steps: int
+    idle_s: float
+    queued_s: float
+    compute_s: float
+    sample_s: float
+
+
+class EngineStats(msgspec.Struct, frozen=True):
+    """A snapshot for `/metrics`; counters are sums since the start."""
+
+    waiting: int
+    running: int
+    kv_blocks_total: int
+    kv_blocks_used: int
+    kv_blocks_cached: int
+    prefix_queries_tokens: int
+    prefix_hit_tokens: int
+    prompt_tokens: int
+    generated_tokens: int
+    steps: int
+    preemptions: int
+    finished: dict[str, int]
+    rejected: int
+    stale_results: int
+    workers_lost: int
+    stages: list[StageStats]
+
+
+class Engine(Protocol):
+    """What the API calls. All of it is synchronous and runs on the head's event loop; sinks are called there too."""
+
+    def submit(self, request: Request, sink: Sink) -> SequenceId:
+        """Queue a request. `sink` is called once per step that brought tokens, and exactly once with a finish reason.
+
+        Raises:
+            AdmissionError: 429 when the queue is full, 400 when it can never fit, 503 when not serving.
+        """
+        ...
+
+    def abort(self, sequence: SequenceId) -> None:
+        """The client is gone: free everything before the next step. The sink is not called again. Idempotent."""
+        ...
+
+    def finish(self, sequence: SequenceId) -> None:
+        """The API found a stop string: end the sequence now. The sink is not called again. Idempotent."""
+        ...
+
+    def limits(self) -> Limits:
+        """Raises `AdmissionError` (503) before the first layout is up."""
+        ...
+
+    def health(self) -> Health: ...
+
+    def stats(self) -> EngineStats: ...
+
+    def layout_view(self) -> dict[str, Any]:
+        """The body of ``GET /admin/layout``."""
+        ...
+
+    def workers_view(self) -> list[dict[str, Any]]:
+        """The body of ``GET /admin/workers`` (its ``workers`` list)."""
+        ...
+
+    def begin_drain(self) -> None:
+        """Refuse new requests with 503 and let the running ones end."""
+        ...
+
+    def num_unfinished(self) -> int: ...

@@ -1,0 +1,47 @@
+"""A sequence: one request on its way from waiting to finished. Plain state, mutated only by `scheduler.batching`."""
+
+from dataclasses import dataclass, field
+
+from kvstore.ids import BlockId, SequenceId
+from runtime.messages import TokenLogprobs
+from scheduler.request import Request
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """`tokens` is the prompt followed by the output; `num_scheduled` of them have been sent to the workers.
+
+    What remains, ``len(tokens) - num_scheduled``, says it all: more than one is a prefill (or the recomputation after
+    a preemption), exactly one is a decode step, none means that the next token is being sampled right now.
+    """
+
+    id: SequenceId
+    request: Request
+    tokens: list[int]
+    num_scheduled: int = 0
+    blocks: list[BlockId] = field(default_factory=list)
+    """While it runs this is the directory's own list, which alone extends it."""
+    digests: list[bytes] = field(default_factory=list)
+    """Of the full blocks of `tokens`, as far as they were needed."""
+    num_published: int = 0
+    attempt: int = 0
+    """Grows with each preemption: a result of an older attempt is dropped."""
+    begun: bool = False
+    running: bool = False
+    finished: bool = False
+    prefilling: bool = True
+    """Until the first token of this attempt is out; a preempted sequence prefills again."""
+    num_cached_tokens: int = 0
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def num_remaining(self) -> int:
+        return len(self.tokens) - self.num_scheduled

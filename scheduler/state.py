@@ -1,0 +1,407 @@
+"""The head's mind: ``step(event) -> effects``. Pure: no clock, no sockets, no torch; the driver brings and does those.
+
+Its life: wait for workers -> load the layout -> serve; when a worker of the layout is lost, recover: wait a while for
+the lost one to be restarted, then load a layout over whoever is there, under a larger epoch, and go on. Requests are
+accepted from the first served layout on and outlive every recovery: the head has their tokens, so they are prefilled
+again and their streams continue where they stopped.
+
+    waiting_for_workers --enough joined--> loading --all loaded--> serving
+             ^                               |  ^                     |
+             |                        a worker is lost          a worker is lost
+             +-------- recovering <----------+  +---- recovering <----+
+
+What is never true: a step of an older epoch changes anything; two layouts serve (until transitions exist).
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias, assert_never
+
+from kvstore.block_pool import BlockPool
+from kvstore.directory import Directory
+from kvstore.ids import SequenceId, WorkerName
+from runtime.layout import Layout, layout_from_counts
+from runtime.messages import (
+    Heartbeat,
+    HopTiming,
+    Join,
+    Leave,
+    Load,
+    Loaded,
+    LoadFailed,
+    LoadProgress,
+    StepFailed,
+    StepPlan,
+    StepResult,
+)
+from runtime.model.spec import ModelSpec
+from scheduler.balance import CPU_CORE, GPU, balanced_counts, unit_costs
+from scheduler.batching import Batcher, BatchingConfig
+from scheduler.membership import Membership
+from scheduler.request import AdmissionError, FinishReason, Request, StageStats, TokenOutput
+
+# -- events ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    sequence: SequenceId
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """The client went away (`abort`) or a stop string was found (`stop`)."""
+
+    sequence: SequenceId
+    reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class FromWorker:
+    message: Join | Heartbeat | LoadProgress | Loaded | LoadFailed | StepResult | StepFailed | Leave
+    now_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class PeerDown:
+    """A connection ended, a call timed out, or a local process exited."""
+
+    worker: WorkerName
+    reason: str
+    now_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    now_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Take nothing new; let what runs end."""
+
+
+Event: TypeAlias = Submit | Cancel | FromWorker | PeerDown | Tick | Drain
+
+# -- effects --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SendStep:
+    worker: WorkerName
+    plan: StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class SendLoad:
+    worker: WorkerName
+    load: Load
+
+
+@dataclass(frozen=True, slots=True)
+class Emit:
+    sequence: SequenceId
+    output: TokenOutput
+
+
+@dataclass(frozen=True, slots=True)
+class EvictWorker:
+    """Remove a lost worker from the RPC group, so that others can join."""
+
+    worker: WorkerName
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A line for the operator."""
+
+    level: Literal["info", "warning", "error"]
+    text: str
+
+
+Effect: TypeAlias = SendStep | SendLoad | Emit | EvictWorker | Report
+
+# -- state ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterConfig:
+    """What the operator asked for. `layers` fixes the split; `kv_bytes` 0 sizes the pools by the memory that is free."""
+
+    spec: ModelSpec
+    num_stages: int
+    layers: tuple[int, ...] | None = None
+    kv_bytes: int = 0
+    memory_fraction: float = 0.5
+    implementation: str = "auto"
+    heartbeat_timeout_s: float = 15.0
+    rejoin_timeout_s: float = 45.0
+
+
+Status: TypeAlias = Literal["waiting_for_workers", "loading", "serving", "recovering", "failed"]
+
+
+@dataclass(slots=True)
+class HopSums:
+    steps: int = 0
+    idle_us: int = 0
+    queued_us: int = 0
+    compute_us: int = 0
+    sample_us: int = 0
+
+
+@dataclass(slots=True)
+class SchedulerState:
+    """Everything the head knows. `step` is its only mutator."""
+
+    cluster: ClusterConfig
+    batching: BatchingConfig
+    members: Membership = field(default_factory=Membership)
+    status: Status = "waiting_for_workers"
+    detail: str = ""
+    draining: bool = False
+    layout: Layout | None = None
+    epoch: int = 0
+    served_once: bool = False
+    num_blocks: int = 0
+    hop_sums: list[HopSums] = field(default_factory=list)
+    batcher: Batcher = field(init=False)
+    pool: BlockPool = field(init=False)
+    directory: Directory = field(init=False)
+    _recovering_since_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.pool = BlockPool(0, self.batching.block_size)
+        self.directory = Directory()
+        self.batcher = Batcher(self.batching, self.pool, self.directory)
+
+    def step(self, event: Event) -> list[Effect]:
+        """Apply one event; the effects are to be carried out in their order, steps first: the pipeline waits for them.
+
+        Raises:
+            AdmissionError: on `Submit`, when the request cannot be taken. Nothing has changed then.
+        """
+        effects: list[Effect] = []
+        match event:
+            case FromWorker():
+                self._from_worker(event, effects)
+            case Submit():
+                self._submit(event)
+            case Cancel():
+                self.batcher.abort(event.sequence, event.reason)
+            case PeerDown():
+                self._lose(event.worker, event.reason, event.now_s, effects)
+            case Tick():
+                self._tick(event.now_s, effects)
+            case Drain():
+                self.draining = True
+            case _:
+                assert_never(event)
+        return [*self._next_steps(), *effects]
+
+    def check_integrity(self) -> None:
+        self.batcher.check_integrity()
+        if self.status == "serving":
+            assert self.layout is not None, "serving without a layout"
+            assert self.members.all_ready(self.layout.workers, self.epoch), "serving without all workers ready"
+
+    def stage_stats(self) -> list[StageStats]:
+        if self.layout is None:
+            return []
+        return [
+            StageStats(
+                segment.worker,
+                hop,
+                sums.steps,
+                sums.idle_us / 1e6,
+                sums.queued_us / 1e6,
+                sums.compute_us / 1e6,
+                sums.sample_us / 1e6,
+            )
+            for hop, (segment, sums) in enumerate(zip(self.layout.segments, self.hop_sums, strict=True))
+        ]
+
+    # -- requests -----------------------------------------------------------------------------------------
+
+    def _submit(self, event: Submit) -> None:
+        if self.draining:
+            raise AdmissionError("the server is shutting down", status=503, code="shutting_down")
+        if not self.served_once:
+            raise AdmissionError(f"the server is {self.status.replace('_', ' ')}", status=503, code="not_ready")
+        if self.status == "failed":
+            raise AdmissionError(f"the server has failed: {self.detail}", status=503, code="failed")
+        self.batcher.submit(event.sequence, event.request)
+
+    # -- workers ------------------------------------------------------------------------------------------
+
+    def _from_worker(self, event: FromWorker, effects: list[Effect]) -> None:
+        message, now_s = event.message, event.now_s
+        if isinstance(message, StepResult):
+            self._step_result(message, now_s, effects)
+            return
+        if isinstance(message, Join):
+            if message.replaces and message.replaces in self.members.workers:
+                self._lose(message.replaces, "its restarted self joined", now_s, effects)
+            self.members.join(message, now_s)
+            effects.append(Report("info", f"worker {message.name} joined: {message.device_name} on {message.host}"))
+            self._try_load(now_s, effects)
+            return
+        worker = self.members.seen(message.worker, now_s)
+        if worker is None:
+            return  # it was lost and does not know yet
+        match message:
+            case Heartbeat():
+                worker.rss, worker.pages_used = message.rss, message.pages_used
+                worker.num_sequences = message.num_sequences
+            case LoadProgress():
+                if message.epoch == worker.epoch:
+                    worker.units_loaded, worker.units_total = message.units_loaded, message.units_total
+                    worker.phase = message.phase
+            case Loaded():
+                if message.epoch == worker.epoch and worker.status == "loading":
+                    worker.loaded = message
+                    worker.units_loaded = worker.units_total
+                    worker.advance("loaded")
+                    self._try_serve(effects)
+            case LoadFailed():
+                if message.epoch == worker.epoch and worker.status == "loading":
+                    self.status, self.detail = "failed", f"worker {message.worker} could not load: {message.error}"
+                    effects.append(Report("error", self.detail))
+            case StepFailed():
+                self._lose(message.worker, f"step {message.ordinal} failed: {message.error}", now_s, effects)
+            case Leave():
+                self._lose(message.worker, f"it leaves: {message.reason}", now_s, effects)
+            case _:
+                assert_never(message)
+
+    def _lose(self, name: WorkerName, reason: str, now_s: float, effects: list[Effect]) -> None:
+        if self.members.lose(name) is None:
+            return
+        effects.append(EvictWorker(name, reason))
+        effects.append(Report("warning", f"worker {name} is lost: {reason}"))
+        if self.layout is None or name not in self.layout.workers or self.status == "failed":
+            return
+        if self.status == "serving":
+            self.batcher.close_epoch()
+            self.directory.close_epoch(self.epoch)
+        self.status = "recovering"
+        self.detail = f"worker {name} is lost ({reason})"
+        self.layout = None
+        self._recovering_since_s = now_s
+        for worker in self.members.workers.values():
+            worker.advance("free")
+        self._try_load(now_s, effects)
+
+    def _tick(self, now_s: float, effects: list[Effect]) -> None:
+        for name in self.members.silent(now_s, self.cluster.heartbeat_timeout_s):
+            reason = f"no heartbeat for {self.cluster.heartbeat_timeout_s:g} s"
+            self._lose(name, reason, now_s, effects)
+        if self.status == "recovering" and self.layout is None:
+            self._try_load(now_s, effects)
+
+    # -- layouts ------------------------------------------------------------------------------------------
+
+    def _try_load(self, now_s: float, effects: list[Effect]) -> None:
+        """Pick a layout and have it loaded, when none is chosen yet and enough workers are there."""
+        if self.layout is not None or self.status == "failed":
+            return
+        names = self.members.in_order()
+        if len(names) < self.cluster.num_stages:
+            waited_s = now_s - self._recovering_since_s
+            if self.status != "recovering" or not names or waited_s < self.cluster.rejoin_timeout_s:
+                return
+        names = names[: self.cluster.num_stages]
+        self.epoch += 1
+        self.layout = layout_from_counts(self.epoch, names, self._counts(len(names)))
+        self.hop_sums = [HopSums() for _ in self.layout.segments]
+        if self.status == "waiting_for_workers":
+            self.status = "loading"
+        effects.append(Report("info", f"loading layout {_describe(self.layout)} (epoch {self.epoch})"))
+        for name in self.layout.workers:
+            worker = self.members.workers[name]
+            worker.advance("load")
+            worker.epoch, worker.loaded = self.epoch, None
+            worker.units_loaded, worker.units_total = 0, self._num_units(name)
+            effects.append(SendLoad(name, self._load_message(name)))
+
+    def _counts(self, num_stages: int) -> tuple[int, ...]:
+        if self.cluster.layers is not None and len(self.cluster.layers) == num_stages:
+            return self.cluster.layers
+        on_cpu = all(w.info.device == "cpu" for w in self.members.workers.values())
+        return balanced_counts(unit_costs(self.cluster.spec, CPU_CORE if on_cpu else GPU), num_stages)
+
+    def _num_units(self, name: WorkerName) -> int:
+        assert self.layout is not None
+        ends = (self.layout.embedding_worker == name) + (self.layout.lm_head_worker == name)
+        return len(self.layout.layers_of(name)) + ends
+
+    def _load_message(self, name: WorkerName) -> Load:
+        assert self.layout is not None
+        cluster, spec = self.cluster, self.cluster.spec
+        return Load(
+            layout=self.layout,
+            model=spec.folder,
+            load_format=spec.load_format,
+            dtype=spec.dtype,
+            block_size=self.batching.block_size,
+            kv_bytes=cluster.kv_bytes,
+            memory_share=cluster.memory_fraction / self.members.same_host(name),
+            max_context=spec.max_context,
+            implementation=cluster.implementation,
+        )
+
+    def _try_serve(self, effects: list[Effect]) -> None:
+        layout = self.layout
+        if layout is None or self.status not in ("loading", "recovering"):
+            return
+        if not self.members.all_ready(layout.workers, self.epoch):
+            return
+        self.num_blocks = min(self._blocks_of(name, layout) for name in layout.workers)
+        if self.num_blocks < 1:
+            self.status, self.detail = "failed", "the KV memory holds not even one block; raise --kv-memory"
+            effects.append(Report("error", self.detail))
+            return
+        self.status, self.detail, self.served_once = "serving", "", True
+        self.directory.open_epoch(self.epoch, tuple((s.worker, s.layers) for s in layout.segments))
+        outputs = self.batcher.open_epoch(self.epoch, self.num_blocks, self.cluster.spec.max_context)
+        effects.extend(Emit(sequence, output) for sequence, output in outputs)
+        tokens = self.num_blocks * self.batching.block_size
+        effects.append(Report("info", f"serving layout {_describe(layout)}, room for {tokens:,} KV tokens"))
+
+    def _blocks_of(self, name: WorkerName, layout: Layout) -> int:
+        """Blocks that fit into a worker's pages. One that holds no layer (only an end unit) limits nothing."""
+        loaded = self.members.workers[name].loaded
+        assert loaded is not None
+        num_layers = len(layout.layers_of(name))
+        return loaded.num_pages // num_layers if num_layers else 1 << 40
+
+    # -- steps --------------------------------------------------------------------------------------------
+
+    def _next_steps(self) -> list[SendStep]:
+        sends: list[SendStep] = []
+        if self.status == "serving":
+            assert self.layout is not None
+            first = self.layout.embedding_worker
+            while (plan := self.batcher.next_step()) is not None:
+                sends.append(SendStep(first, plan))
+        return sends
+
+    def _step_result(self, result: StepResult, now_s: float, effects: list[Effect]) -> None:
+        effects.extend(Emit(sequence, output) for sequence, output in self.batcher.complete(result))
+        if result.epoch == self.epoch:
+            for hop, timing in enumerate(result.timings):
+                self._add_timing(hop, timing)
+                self.members.seen(timing.worker, now_s)
+
+    def _add_timing(self, hop: int, timing: HopTiming) -> None:
+        sums = self.hop_sums[hop]
+        sums.steps += 1
+        sums.idle_us += timing.idle_us
+        sums.queued_us += timing.queued_us
+        sums.compute_us += timing.compute_us
+        sums.sample_us += timing.sample_us
+
+
+def _describe(layout: Layout) -> str:
+    return " | ".join(f"{s.worker} [{s.layers.start}, {s.layers.stop})" for s in layout.segments)
