@@ -15,6 +15,7 @@ import socket
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,15 +59,16 @@ class _Process:
             name = self._name(self._turn)
             replaces = self._name(self._turn - 1) if self._turn else ""
             worker = Worker(name, replaces, self._device, self._loader)
-            signal.signal(signal.SIGTERM, lambda *_: self._leave(worker))
+            signal.signal(signal.SIGTERM, lambda *_, worker=worker: self._leave(worker))
             started_s = time.monotonic()
             try:
                 reason = worker.run(
-                    lambda handler, name=name: Door(
+                    lambda handler, on_lost, name=name: Door(
                         name,
                         self._args.head,
                         is_head=False,
                         handler=handler,
+                        on_lost=on_lost,
                         allow_public=self._args.allow_public_rpc,
                     )
                 )
@@ -90,7 +92,8 @@ class _Process:
     def _name(self, turn: int) -> str:
         return self._base if turn == 0 else f"{self._base}-r{turn}"
 
-    def _leave(self, worker) -> None:
+    def _leave(self, worker: Any) -> None:
+        """In a signal handler: the agent (or the operator) wants this process to end."""
         self._leaving = True
         worker.leave("SIGTERM")
 

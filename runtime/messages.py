@@ -111,7 +111,6 @@ class Welcome(msgspec.Struct, frozen=True, array_like=True, tag=1):
     """The reply to `Join`."""
 
     heartbeat_interval_s: float
-    head_timeout_s: float
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True, tag=2):

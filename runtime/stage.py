@@ -133,7 +133,9 @@ def _history(state: SequenceState) -> TokenHistory | None:
     return state.extra
 
 
-def _read_prompt(lm_head: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, row: Row) -> list[TokenLogprobs]:
+def _read_prompt(
+    lm_head: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, row: Row
+) -> list[TokenLogprobs]:
     """Log-probabilities of the tokens that follow the positions of `row`, as far as they are known."""
     targets = row.tokens[1:] + ([row.next_token] if row.next_token >= 0 else [])
     entries: list[TokenLogprobs] = []

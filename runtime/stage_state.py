@@ -17,7 +17,6 @@ import numpy as np
 from kvstore.ids import BlockId, SequenceId
 from runtime.messages import Row, Sampling, SequenceStart, StepPlan
 
-
 T = TypeVar("T")
 
 

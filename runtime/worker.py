@@ -2,7 +2,7 @@
 
 Three kinds of threads. RPC threads put what arrives into the inbox. The compute thread (the main thread) takes it out,
 restores the order of the steps, runs them and sends the results on. A heartbeat thread tells the head that the
-process lives, and notices when the head does not.
+process lives; that the head is gone shows as the end of its connection, or as a beat nobody takes.
 
 Steps of an epoch run in the order of their ordinals at each hop (TensorPipe does not order what it carries); a step of
 an epoch that is not loaded is counted as stale and dropped. An error in a step is told to the head and ends the
@@ -45,7 +45,7 @@ from runtime.messages import (
     decode_to_worker,
     encode,
 )
-from runtime.rpc import Door, PeerLost, PeerTimeout
+from runtime.rpc import Door, Handler, PeerError
 from runtime.stage import Stage
 from runtime.stage_state import StepOrder
 
@@ -93,17 +93,18 @@ class Worker:
         self._idle_since_s = time.perf_counter()
         self._process = psutil.Process()
 
-    def run(self, make_door: Callable[[Callable[[bytes, Sequence[torch.Tensor]], bytes | None]], Door]) -> str:
+    def run(self, make_door: Callable[[Handler, Callable[[str], None]], Door]) -> str:
         """Join, serve until the head says `Shutdown`, and return its reason.
 
         Raises:
             HeadLost: when the head went away.
             StepError: when a step failed.
         """
-        self._door = door = make_door(self._arrived)
+        self._door = door = make_door(self._arrived, lambda name: self._head_lost(f"{name} is gone"))
         try:
             welcome = self._join(door)
-            beat = threading.Thread(target=self._beat, args=(door, welcome), name="heartbeat", daemon=True)
+            interval_s = welcome.heartbeat_interval_s
+            beat = threading.Thread(target=self._beat, args=(door, interval_s), name="heartbeat", daemon=True)
             beat.start()
             return self._serve()
         finally:
@@ -118,22 +119,21 @@ class Worker:
 
     # -- threads of the door and the heartbeat -------------------------------------------------------------
 
-    def _arrived(self, payload: bytes, tensors: Sequence[torch.Tensor]) -> bytes | None:
+    def _arrived(self, payload: bytes, tensors: Sequence[torch.Tensor]) -> "Future[bytes] | None":
         message = decode_to_worker(payload)
         assert not isinstance(message, Welcome), "a Welcome is a reply, never a message"
-        if isinstance(message, Audit):
-            reply: Future[bytes] = Future()
-            self._put(_Arrival(message, (), time.perf_counter(), reply))
-            return reply.result(timeout=20.0)
-        self._put(_Arrival(message, tensors, time.perf_counter()))
-        return None
+        reply: Future[bytes] | None = Future() if isinstance(message, Audit) else None
+        self._put(_Arrival(message, tensors, time.perf_counter(), reply))
+        return reply
 
     def _put(self, arrival: _Arrival) -> None:
         self._inbox.put_nowait(arrival)
 
-    def _beat(self, door: Door, welcome: Welcome) -> None:
-        misses_since_s: float | None = None
-        while not self._stopping.wait(welcome.heartbeat_interval_s):
+    def _head_lost(self, error: Exception | str) -> None:
+        self._put(_Arrival(HeadLost(str(error)), (), time.perf_counter()))
+
+    def _beat(self, door: Door, interval_s: float) -> None:
+        while not self._stopping.wait(interval_s):
             stage = self._stage
             beat = Heartbeat(
                 worker=self._name,
@@ -142,15 +142,7 @@ class Worker:
                 num_sequences=stage.state.num_sequences if stage else 0,
                 num_stale=self._num_stale,
             )
-            try:
-                door.call(HEAD, encode(beat), timeout_s=welcome.head_timeout_s).result(welcome.head_timeout_s + 1.0)
-                misses_since_s = None
-            except (PeerLost, PeerTimeout, TimeoutError) as error:
-                now_s = time.perf_counter()
-                misses_since_s = misses_since_s or now_s
-                if isinstance(error, PeerLost) or now_s - misses_since_s > welcome.head_timeout_s:
-                    self._put(_Arrival(HeadLost(str(error)), (), now_s))
-                    return
+            door.send(HEAD, encode(beat), on_error=self._head_lost)
 
     # -- the compute thread -------------------------------------------------------------------------------
 
@@ -162,7 +154,7 @@ class Worker:
         )
         try:
             reply = door.call(HEAD, encode(join), timeout_s=JOIN_TIMEOUT_S).result(JOIN_TIMEOUT_S + 1.0)
-        except (PeerLost, PeerTimeout, TimeoutError) as error:
+        except (PeerError, TimeoutError) as error:
             raise HeadLost(f"the head did not answer when {self._name} joined: {error}") from error
         welcome = decode_to_worker(reply)
         assert isinstance(welcome, Welcome)
@@ -234,9 +226,7 @@ class Worker:
                 time.sleep(0.2)  # the message leaves before the process does
                 raise StepError(str(error)) from error
 
-    def _run(
-        self, stage: Stage, step: Step, plan: StepPlan, tensors: Sequence[torch.Tensor], arrived_s: float
-    ) -> None:
+    def _run(self, stage: Stage, step: Step, plan: StepPlan, tensors: Sequence[torch.Tensor], arrived_s: float) -> None:
         hop, layout = step.hop, stage.layout
         begun_s = time.perf_counter()
         with torch.inference_mode():
@@ -278,11 +268,7 @@ class Worker:
 
     def _send_head(self, message: LoadProgress | Loaded | LoadFailed | StepResult | StepFailed) -> None:
         assert self._door is not None
-        self._door.send(HEAD, encode(message), on_error=self._head_unreachable)
-
-    def _head_unreachable(self, error: Exception) -> None:
-        if isinstance(error, PeerLost):
-            self._put(_Arrival(HeadLost(str(error)), (), time.perf_counter()))
+        self._door.send(HEAD, encode(message), on_error=self._head_lost)
 
     def _audit(self, audit: Audit) -> Audited:
         problems: list[str] = []

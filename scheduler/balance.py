@@ -44,7 +44,7 @@ class UnitCosts:
     lm_head: float
 
 
-def unit_costs(spec: ModelSpec, speed: DeviceSpeed, mix: Mix = Mix()) -> UnitCosts:  # noqa: B008 (frozen)
+def unit_costs(spec: ModelSpec, speed: DeviceSpeed, mix: Mix = Mix()) -> UnitCosts:
     """What each unit costs per generated token on a device of `speed` under `mix`."""
 
     def cost(num_bytes: int, flops: int, prefill_ratio: float) -> float:

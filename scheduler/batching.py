@@ -141,9 +141,7 @@ class Batcher:
     def close_epoch(self) -> None:
         """The pipeline is gone: forget what is in flight and cached, put everything that ran back in line."""
         self._in_flight.clear()
-        for sequence in sorted(
-            (s for s in self._sequences.values() if s.running), key=lambda s: s.id, reverse=True
-        ):
+        for sequence in sorted((s for s in self._sequences.values() if s.running), key=lambda s: s.id, reverse=True):
             self._preempt(sequence)
         self._pool.forget_cached()
         self._released.clear()
@@ -151,7 +149,7 @@ class Batcher:
 
     # -- requests -----------------------------------------------------------------------------------------
 
-    def submit(self, sequence_id: SequenceId, request: Request) -> list[Output]:
+    def submit(self, sequence_id: SequenceId, request: Request, now_s: float) -> None:
         """Queue `request`.
 
         Raises:
@@ -175,10 +173,9 @@ class Batcher:
                 param="prompt" if len(request.prompt) >= self._max_context else "max_tokens",
             )
         assert request.prompt, "an empty prompt is refused by the API"
-        sequence = Sequence(id=sequence_id, request=request, tokens=list(request.prompt))
+        sequence = Sequence(id=sequence_id, request=request, tokens=list(request.prompt), submitted_s=now_s)
         self._sequences[sequence_id] = sequence
         self._waiting.append(sequence)
-        return []
 
     def abort(self, sequence_id: SequenceId, reason: FinishReason) -> None:
         """End a sequence without a last output; its blocks are free at once. Unknown ids are ignored."""
@@ -188,7 +185,7 @@ class Batcher:
 
     # -- steps --------------------------------------------------------------------------------------------
 
-    def next_step(self) -> StepPlan | None:
+    def next_step(self, now_s: float) -> StepPlan | None:
         """The next step to send, or None when every microbatch is in flight or nothing is ready."""
         config = self._config
         if not self._open or len(self._in_flight) >= config.num_microbatches:
@@ -196,7 +193,7 @@ class Batcher:
         step = _StepBuilder(config.max_step_tokens)
         self._take_decodes(step)
         self._take_prefills(step)
-        self._take_waiting(step)
+        self._take_waiting(step, now_s)
         if not step.rows:
             return None
         rows = [self._row(step, sequence, count) for sequence, count in step.rows.items()]
@@ -273,12 +270,14 @@ class Batcher:
             if sequence.num_remaining and sequence not in step.rows:
                 step.add(sequence, min(sequence.num_remaining, step.budget))
 
-    def _take_waiting(self, step: "_StepBuilder") -> None:
+    def _take_waiting(self, step: "_StepBuilder", now_s: float) -> None:
         while self._waiting and step.budget > 0 and self._num_running < self._config.max_running:
             sequence = self._waiting[0]
             if not self._admit(sequence):
                 return
             self._waiting.popleft()
+            if sequence.queue_s < 0.0:
+                sequence.queue_s = now_s - sequence.submitted_s
             step.add(sequence, min(sequence.num_remaining, step.budget))
 
     def _admit(self, sequence: Sequence) -> bool:
@@ -387,6 +386,7 @@ class Batcher:
             None if logprobs is None else [logprobs],
             num_cached_tokens=sequence.num_cached_tokens if first else 0,
             prompt_logprobs=sequence.prompt_logprobs if first and request.prompt_logprobs >= 0 else None,
+            queue_s=sequence.queue_s if first else -1.0,
         )
         if token in request.stop_token_ids and sequence.num_output_tokens > request.sampling.min_tokens:
             self._end(sequence, "stop", outputs, last=output, stopped_by=token)
@@ -428,6 +428,7 @@ class Batcher:
                     stopped_by,
                     last.num_cached_tokens if last else sequence.num_cached_tokens,
                     sequence.prompt_logprobs if reads else last.prompt_logprobs if last else None,
+                    last.queue_s if last else sequence.queue_s,
                 ),
             )
         )

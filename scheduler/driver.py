@@ -44,7 +44,6 @@ from scheduler.state import (
 log = logging.getLogger("midflight.head")
 
 HEARTBEAT_INTERVAL_S = 1.0
-HEAD_TIMEOUT_S = 15.0
 TICK_INTERVAL_S = 0.5
 AUDIT_TIMEOUT_S = 30.0
 
@@ -92,11 +91,16 @@ class Driver:
         message = decode_to_head(payload)
         self._loop.call_soon_threadsafe(self._received, message)
         if isinstance(message, Join):
-            return encode(Welcome(HEARTBEAT_INTERVAL_S, HEAD_TIMEOUT_S))
+            return encode(Welcome(HEARTBEAT_INTERVAL_S))
         return None
 
+    def peer_lost(self, name: str) -> None:
+        """A worker's connection ended; called in an RPC thread."""
+        if not self._closed:
+            self._loop.call_soon_threadsafe(self.worker_exited, name, "its connection ended")
+
     def worker_exited(self, name: str, reason: str) -> None:
-        """A local worker process is known to have ended."""
+        """A worker is known to have ended."""
         self._handle(PeerDown(name, reason, self._loop.time()))
 
     # -- the engine's interface ---------------------------------------------------------------------------
@@ -105,7 +109,7 @@ class Driver:
         sequence = self._next_sequence
         self._sinks[sequence] = sink
         try:
-            self._handle(Submit(sequence, request))
+            self._handle(Submit(sequence, request, self._loop.time()))
         except AdmissionError as error:
             del self._sinks[sequence]
             if error.status == 429:
@@ -281,8 +285,8 @@ class Driver:
                 door.send(effect.worker, encode(effect.load), on_error=self._on_send_error(effect.worker))
                 self.on_change()
             case EvictWorker():
-                if door is not None:
-                    self._loop.run_in_executor(None, door.evict, effect.worker)
+                assert door is not None
+                door.evict(effect.worker)
                 self.on_change()
             case Report():
                 log.log(getattr(logging, effect.level.upper()), "%s", effect.text)

@@ -37,7 +37,8 @@ class TokenOutput(msgspec.Struct, frozen=True):
     """What one step brought to one sequence. Exactly one output of a sequence has a `finish_reason`, the last one.
 
     `logprobs` aligns with `tokens` when the request asked for them. `prompt_logprobs` (one entry per prompt position
-    but the first) comes whole, with the output that ends the prefill. `error` is a sentence for the client.
+    but the first) comes whole, with the output that ends the prefill. `error` is a sentence for the client. `queue_s` is
+    the time from `submit` to the first step that computed the sequence, in seconds, with its first output; else -1.
     """
 
     tokens: list[int]
@@ -47,6 +48,7 @@ class TokenOutput(msgspec.Struct, frozen=True):
     stopped_by: int | None = None
     num_cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprobs] | None = None
+    queue_s: float = -1.0
 
 
 Sink: TypeAlias = Callable[[TokenOutput], None]
@@ -55,7 +57,9 @@ Sink: TypeAlias = Callable[[TokenOutput], None]
 class AdmissionError(Exception):
     """The request cannot be taken; `status` is the HTTP status that fits, `param` the field that is at fault."""
 
-    def __init__(self, message: str, *, status: int, code: str, param: str | None = None, retry_after_s: int | None = None):
+    def __init__(
+        self, message: str, *, status: int, code: str, param: str | None = None, retry_after_s: int | None = None
+    ):
         super().__init__(message)
         self.message = message
         self.status = status

@@ -31,6 +31,9 @@ class Sequence:
     finished: bool = False
     prefilling: bool = True
     """Until the first token of this attempt is out; a preempted sequence prefills again."""
+    submitted_s: float = 0.0
+    queue_s: float = -1.0
+    """From `submitted_s` to the first step; -1 while it has not been in one."""
     num_cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 

@@ -46,6 +46,7 @@ from scheduler.request import AdmissionError, FinishReason, Request, StageStats,
 class Submit:
     sequence: SequenceId
     request: Request
+    now_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +166,8 @@ class SchedulerState:
     epoch: int = 0
     served_once: bool = False
     num_blocks: int = 0
+    now_s: float = 0.0
+    """Of the last event that had a time."""
     hop_sums: list[HopSums] = field(default_factory=list)
     batcher: Batcher = field(init=False)
     pool: BlockPool = field(init=False)
@@ -183,6 +186,8 @@ class SchedulerState:
             AdmissionError: on `Submit`, when the request cannot be taken. Nothing has changed then.
         """
         effects: list[Effect] = []
+        if not isinstance(event, (Cancel, Drain)):
+            self.now_s = event.now_s
         match event:
             case FromWorker():
                 self._from_worker(event, effects)
@@ -231,7 +236,7 @@ class SchedulerState:
             raise AdmissionError(f"the server is {self.status.replace('_', ' ')}", status=503, code="not_ready")
         if self.status == "failed":
             raise AdmissionError(f"the server has failed: {self.detail}", status=503, code="failed")
-        self.batcher.submit(event.sequence, event.request)
+        self.batcher.submit(event.sequence, event.request, event.now_s)
 
     # -- workers ------------------------------------------------------------------------------------------
 
@@ -383,7 +388,7 @@ class SchedulerState:
         if self.status == "serving":
             assert self.layout is not None
             first = self.layout.embedding_worker
-            while (plan := self.batcher.next_step()) is not None:
+            while (plan := self.batcher.next_step(self.now_s)) is not None:
                 sends.append(SendStep(first, plan))
         return sends
 

@@ -142,7 +142,7 @@ class SimCluster:
     def submit(self, sequence: int, request: Request) -> None:
         try:
             self.streams[sequence] = Stream(request)
-            self.handle(Submit(sequence, request))
+            self.handle(Submit(sequence, request, self.now))
         except AdmissionError as error:
             del self.streams[sequence]
             self.rejected.append(error)
