@@ -107,7 +107,9 @@ def pull(name: str, home: Path, progress: Progress) -> Path:
                 _fetch(name, source, target, progress)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise PullError(f"the disk under {target.parent} is full: {error}; free some space and pull again") from error
+            raise PullError(
+                f"the disk under {target.parent} is full: {error}; free some space and pull again"
+            ) from error
         raise PullError(f"cannot write the model to {target}: {error}") from error
     return target
 
@@ -131,7 +133,9 @@ def _fetch(name: str, source: Source, target: Path, progress: Progress) -> None:
         _convert_in_a_process(work / source.gguf, result)
         shutil.copy(work / source.license_file, result / "LICENSE")
         if not _is_complete(result):
-            raise PullError(f"the conversion of {source.gguf} left no complete model behind; this is a bug, please report it")
+            raise PullError(
+                f"the conversion of {source.gguf} left no complete model behind; this is a bug, please report it"
+            )
         try:
             result.rename(target)
         except OSError:
@@ -204,7 +208,9 @@ def _lock(path: Path, progress: Progress) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() - waiting_since > _LOCK_TIMEOUT_S:
-                    raise PullError(f"another process has held {path} for {_LOCK_TIMEOUT_S:.0f} s; end it first") from None
+                    raise PullError(
+                        f"another process has held {path} for {_LOCK_TIMEOUT_S:.0f} s; end it first"
+                    ) from None
                 if not told:
                     progress("another process is pulling the same model; waiting for it")
                     told = True

@@ -1,0 +1,261 @@
+"""What a model folder says about itself: shapes, sizes, end-of-sequence tokens, and whether it can be served at all.
+
+Only JSON is read: ``config.json``, ``generation_config.json`` and the headers of the safetensors files. No weight is
+touched, and for the tested architectures with real weights no model code of `transformers` is imported. Random
+weights have no headers, so their shapes come from the model's skeleton on the meta device.
+
+An architecture that is not in `TESTED` is served only after `runtime.model.proof` has shown, on a tiny model of the
+same kind, that running it unit by unit gives what `transformers` gives.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from runtime.model.checkpoint import DummyWeights, ModelError, SafetensorsWeights, Unit, Weights
+from runtime.model.rules import refuse_unservable, rope_parameters
+from runtime.model.spec import ModelSpec
+
+__all__ = ["DTYPES", "TESTED", "ModelError", "inspect_model", "load_config", "open_weights"]
+
+DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""The dtypes that can be served, with the bytes of an element."""
+
+LOAD_FORMATS = ("safetensors", "dummy")
+
+TESTED = frozenset(
+    {
+        "LlamaForCausalLM",
+        "Qwen2ForCausalLM",
+        "Qwen3ForCausalLM",
+        "MistralForCausalLM",
+        "MixtralForCausalLM",
+        "Qwen2MoeForCausalLM",
+        "Qwen3MoeForCausalLM",
+        "Gemma2ForCausalLM",
+        "Gemma3ForCausalLM",
+    }
+)
+"""Architectures whose output is compared with `transformers` in the tests."""
+
+_NO_POSITION_LIMIT = 2**31 - 1
+
+
+def inspect_model(
+    folder: str | Path,
+    *,
+    dtype: str,
+    load_format: str = "safetensors",
+    max_context: int | None = None,
+    name: str | None = None,
+) -> ModelSpec:
+    """Read what the head must know of a model.
+
+    `dtype` is "float32", "bfloat16", "float16" or "auto", which keeps the checkpoint's. With ``load_format="dummy"`` the
+    folder needs nothing but a ``config.json``. `max_context` lowers the longest sequence, in tokens; it never raises it.
+    The LM head's bytes count its weight also when it is tied to the embedding: that is what a worker needs that holds
+    the head but not the embedding. `sliding_window` is set only when every layer slides.
+
+    Raises:
+        ModelError: the folder is incomplete, or the model cannot be served.
+    """
+    folder = Path(folder).expanduser()
+    if load_format not in LOAD_FORMATS:
+        raise ModelError(f"load format {load_format!r} is unknown; known are {', '.join(LOAD_FORMATS)}")
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ModelError(f"dtype {dtype!r} cannot be served; choose auto, {', '.join(DTYPES)}")
+    config = load_config(folder)
+    architecture = _architecture(config)
+    weights = open_weights(folder, config, load_format=load_format)
+    if dtype == "auto":
+        dtype = _own_dtype(config, weights)
+    elements = {unit: _elements(weights, unit) for unit in ("embedding", "lm_head", *range(config.num_hidden_layers))}
+    size = DTYPES[dtype]
+    return ModelSpec(
+        name=name or folder.resolve().name,
+        folder=str(folder.resolve()),
+        architecture=architecture,
+        dtype=dtype,
+        load_format=load_format,
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=_num_kv_heads(config),
+        head_dim=_head_dim(config),
+        vocab_size=config.vocab_size,
+        max_context=_max_context(config, max_context),
+        tied_embeddings=bool(config.tie_word_embeddings),
+        layer_bytes=tuple(size * elements[layer] for layer in range(config.num_hidden_layers)),
+        embedding_bytes=size * elements["embedding"],
+        lm_head_bytes=size * elements["lm_head"],
+        layer_flops_per_token=tuple(_flops(config, weights, layer) for layer in range(config.num_hidden_layers)),
+        lm_head_flops_per_token=_flops(config, weights, "lm_head"),
+        eos_token_ids=_eos_token_ids(config, folder),
+        sliding_window=_sliding_window(config),
+    )
+
+
+def load_config(folder: Path) -> Any:
+    """The `transformers` config of a folder.
+
+    Raises:
+        ModelError: no folder, no readable ``config.json``, or a model type that `transformers` does not know.
+    """
+    if not folder.is_dir():
+        raise ModelError(f"the model folder {folder} does not exist")
+    raw = _read_json(folder / "config.json")
+    if raw is None:
+        raise ModelError(f"{folder} holds no config.json; a model folder in Hugging Face form is wanted")
+    _refuse_by_config(raw)
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever a malformed config makes transformers raise
+        kind = raw.get("model_type", "(none)")
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"transformers cannot read {folder / 'config.json'} (model type {kind}): {reason}") from error
+
+
+def open_weights(folder: Path, config: Any, *, load_format: str, seed: int = 0) -> Weights:
+    """The weights of a folder, or random ones for its config; nothing is read but headers.
+
+    Raises:
+        ModelError: weights missing, incomplete or damaged.
+    """
+    tied = bool(config.tie_word_embeddings)
+    if load_format == "safetensors":
+        return SafetensorsWeights(folder, num_layers=config.num_hidden_layers, tied_embeddings=tied)
+    import torch
+
+    from runtime.model.generic import build_skeleton, unit_shapes
+
+    shapes = unit_shapes(build_skeleton(config, torch.float32))
+    std = float(getattr(config, "initializer_range", None) or 0.02)
+    return DummyWeights(shapes, std=std, tied_embeddings=tied, seed=seed)
+
+
+def _refuse_by_config(raw: Mapping[str, Any]) -> None:
+    """Raises `ModelError` for what can be told from ``config.json`` alone to be out of reach."""
+    names = raw.get("architectures") or [raw.get("model_type", "this model")]
+    name = names[0]
+    if raw.get("is_encoder_decoder"):
+        raise ModelError(f"{name} cannot be served: it is an encoder-decoder model; only decoder-only models are")
+    if quantization := raw.get("quantization_config"):
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+        raise ModelError(
+            f"{name} cannot be served: its weights are quantised ({method}); use the float32, bfloat16 or float16 weights"
+        )
+    if "vision_config" in raw or "audio_config" in raw:
+        raise ModelError(f"{name} cannot be served: it is a multimodal model; only text models are")
+
+
+def _architecture(config: Any) -> str:
+    """The class that serves this config.
+
+    Raises:
+        ModelError: no causal language model, or one that is not served.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    claimed = (config.architectures or [known or config.model_type])[0]
+    if known is None or (claimed != known and claimed not in TESTED):
+        raise ModelError(f"{claimed} cannot be served: it is not a decoder-only language model of transformers")
+    _refuse_by_kind(config, claimed)
+    if claimed not in TESTED:
+        from runtime.model.proof import prove
+
+        prove(config)
+    return claimed
+
+
+def _refuse_by_kind(config: Any, name: str) -> None:
+    wanted = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+    if missing := [field for field in wanted if not isinstance(getattr(config, field, None), int)]:
+        raise ModelError(
+            f"{name} cannot be served: its config has no {missing[0]}, so it is no chain of attention layers"
+        )
+    if getattr(config, "use_bidirectional_attention", False):
+        raise ModelError(f"{name} cannot be served: it attends in both directions, so it does not generate")
+    refuse_unservable(config)
+
+
+def _own_dtype(config: Any, weights: Weights) -> str:
+    declared = str(getattr(config, "dtype", None) or "").removeprefix("torch.")
+    if declared in DTYPES:
+        return declared
+    found = weights.float_dtype() if isinstance(weights, SafetensorsWeights) else "float32"
+    return found if found in DTYPES else "float32"
+
+
+def _elements(weights: Weights, unit: Unit) -> int:
+    return sum(info.numel for info in weights.infos(unit).values())
+
+
+def _flops(config: Any, weights: Weights, unit: Unit) -> int:
+    """Two per weight of every matrix that a token meets; of experts, only the chosen ones. Attention is left out."""
+    num_experts = _first(config, "num_experts", "num_local_experts", "n_routed_experts") or 1
+    active = (_first(config, "num_experts_per_tok", "moe_topk") or 1) / num_experts
+    total = 0.0
+    for name, info in weights.infos(unit).items():
+        if len(info.shape) >= 2:
+            total += 2 * info.numel * (active if ".experts." in f".{name}" else 1.0)
+    return round(total)
+
+
+def _num_kv_heads(config: Any) -> int:
+    return _first(config, "num_key_value_heads") or config.num_attention_heads
+
+
+def _head_dim(config: Any) -> int:
+    return _first(config, "head_dim") or config.hidden_size // config.num_attention_heads
+
+
+def _max_context(config: Any, wanted: int | None) -> int:
+    limit = _first(config, "max_position_embeddings") or _NO_POSITION_LIMIT
+    for parameters in rope_parameters(config):
+        if parameters.get("rope_type") == "yarn":  # yarn's factor counts from the length before scaling
+            original = parameters.get("original_max_position_embeddings") or limit
+            limit = max(limit, math.floor(original * parameters.get("factor", 1.0)))
+    if wanted is None:
+        return limit
+    if not 1 <= wanted <= limit:
+        raise ModelError(f"a context of {wanted} tokens is out of range; this model takes 1 to {limit}")
+    return wanted
+
+
+def _sliding_window(config: Any) -> int | None:
+    window = _first(config, "sliding_window")
+    kinds = getattr(config, "layer_types", None)
+    if window is None or getattr(config, "use_sliding_window", True) is False:
+        return None
+    return window if kinds is None or set(kinds) == {"sliding_attention"} else None
+
+
+def _eos_token_ids(config: Any, folder: Path) -> tuple[int, ...]:
+    """Of both files, generation config first, each id once."""
+    generation = _read_json(folder / "generation_config.json") or {}
+    ids: list[int] = []
+    for given in (generation.get("eos_token_id"), config.eos_token_id):
+        ids += given if isinstance(given, list) else [] if given is None else [given]
+    return tuple(dict.fromkeys(ids))
+
+
+def _first(config: Any, *names: str) -> int | None:
+    return next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file, or None when there is no such file."""
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} holds no JSON object")
+    return content
