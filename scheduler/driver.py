@@ -23,7 +23,7 @@ from runtime.messages import (
     encode,
 )
 from runtime.rpc import Door
-from scheduler.request import AdmissionError, EngineStats, Health, Limits, Request, Sink
+from scheduler.request import AdmissionError, EngineStats, Health, Limits, Request, Sink, TokenOutput
 from scheduler.state import (
     Cancel,
     Drain,
@@ -75,9 +75,10 @@ class Driver:
         self._closed = True
         if self._ticker is not None:
             self._ticker.cancel()
+        farewell = TokenOutput([], finish_reason="error", error=reason)
         for sequence in list(self._sinks):
-            self._sinks.pop(sequence)
             self._state.step(Cancel(sequence, "abort"))
+            self._emit(Emit(sequence, farewell))
         if self._door is None:
             return
         payload = encode(Shutdown(reason))

@@ -1,0 +1,222 @@
+"""The batcher by itself: what goes into a step, who waits, who is preempted, what is refused."""
+
+import pytest
+
+from kvstore.block_pool import BlockPool
+from kvstore.directory import Directory
+from kvstore.ids import LayerRange
+from runtime.messages import Sampling, StepPlan, StepResult
+from scheduler.batching import Batcher, BatchingConfig, Output
+from scheduler.request import AdmissionError, Request
+
+GREEDY = Sampling(temperature=0.0)
+
+
+def make_batcher(num_blocks: int = 64, **options: object) -> Batcher:
+    config = BatchingConfig(**{"block_size": 4, "max_step_tokens": 16, **options})  # type: ignore[arg-type]
+    pool, directory = BlockPool(0, config.block_size), Directory()
+    batcher = Batcher(config, pool, directory)
+    directory.open_epoch(1, (("w0", LayerRange(0, 2)),))
+    batcher.open_epoch(1, num_blocks, max_context=1000)
+    return batcher
+
+
+def make_request(num_prompt: int, max_tokens: int = 4, first: int = 0, **options: object) -> Request:
+    prompt = list(range(first, first + num_prompt))
+    return Request(request_id="r", prompt=prompt, sampling=GREEDY, max_tokens=max_tokens, **options)  # type: ignore[arg-type]
+
+
+def step(batcher: Batcher) -> StepPlan:
+    plan = batcher.next_step(0.0)
+    assert plan is not None
+    return plan
+
+
+def answer(batcher: Batcher, plan: StepPlan, token: int = 7) -> list[Output]:
+    tokens = [token for row in plan.rows if row.sample]
+    outputs = batcher.complete(StepResult(plan.epoch, plan.ordinal, plan.microbatch, tokens, [], [], []))
+    batcher.check_integrity()
+    return outputs
+
+
+def test_a_prompt_is_read_in_chunks_that_follow_each_other_without_waiting() -> None:
+    batcher = make_batcher(num_microbatches=3)
+    batcher.submit(1, make_request(40), 0.0)
+    plans = [step(batcher) for _ in range(3)]
+    assert [(p.rows[0].start, len(p.rows[0].tokens)) for p in plans] == [(0, 16), (16, 16), (32, 8)]
+    assert [p.rows[0].sample for p in plans] == [False, False, True]
+    assert plans[0].rows[0].begin is not None
+    assert plans[1].rows[0].begin is None
+    assert batcher.next_step(0.0) is None
+    assert answer(batcher, plans[0]) == []
+    assert batcher.next_step(0.0) is None, "everything of this sequence is in flight"
+
+
+def test_decode_rows_go_first_and_share_the_step_with_a_chunk() -> None:
+    batcher = make_batcher(num_microbatches=1)
+    batcher.submit(1, make_request(4), 0.0)
+    answer(batcher, step(batcher))
+    batcher.submit(2, make_request(30, first=100), 0.0)
+    plan = step(batcher)
+    assert [(row.sequence, len(row.tokens)) for row in plan.rows] == [(1, 1), (2, 15)]
+    assert plan.rows[0].tokens == [7]
+    assert plan.rows[0].start == 4
+    assert plan.rows[0].new_blocks, "position 4 needs a second block of 4"
+
+
+def test_microbatches_share_the_decoding_sequences_evenly() -> None:
+    batcher = make_batcher(num_microbatches=2, max_step_tokens=64)
+    for sequence in range(1, 7):
+        batcher.submit(sequence, make_request(4, max_tokens=50, first=10 * sequence), 0.0)
+    answer(batcher, step(batcher))
+    first, second = step(batcher), step(batcher)
+    assert [len(first.rows), len(second.rows)] == [3, 3]
+    assert {row.sequence for plan in (first, second) for row in plan.rows} == set(range(1, 7))
+
+
+def test_a_step_in_flight_is_never_sent_twice_and_the_number_in_flight_is_bounded() -> None:
+    batcher = make_batcher(num_microbatches=2)
+    for sequence in (1, 2, 3):
+        batcher.submit(sequence, make_request(16, first=100 * sequence), 0.0)
+    plans = [step(batcher), step(batcher)]
+    assert [p.ordinal for p in plans] == [0, 1]
+    assert batcher.next_step(0.0) is None
+    answer(batcher, plans[1])
+    assert step(batcher).ordinal == 2
+
+
+def test_first_come_first_served_even_when_a_later_one_would_fit() -> None:
+    batcher = make_batcher(num_blocks=5, num_microbatches=1)
+    batcher.submit(1, make_request(12, max_tokens=2), 0.0)
+    plan = step(batcher)
+    batcher.submit(2, make_request(16, max_tokens=2, first=50), 0.0)
+    batcher.submit(3, make_request(4, max_tokens=2, first=90), 0.0)
+    answer(batcher, plan)
+    assert [row.sequence for row in step(batcher).rows] == [1]
+    assert batcher.num_waiting == 2
+
+
+def test_the_youngest_is_preempted_and_comes_back_with_all_its_tokens() -> None:
+    batcher = make_batcher(num_blocks=4, num_microbatches=1, prefix_cache=False, max_step_tokens=64)
+    batcher.submit(1, make_request(7, max_tokens=8), 0.0)
+    batcher.submit(2, make_request(7, max_tokens=8, first=50), 0.0)
+    outputs = []
+    tokens: dict[int, list[int]] = {1: [], 2: []}
+    for token in range(20, 60):
+        plan = batcher.next_step(0.0)
+        if plan is None:
+            break
+        outputs = answer(batcher, plan, token)
+        for sequence, output in outputs:
+            tokens[sequence] += output.tokens
+    assert batcher.counters.preemptions >= 1
+    assert batcher.num_unfinished == 0
+    assert len(tokens[1]) == len(tokens[2]) == 8
+    assert batcher.counters.finished == {"length": 2}
+
+
+def test_a_result_for_a_preempted_attempt_is_dropped() -> None:
+    batcher = make_batcher(num_microbatches=2)
+    batcher.submit(1, make_request(4), 0.0)
+    plan = step(batcher)
+    batcher.close_epoch()
+    batcher._directory.close_epoch(1)
+    batcher._directory.open_epoch(2, (("w0", LayerRange(0, 2)),))
+    batcher.open_epoch(2, 64, 1000)
+    again = step(batcher)
+    assert again.epoch == 2
+    assert again.rows[0].begin is not None
+    assert answer(batcher, plan) == []
+    assert batcher.counters.stale_results == 1
+    assert [o.tokens for _, o in answer(batcher, again)] == [[7]]
+
+
+def test_a_shared_prompt_is_computed_once_even_while_it_is_in_flight() -> None:
+    batcher = make_batcher(num_microbatches=4)
+    batcher.submit(1, make_request(13), 0.0)
+    step(batcher)
+    batcher.submit(2, make_request(13), 0.0)
+    row = step(batcher).rows[0]
+    assert row.start == 12, "three full blocks of the first request are reused"
+    assert row.begin is not None
+    assert len(row.begin.blocks) == 4
+    batcher.check_integrity()
+
+
+def test_at_least_one_token_is_always_computed() -> None:
+    batcher = make_batcher(num_microbatches=4)
+    batcher.submit(1, make_request(8), 0.0)
+    step(batcher)
+    batcher.submit(2, make_request(8), 0.0)
+    row = step(batcher).rows[0]
+    assert (row.start, len(row.tokens)) == (4, 4)
+
+
+def test_requests_that_ask_for_prompt_logprobs_or_no_cache_do_not_use_it() -> None:
+    batcher = make_batcher(num_microbatches=4)
+    batcher.submit(1, make_request(8), 0.0)
+    step(batcher)
+    batcher.submit(2, make_request(8, prompt_logprobs=0), 0.0)
+    batcher.submit(3, make_request(8, use_prefix_cache=False), 0.0)
+    plan = step(batcher)
+    assert [(r.start, r.prompt_logprobs, r.next_token) for r in plan.rows] == [(0, 0, -1), (0, -1, -1)]
+
+
+def test_abort_frees_blocks_at_once_and_the_workers_hear_of_it_with_the_next_step() -> None:
+    batcher = make_batcher(num_microbatches=2)
+    batcher.submit(1, make_request(8), 0.0)
+    plan = step(batcher)
+    batcher.abort(1, "abort")
+    batcher.check_integrity()
+    assert batcher._pool.num_used == 0
+    assert answer(batcher, plan) == []
+    batcher.submit(2, make_request(4), 0.0)
+    assert step(batcher).released == [1]
+    batcher.abort(1, "abort")
+    batcher.abort(12345, "abort")
+
+
+def test_stop_tokens_end_a_sequence_but_not_before_min_tokens() -> None:
+    batcher = make_batcher(num_microbatches=1)
+    request = Request("r", [1, 2], Sampling(temperature=0.0, min_tokens=1), 10, frozenset({7}))
+    batcher.submit(1, request, 0.0)
+    (_, first), *_ = answer(batcher, step(batcher), 7)
+    assert first.finish_reason is None
+    (_, second), *_ = answer(batcher, step(batcher), 7)
+    assert (second.finish_reason, second.stopped_by) == ("stop", 7)
+
+
+def test_reading_a_prompt_without_generating() -> None:
+    batcher = make_batcher(num_microbatches=1)
+    batcher.submit(1, make_request(8, max_tokens=0, prompt_logprobs=0), 0.0)
+    plan = step(batcher)
+    assert not plan.rows[0].sample
+    (sequence, output), *_ = answer(batcher, plan)
+    assert (sequence, output.tokens, output.finish_reason) == (1, [], "length")
+
+
+def test_what_can_never_fit_is_refused_with_the_numbers() -> None:
+    batcher = make_batcher(num_blocks=4)
+    with pytest.raises(AdmissionError, match=r"10 prompt tokens and max_tokens=7 need 17 .* at most 16") as caught:
+        batcher.submit(1, make_request(10, max_tokens=7), 0.0)
+    assert (caught.value.status, caught.value.param) == (400, "max_tokens")
+    assert batcher.num_unfinished == 0
+
+
+def test_a_full_queue_is_refused() -> None:
+    batcher = make_batcher(max_queue=2)
+    batcher.submit(1, make_request(4), 0.0)
+    batcher.submit(2, make_request(4), 0.0)
+    with pytest.raises(AdmissionError, match="queue is full") as caught:
+        batcher.submit(3, make_request(4), 0.0)
+    assert caught.value.status == 429
+
+
+def test_not_finite_logits_end_only_that_sequence() -> None:
+    batcher = make_batcher(num_microbatches=1, max_step_tokens=64)
+    batcher.submit(1, make_request(4), 0.0)
+    batcher.submit(2, make_request(4, first=50), 0.0)
+    plan = step(batcher)
+    outputs = batcher.complete(StepResult(1, plan.ordinal, 0, [-1, 9], [], [], [], failed=[1]))
+    assert [(s, o.finish_reason) for s, o in outputs] == [(1, "error"), (2, None)]
+    batcher.check_integrity()
