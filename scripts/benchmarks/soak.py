@@ -147,7 +147,7 @@ def _judge(entry: Memory, pid: int, duration_s: float, tally: Tally) -> dict | N
 
 async def _expect_idle(target: Target) -> None:
     """Nothing runs, nothing waits and no block is held, a while after the last client left."""
-    wanted = ("midflight_requests_running", "midflight_requests_waiting", "midflight_kv_blocks_used")
+    wanted = ("midflight_requests_running", "midflight_requests_waiting", 'midflight_kv_blocks{state="used"}')
     deadline_s = time.monotonic() + IDLE_TIMEOUT_S
     while True:
         metrics = await _metrics(target)
@@ -173,15 +173,11 @@ async def _expect_sound(target: Target) -> None:
 
 
 async def _metrics(target: Target) -> dict[str, float]:
-    """Sums over labels, by name."""
+    """Values by name and labels, as they are written."""
     async with target.session.get(f"{target.url}/metrics") as response:
         lines = (await response.text()).splitlines()
-    sums: dict[str, float] = {}
-    for line in lines:
-        if line and not line.startswith("#"):
-            name, value = line.split("{")[0].split(" ")[0], float(line.rsplit(" ", 1)[1])
-            sums[name] = sums.get(name, 0.0) + value
-    return sums
+    samples = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
+    return {name: float(value) for name, value in samples}
 
 
 def _problems_in_log(log_path: Path) -> list[str]:
