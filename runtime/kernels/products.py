@@ -1,0 +1,177 @@
+"""Matrix products with packed weights: one kernel for any number of rows, at memory speed for few of them.
+
+How it works: a weight ``[N, K]`` is packed once, at load, into panels of `PANEL` columns: ``[N / PANEL, K, PANEL]``,
+in bfloat16 two depths side by side, ``[N / PANEL, K / 2, PANEL, 2]``. A product walks the panels one after the other,
+so that a single row streams the weights through memory front to back; with more rows, tiles of up to `TILE_ROWS`
+of them share a panel while it is in the cache. What comes out of a panel goes through an epilogue (bias, residual,
+SiLU) while it is still in the first-level cache. The packed copy is the only copy.
+
+What is never true: a result never depends on how many rows share the product, since every output element is
+summed front to back by itself.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from runtime.kernels import storage
+from runtime.kernels.lanes import (
+    PANEL,
+    TILE_ROWS,
+    exp32,
+    kernel,
+    narrow,
+    tile_1,
+    tile_2,
+    tile_3,
+    tile_4,
+    tile_5,
+    tile_6,
+    widen,
+)
+
+ROW_BLOCK = 192
+"""Rows that pass through all panels together; bounds the scratch and keeps activations in the cache."""
+DEPTH_BLOCK = 512
+"""Depth that is summed up at once: bounds what a panel takes of the caches, and how rounding errors add up."""
+
+_ONE = np.float32(1.0)
+
+
+@dataclass(slots=True, frozen=True)
+class Packed:
+    """A packed weight: `data` is flat in its storage type; `num_columns` counts the true outputs, without padding."""
+
+    data: np.ndarray
+    num_columns: int
+    depth: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
+
+
+def pack(weight: torch.Tensor) -> Packed:
+    """Pack ``[N, K]`` (N outputs, as in `torch.nn.Linear`); N is padded with zeros to a whole panel.
+
+    Raises:
+        ValueError: when K is odd.
+    """
+    num_columns, depth = weight.shape
+    if depth % 2:
+        raise ValueError(f"a packed product needs an even number of inputs, got {depth}")
+    num_panels = -(-num_columns // PANEL)
+    packed = torch.zeros(num_panels * PANEL * depth, dtype=weight.dtype)
+    whole = num_columns // PANEL
+    _pack_panels(packed[: whole * PANEL * depth], weight[: whole * PANEL])
+    if whole < num_panels:
+        rest = weight.new_zeros(PANEL, depth)
+        rest[: num_columns - whole * PANEL] = weight[whole * PANEL :]
+        _pack_panels(packed[whole * PANEL * depth :], rest)
+    return Packed(storage(packed), num_columns, depth)
+
+
+def pack_gate_up(gate: torch.Tensor, up: torch.Tensor) -> Packed:
+    """Pack two weights ``[I, K]`` so that each panel holds half a panel of gate, then the same columns of up."""
+    half = PANEL // 2
+    num_columns, depth = gate.shape
+    num_panels = -(-num_columns // half)
+    merged = gate.new_zeros(num_panels, 2, half, depth)
+    for side, weight in enumerate((gate, up)):
+        padded = gate.new_zeros(num_panels * half, depth)
+        padded[:num_columns] = weight
+        merged[:, side] = padded.view(num_panels, half, depth)
+    packed = pack(merged.view(-1, depth))
+    return Packed(packed.data, num_columns, depth)
+
+
+def _pack_panels(packed: torch.Tensor, weight: torch.Tensor) -> None:
+    columns, depth = weight.shape
+    if weight.dtype is torch.bfloat16:
+        source = weight.reshape(columns // PANEL, PANEL, depth // 2, 2).transpose(1, 2)
+    else:
+        source = weight.reshape(columns // PANEL, PANEL, depth).transpose(1, 2)
+    packed.view(source.shape).copy_(source)
+
+
+@kernel
+def tile_rows(like, num_rows, x, x_stride, w, depth, out, out_stride, add):
+    """One tile of 1 to `TILE_ROWS` rows; addresses and byte strides as in `lanes`."""
+    if num_rows == 1:
+        tile_1(like, x, x_stride, w, depth, out, out_stride, add)
+    elif num_rows == 2:
+        tile_2(like, x, x_stride, w, depth, out, out_stride, add)
+    elif num_rows == 3:
+        tile_3(like, x, x_stride, w, depth, out, out_stride, add)
+    elif num_rows == 4:
+        tile_4(like, x, x_stride, w, depth, out, out_stride, add)
+    elif num_rows == 5:
+        tile_5(like, x, x_stride, w, depth, out, out_stride, add)
+    elif num_rows == 6:
+        tile_6(like, x, x_stride, w, depth, out, out_stride, add)
+
+
+@kernel
+def panel_product(x, w, panel, sums):
+    """sums[:len(x)] = x @ one panel; rows are spread evenly over the tiles."""
+    num_rows, depth = x.shape
+    size = x.itemsize
+    x_stride, out_stride = depth * size, PANEL * 4
+    x_address, out_address = x.ctypes.data, sums.ctypes.data
+    num_tiles = (num_rows + TILE_ROWS - 1) // TILE_ROWS
+    for k in range(0, depth, DEPTH_BLOCK):
+        w_address = w.ctypes.data + (panel * depth + k) * PANEL * size
+        block = min(DEPTH_BLOCK, depth - k)
+        first = 0
+        for i in range(num_tiles):
+            stop = (i + 1) * num_rows // num_tiles
+            x_tile, out_tile = x_address + first * x_stride + k * size, out_address + first * out_stride
+            tile_rows(x, stop - first, x_tile, x_stride, w_address, block, out_tile, out_stride, k > 0)
+            first = stop
+
+
+@kernel
+def linear(x, w, num_columns, bias, out, sums):
+    """out = x @ w + bias; `bias` is float32, empty for none; `out` may be of another storage type than x."""
+    for panel in range((num_columns + PANEL - 1) // PANEL):
+        panel_product(x, w, panel, sums)
+        first = panel * PANEL
+        width = min(PANEL, num_columns - first)
+        if len(bias):
+            for i in range(len(x)):
+                for j in range(width):
+                    sums[i, j] += bias[first + j]
+        for i in range(len(x)):
+            for j in range(width):
+                out[i, first + j] = narrow(out, sums[i, j])
+
+
+@kernel
+def linear_add(x, w, num_columns, bias, residual, out, sums):
+    """out = residual + (x @ w + bias); `bias` is float32, empty for none; `out` may be `residual`."""
+    for panel in range((num_columns + PANEL - 1) // PANEL):
+        panel_product(x, w, panel, sums)
+        first = panel * PANEL
+        width = min(PANEL, num_columns - first)
+        if len(bias):
+            for i in range(len(x)):
+                for j in range(width):
+                    sums[i, j] += bias[first + j]
+        for i in range(len(x)):
+            for j in range(width):
+                out[i, first + j] = narrow(out, sums[i, j] + widen(residual[i, first + j]))
+
+
+@kernel
+def linear_silu_mul(x, w, num_columns, out, sums):
+    """out = silu(x @ gate) * (x @ up), for weights of `pack_gate_up`; `num_columns` counts those of out."""
+    half = PANEL // 2
+    for panel in range((num_columns + half - 1) // half):
+        panel_product(x, w, panel, sums)
+        first = panel * half
+        width = min(half, num_columns - first)
+        for i in range(len(x)):
+            for j in range(width):
+                gate = sums[i, j]
+                out[i, first + j] = narrow(out, gate / (_ONE + exp32(-gate)) * sums[i, half + j])

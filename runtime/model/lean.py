@@ -1,0 +1,350 @@
+"""The lean decoder layer of the Llama family: Llama, Qwen2, Qwen3, Mistral and what shares their shape.
+
+How it works: q, k and v are one product, gate and up another. On the CPU the weights are packed for the kernels of
+`runtime.kernels` and a layer is one kernel call; the packed weights are the only copy. On other devices the same layer
+is a handful of plain torch operations. Rotary frequencies and their scaling come from `transformers`; their tables are
+computed once per step, in float32, and shared by all layers through the step's memo.
+
+What is never true: a lean layer is never an approximation. In float32 it differs from `transformers`' own layer only by
+the order in which sums are rounded, and a configuration that it does not know exactly is refused by `supports`.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from runtime import attention
+from runtime.attention import attend, attention_scratch, pool_storage, step_arrays
+from runtime.batch import LayerKV, StepBatch
+from runtime.kernels import STORAGE_DTYPES, storage
+from runtime.kernels.layer import decoder_layer, rms_norm
+from runtime.kernels.products import PANEL, ROW_BLOCK, linear, pack, pack_gate_up
+
+MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn", "dynamic"})
+"""`dynamic` equals `default` up to the trained context, beyond which nothing is served."""
+
+_NOTHING = np.empty(0, np.float32)
+
+
+def supports(config: PretrainedConfig) -> bool:
+    """Whether every layer of this model can be a `LeanLayer`."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    layer_types = getattr(config, "layer_types", None) or []
+    sizes = (
+        (config.hidden_size, config.intermediate_size, _head_dim(config)) if config.model_type in MODEL_TYPES else ()
+    )
+    return (
+        config.model_type in MODEL_TYPES
+        and config.hidden_act in ("silu", "swish")
+        and not getattr(config, "mlp_bias", False)
+        and rope.get("rope_type", "default") in ROPE_TYPES
+        and rope.get("partial_rotary_factor", 1.0) in (None, 1.0)
+        and getattr(config, "quantization_config", None) is None
+        and all(kind in ("full_attention", "sliding_attention") for kind in layer_types)
+        and all(size % 2 == 0 for size in sizes)
+    )
+
+
+class LeanLayer:
+    """One decoder layer: ``layer(hidden [T, hidden_size], batch, kv) -> [T, hidden_size]`` in the serving dtype.
+
+    Args:
+        config: a configuration that `supports` accepts.
+        state: the layer's tensors under `transformers`' names (``self_attn.q_proj.weight``, ...), on any device.
+        device: where the layer runs.
+        dtype: the serving dtype; the tensors are cast to it.
+
+    Raises:
+        ValueError: when the configuration is not supported.
+        KeyError: when a tensor is missing.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        layer_index: int,
+        state: Mapping[str, torch.Tensor],
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> None:
+        if not supports(config):
+            raise ValueError(
+                f"the lean layer does not cover this {config.model_type} model; use --implementation transformers"
+            )
+        self.layer_index = layer_index
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.hidden_size = config.hidden_size
+        self.intermediate_size = config.intermediate_size
+        self.num_heads = config.num_attention_heads
+        self.num_kv_heads = config.num_key_value_heads
+        self.head_dim = _head_dim(config)
+        self.scale = self.head_dim**-0.5
+        self.sliding_window = _sliding_window(config, layer_index)
+        self.eps = config.rms_norm_eps
+        self.rotary = Rotary(config, self.device)
+
+        def get(name: str) -> torch.Tensor:
+            return state[name].detach().to(self.device, dtype)
+
+        def fused(names: tuple[str, ...], kind: str) -> torch.Tensor | None:
+            parts = [get(f"{name}.{kind}") for name in names if f"{name}.{kind}" in state]
+            assert len(parts) in (0, len(names)), f"layer {layer_index} has {kind} on some of {names}, not on all"
+            return torch.cat(parts) if parts else None
+
+        qkv = tuple(f"self_attn.{x}_proj" for x in "qkv")
+        self._norms = {
+            name: get(f"{path}.weight") if f"{path}.weight" in state else None for name, path in _NORM_PATHS.items()
+        }
+        self._qkv_bias, self._o_bias = fused(qkv, "bias"), fused(("self_attn.o_proj",), "bias")
+        weights = {
+            "qkv": torch.cat([get(f"{name}.weight") for name in qkv]),
+            "o": get("self_attn.o_proj.weight"),
+            "down": get("mlp.down_proj.weight"),
+        }
+        self._on_cpu = self.device.type == "cpu"
+        if self._on_cpu:
+            self._packed = {name: pack(weight) for name, weight in weights.items()}
+            self._packed["gate_up"] = pack_gate_up(get("mlp.gate_proj.weight"), get("mlp.up_proj.weight"))
+            self._kernel_weights = self._make_kernel_weights()
+        else:
+            self._weights = weights | {"gate_up": torch.cat([get("mlp.gate_proj.weight"), get("mlp.up_proj.weight")])}
+
+    @property
+    def nbytes(self) -> int:
+        """What the layer holds in memory, padding included."""
+        weights = self._packed if self._on_cpu else self._weights
+        small = [*self._norms.values(), self._qkv_bias, self._o_bias]
+        return sum(w.nbytes for w in weights.values()) + sum(t.nbytes for t in small if t is not None)
+
+    def __call__(self, hidden: torch.Tensor, batch: StepBatch, kv: LayerKV) -> torch.Tensor:
+        if self._on_cpu:
+            return self._run_kernel(hidden, batch, kv)
+        return self._run_torch(hidden, batch, kv)
+
+    def _make_kernel_weights(self) -> tuple:
+        def floats(tensor: torch.Tensor | None) -> np.ndarray:
+            return _NOTHING if tensor is None else tensor.float().numpy()
+
+        return (
+            floats(self._norms["input"]),
+            self._packed["qkv"].data,
+            floats(self._qkv_bias),
+            floats(self._norms["q"]),
+            floats(self._norms["k"]),
+            self._packed["o"].data,
+            floats(self._o_bias),
+            floats(self._norms["post_attention"]),
+            self._packed["gate_up"].data,
+            self._packed["down"].data,
+            np.float32(self.eps),
+        )
+
+    def _run_kernel(self, hidden: torch.Tensor, batch: StepBatch, kv: LayerKV) -> torch.Tensor:
+        out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        block_tables, query_starts, context_lens = step_arrays(batch)
+        ok = decoder_layer(
+            storage(hidden.contiguous()),
+            storage(out),
+            *self._kernel_weights,
+            *self.rotary.arrays(batch),
+            pool_storage(batch, kv),
+            kv.page_of_block,
+            block_tables,
+            query_starts,
+            context_lens,
+            np.float32(self.scale),
+            self.sliding_window or 0,
+            *self._scratch(batch),
+        )
+        assert ok, f"layer {kv.layer} has no page for a block of this step"
+        return out
+
+    def _scratch(self, batch: StepBatch) -> tuple:
+        key = ("lean.scratch", self.hidden_size, self.intermediate_size, self.num_heads, self.num_kv_heads, self.dtype)
+        scratch = batch.memo.get(key)
+        if scratch is None:
+            tokens = batch.num_tokens
+            rows = min(tokens, ROW_BLOCK)
+
+            def make(*shape: int) -> np.ndarray:
+                return storage(torch.empty(shape, dtype=self.dtype))
+
+            scratch = batch.memo[key] = (
+                make(rows, self.hidden_size),
+                np.empty((rows, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim), np.float32),
+                make(tokens, self.num_heads, self.head_dim),
+                make(tokens, self.num_heads, self.head_dim),
+                make(rows, self.intermediate_size),
+                np.empty((rows, PANEL), np.float32),
+                *attention_scratch(batch, self.num_heads, self.num_kv_heads, self.head_dim, self.dtype),
+            )
+        return scratch
+
+    def _run_torch(self, hidden: torch.Tensor, batch: StepBatch, kv: LayerKV) -> torch.Tensor:
+        num_tokens, head_dim = len(hidden), self.head_dim
+        x = _rms_norm(hidden, self._norms["input"], self.eps)
+        qkv = F.linear(x, self._weights["qkv"], self._qkv_bias).view(num_tokens, -1, head_dim)
+        q, k, v = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        if self._norms["q"] is not None:
+            q, k = _rms_norm(q, self._norms["q"], self.eps), _rms_norm(k, self._norms["k"], self.eps)
+        cos, sin = self.rotary.tables(batch)
+        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        attended = attend(q, k, v, batch, kv, scale=self.scale, sliding_window=self.sliding_window)
+        hidden = hidden + F.linear(attended.reshape(num_tokens, -1), self._weights["o"], self._o_bias)
+        x = _rms_norm(hidden, self._norms["post_attention"], self.eps)
+        gate, up = F.linear(x, self._weights["gate_up"]).chunk(2, dim=-1)
+        return hidden + F.linear(F.silu(gate) * up, self._weights["down"])
+
+
+class LeanEmbedding:
+    """Token ids, int64 ``[T]``, to hidden states ``[T, hidden_size]`` in the serving dtype."""
+
+    def __init__(self, weight: torch.Tensor, device: torch.device | str, dtype: torch.dtype) -> None:
+        self.weight = weight.detach().to(device, dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes
+
+    def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
+        return F.embedding(token_ids, self.weight)
+
+
+class LeanHead:
+    """The final norm and the LM head: hidden states ``[N, hidden_size]`` to float32 logits ``[N, vocab_size]``.
+
+    Pass only the rows whose logits are wanted. On the CPU the weight is packed: with tied embeddings, a worker that
+    holds both ends of the model holds the matrix in both forms.
+    """
+
+    def __init__(
+        self,
+        norm_weight: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> None:
+        self.device, self.dtype, self.eps = torch.device(device), dtype, eps
+        self.vocab_size, self.hidden_size = weight.shape
+        self._norm = norm_weight.detach().to(device, dtype)
+        weight = weight.detach().to(device, dtype)
+        self._on_cpu = self.device.type == "cpu"
+        if self._on_cpu:
+            self._packed = pack(weight)
+            self._norm_floats = self._norm.float().numpy()
+        else:
+            self._weight = weight
+
+    @property
+    def nbytes(self) -> int:
+        return self._norm.nbytes + (self._packed.nbytes if self._on_cpu else self._weight.nbytes)
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        if not self._on_cpu:
+            return F.linear(_rms_norm(hidden, self._norm, self.eps), self._weight).float()
+        normed = storage(torch.empty_like(hidden, memory_format=torch.contiguous_format))
+        rms_norm(storage(hidden.contiguous()), self._norm_floats, np.float32(self.eps), normed)
+        logits = torch.empty(len(hidden), self.vocab_size)
+        sums = np.empty((min(len(hidden), ROW_BLOCK), PANEL), np.float32)
+        for first in range(0, len(hidden), ROW_BLOCK):
+            rows = slice(first, first + ROW_BLOCK)
+            linear(normed[rows], self._packed.data, self.vocab_size, _NOTHING, logits[rows].numpy(), sums)
+        return logits
+
+
+class Rotary:
+    """cos and sin of a step's positions, float32 ``[T, head_dim / 2]``, from `transformers`' own frequencies."""
+
+    def __init__(self, config: PretrainedConfig, device: torch.device) -> None:
+        kind = config.rope_parameters["rope_type"]
+        make = LlamaRotaryEmbedding.compute_default_rope_parameters if kind == "default" else ROPE_INIT_FUNCTIONS[kind]
+        inv_freq, self._attention_scaling = make(config)
+        self._inv_freq = inv_freq.float().to(device)
+        self._key = ("lean.rotary", inv_freq.float().numpy().tobytes(), self._attention_scaling)
+
+    def tables(self, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        tables = batch.memo.get(self._key)
+        if tables is None:
+            angles = batch.positions[:, None].float() * self._inv_freq
+            tables = angles.cos() * self._attention_scaling, angles.sin() * self._attention_scaling
+            batch.memo[self._key] = tables
+        return tables
+
+    def arrays(self, batch: StepBatch) -> tuple[np.ndarray, np.ndarray]:
+        """`tables` as numpy arrays (CPU only)."""
+        key = ("lean.rotary.arrays", self._key)
+        arrays = batch.memo.get(key)
+        if arrays is None:
+            cos, sin = self.tables(batch)
+            arrays = batch.memo[key] = cos.numpy(), sin.numpy()
+        return arrays
+
+
+def warm_up(device: torch.device | str, dtype: torch.dtype) -> None:
+    """Compile every CPU kernel for this dtype, or load it from the disk cache; call it while loading.
+
+    Seconds the first time on a machine, a fraction of one after that. The layers themselves may be loaded meanwhile.
+    """
+    attention.warm_up(device, dtype)
+    if torch.device(device).type != "cpu" or dtype not in STORAGE_DTYPES:
+        return
+    config = PretrainedConfig(
+        hidden_size=8,
+        intermediate_size=8,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+        hidden_act="silu",
+        rms_norm_eps=1e-5,
+    )
+    config.model_type, config.rope_parameters = "llama", {"rope_type": "default", "rope_theta": 1e4}
+    shapes = {"q": (8, 8), "k": (4, 8), "v": (4, 8), "o": (8, 8)}
+    state = {f"self_attn.{x}_proj.weight": torch.zeros(shape) for x, shape in shapes.items()}
+    state |= {f"mlp.{x}_proj.weight": torch.zeros(8, 8) for x in ("gate", "up", "down")}
+    state |= {f"{_NORM_PATHS[x]}.weight": torch.ones(8) for x in ("input", "post_attention")}
+    layer = LeanLayer(config, 0, state, device, dtype)
+    batch, kv = attention.tiny_step(device, dtype, num_kv_heads=1, head_dim=4)
+    layer(torch.zeros(batch.num_tokens, 8, dtype=dtype), batch, kv)
+    LeanHead(torch.ones(8), torch.zeros(8, 8), 1e-5, device, dtype)(torch.zeros(2, 8, dtype=dtype))
+
+
+_NORM_PATHS = {
+    "input": "input_layernorm",
+    "post_attention": "post_attention_layernorm",
+    "q": "self_attn.q_norm",
+    "k": "self_attn.k_norm",
+}
+
+
+def _head_dim(config: PretrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _sliding_window(config: PretrainedConfig, layer_index: int) -> int | None:
+    """The window of this layer, as `transformers`' own layers choose it."""
+    if config.model_type == "mistral":
+        return config.sliding_window
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types and layer_types[layer_index] == "sliding_attention":
+        return config.sliding_window
+    return None
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x ``[T, heads, head_dim]`` rotated by the tables, in float32."""
+    low, high = x.float().chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)

@@ -1,0 +1,125 @@
+"""The lean layer against `transformers`' own, on tiny random models: chunked prefill, then decode, equals one pass."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from runtime.batch import LayerKV, StepBatch
+from runtime.model.lean import LeanEmbedding, LeanHead, LeanLayer, supports, warm_up
+
+SHAPE = dict(
+    hidden_size=72,
+    intermediate_size=104,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=16,
+    vocab_size=133,
+    max_position_embeddings=256,
+    rms_norm_eps=1e-5,
+)
+ROPES = {
+    "default": {"rope_type": "default", "rope_theta": 10000.0},
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+    "yarn": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64},
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}
+CONFIGS = {
+    **{f"llama-{name}": LlamaConfig(**SHAPE, rope_parameters=dict(rope)) for name, rope in ROPES.items()},
+    "llama-biased": LlamaConfig(**SHAPE, attention_bias=True),
+    "llama-head64": LlamaConfig(**(SHAPE | {"head_dim": 64})),
+    "qwen2": Qwen2Config(**{k: v for k, v in SHAPE.items() if k != "head_dim"}),
+    "qwen2-window": Qwen2Config(
+        **{k: v for k, v in SHAPE.items() if k != "head_dim"},
+        use_sliding_window=True,
+        sliding_window=9,
+        max_window_layers=1,
+    ),
+    "qwen3": Qwen3Config(**SHAPE),
+    "mistral": MistralConfig(**SHAPE, sliding_window=None),
+    "mistral-window": MistralConfig(**SHAPE, sliding_window=11),
+}
+BLOCK_SIZE = 8
+
+
+@pytest.fixture(params=CONFIGS)
+def model(request):
+    torch.manual_seed(len(request.param))
+    model = AutoModelForCausalLM.from_config(CONFIGS[request.param], attn_implementation="eager").float().eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "bias" in name:
+            torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.3)
+        else:
+            torch.nn.init.normal_(parameter, std=0.15)
+    return model
+
+
+class Lean:
+    """All of a model in lean parts, over one page pool, fed with (sequence, tokens) rows."""
+
+    def __init__(self, model, dtype=torch.float32):
+        config = model.config
+        self.dtype = dtype
+        self.layers = [
+            LeanLayer(config, i, layer.state_dict(), "cpu", dtype) for i, layer in enumerate(model.model.layers)
+        ]
+        self.embedding = LeanEmbedding(model.model.embed_tokens.weight, "cpu", dtype)
+        self.head = LeanHead(model.model.norm.weight, model.lm_head.weight, config.rms_norm_eps, "cpu", dtype)
+        num_blocks, layer = 64, self.layers[0]
+        pages = np.random.default_rng(0).permutation(num_blocks * len(self.layers)).astype(np.int32)
+        pool = torch.full((len(pages), 2, BLOCK_SIZE, layer.num_kv_heads, layer.head_dim), torch.nan, dtype=dtype)
+        self.kvs = [
+            LayerKV(layer=i, data=pool, page_of_block=pages[i * num_blocks : (i + 1) * num_blocks])
+            for i in range(len(self.layers))
+        ]
+        self.lengths = {}
+
+    def step(self, rows):
+        """Hidden states after the last layer, one tensor per row."""
+        counts = [len(tokens) for _, tokens in rows]
+        starts = [self.lengths.get(sequence, 0) for sequence, _ in rows]
+        tables = [[(sequence * 31 + j) % 64 for j in range(31)] for sequence, _ in rows]
+        batch = StepBatch(
+            positions=torch.cat([torch.arange(s, s + n) for s, n in zip(starts, counts, strict=True)]),
+            query_starts=np.cumsum([0, *counts]).astype(np.int32),
+            context_lens=np.array([s + n for s, n in zip(starts, counts, strict=True)], np.int32),
+            block_tables=np.array(tables, np.int32),
+        )
+        hidden = self.embedding(torch.cat([tokens for _, tokens in rows]))
+        for layer, kv in zip(self.layers, self.kvs, strict=True):
+            hidden = layer(hidden, batch, kv)
+            assert hidden.dtype == self.dtype
+        for (sequence, _), context in zip(rows, batch.context_lens, strict=True):
+            self.lengths[sequence] = int(context)
+        return hidden.split(counts)
+
+
+def reference_logits(model, tokens):
+    with torch.inference_mode():
+        return model(tokens[None]).logits[0]
+
+
+def test_chunked_prefill_then_decode_equals_one_pass(model):
+    assert supports(model.config)
+    lean = Lean(model)
+    first, second = torch.randint(0, 133, (83,)), torch.randint(0, 133, (31,))
+    hidden = {1: [], 2: []}
+    schedule = [[(1, first[:40])], [(1, first[40:61]), (2, second[:29])], [(2, second[29:30]), (1, first[61:80])]]
+    schedule += [[(1, first[80:81]), (2, second[30:31])], [(1, first[81:82])], [(1, first[82:83])]]
+    for rows in schedule:
+        for (sequence, _), part in zip(rows, lean.step(rows), strict=True):
+            hidden[sequence].append(part)
+    for sequence, tokens in ((1, first), (2, second)):
+        logits = lean.head(torch.cat(hidden[sequence]))
+        assert logits.dtype == torch.float32
+        torch.testing.assert_close(logits, reference_logits(model, tokens), rtol=1e-5, atol=1e-5)
