@@ -36,7 +36,7 @@ class DeviceInfo:
             "memory_total": total,
             "memory_available": available,
             "num_threads": self.num_threads,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
         }
 
     def _name(self) -> str:

@@ -1,0 +1,300 @@
+"""The composition root: a head with its API, scheduler and local workers, from start to shutdown.
+
+Starting: local workers are launched first (they take longest), then the tokenizer is read and HTTP opens, which tells
+the progress under ``/health`` from then on. Ending: SIGTERM lets running requests finish up to the drain deadline, a second
+signal or Ctrl-C does not wait; either way every process that was started here is gone when `run_head` returns.
+"""
+
+import asyncio
+import hashlib
+import logging
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvloop
+from aiohttp import web
+
+from api.app import build_app, make_runner
+from api.config import ServeConfig
+from api.context import ApiSettings
+from api.pull import PullError, resolve_model
+from api.text import Text, load_text
+from runtime.launcher import LocalWorker
+from runtime.model.config import inspect_model
+from runtime.model.spec import ModelSpec
+from runtime.rpc import Door, DoorError
+from scheduler.batching import BatchingConfig
+from scheduler.driver import Driver
+from scheduler.state import ClusterConfig, SchedulerState
+
+log = logging.getLogger("midflight.head")
+
+_WORKER_GRACE_S = 3.0
+_DRAIN_POLL_S = 0.05
+
+
+class StartError(Exception):
+    """The server cannot start; the message is for the operator."""
+
+
+def run_head(config: ServeConfig) -> int:
+    """Serve until a signal ends it. The exit code: 0 after a signal, 1 when it failed."""
+    logging.basicConfig(
+        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
+    )
+    try:
+        return uvloop.run(_Head(config).run())
+    except (StartError, DoorError, PullError, ValueError, OSError) as error:
+        print(f"midflight: error: {error}", file=sys.stderr)
+        return 1
+
+
+@dataclass(slots=True)
+class _Signals:
+    """SIGTERM asks to drain, SIGINT or a second signal to stop now."""
+
+    draining: asyncio.Event
+    stopping: asyncio.Event
+
+    def install(self, loop: asyncio.AbstractEventLoop) -> None:
+        loop.add_signal_handler(signal.SIGTERM, self._terminate)
+        loop.add_signal_handler(signal.SIGINT, self._interrupt)
+
+    def _terminate(self) -> None:
+        if self.draining.is_set():
+            self.stopping.set()
+        self.draining.set()
+
+    def _interrupt(self) -> None:
+        self.draining.set()
+        self.stopping.set()
+
+
+class _Head:
+    def __init__(self, config: ServeConfig) -> None:
+        self._config = config
+        self._locals: list[LocalWorker] = []
+        self._failed = asyncio.Event()
+        self._failure = ""
+
+    async def run(self) -> int:
+        loop = asyncio.get_running_loop()
+        signals = _Signals(asyncio.Event(), asyncio.Event())
+        signals.install(loop)
+        config = self._config
+        spec = await loop.run_in_executor(None, _inspect, config)
+        driver = Driver(_make_state(config, spec), loop)
+        door = await loop.run_in_executor(None, _open_door, config, driver)
+        runner: web.AppRunner | None = None
+        try:
+            driver.start(door)
+            self._launch(door.address, loop)
+            text = await loop.run_in_executor(None, _load_text, spec)
+            runner = make_runner(build_app(driver, text, _settings(config, spec)))
+            await _listen(runner, config)
+            if config.num_local_workers < config.num_stages:
+                _say(_join_line(config, door.address))
+            reporter = loop.create_task(self._report(driver, config, spec))
+            await self._until_told(signals, driver)
+            reporter.cancel()
+        finally:
+            await self._end(driver, runner, signals)
+        if self._failed.is_set():
+            _say(f"error: {self._failure}")
+            return 1
+        return 0
+
+    # -- starting -------------------------------------------------------------------------------------------
+
+    def _launch(self, address: str, loop: asyncio.AbstractEventLoop) -> None:
+        config = self._config
+        count = config.num_local_workers
+        threads = config.num_threads or max(1, (os.cpu_count() or 1) // max(1, count))
+        for index in range(count):
+            worker = LocalWorker(
+                f"w{index}",
+                address,
+                _worker_args(config, index),
+                num_threads=threads,
+                environment={"MIDFLIGHT_HOME": str(config.home)},
+                on_line=lambda name, line: print(f"[{name}] {line}", file=sys.stderr, flush=True),
+                on_exit=lambda name, code: loop.call_soon_threadsafe(self._local_ended, name, code),
+            )
+            worker.start()
+            self._locals.append(worker)
+
+    def _local_ended(self, name: str, code: int) -> None:
+        if code != 0:
+            self._fail(f"local worker {name} ended with code {code} and will not be started again")
+
+    def _fail(self, reason: str) -> None:
+        self._failure = self._failure or reason
+        self._failed.set()
+
+    async def _report(self, driver: Driver, config: ServeConfig, spec: ModelSpec) -> None:
+        """Tell the terminal what is going on, until it is up, and again whenever the status changes."""
+        shown = ""
+        announced = False
+        while True:
+            health = driver.health()
+            if health.status == "failed":
+                self._fail(health.detail)
+                return
+            line = f"{health.status.replace('_', ' ')}: {health.workers_joined}/{health.workers_wanted} workers"
+            if health.status in ("loading", "recovering"):
+                line += f", {health.units_loaded}/{health.units_total} units loaded"
+            if health.status == "serving" and not announced:
+                announced = True
+                _say(_ready_lines(config, spec))
+            elif line != shown and health.status != "draining" and not (announced and health.status == "serving"):
+                _say(line)
+            shown = line
+            await asyncio.sleep(0.25)
+
+    # -- ending ---------------------------------------------------------------------------------------------
+
+    async def _until_told(self, signals: _Signals, driver: Driver) -> None:
+        """Return when it is time to end: at once after a failure or an interrupt, drained after SIGTERM."""
+        await _first_of(signals.draining, self._failed)
+        driver.begin_drain()
+        deadline_s = asyncio.get_running_loop().time() + self._config.drain_timeout_s
+        if driver.num_unfinished() and not signals.stopping.is_set() and not self._failed.is_set():
+            _say(f"draining {driver.num_unfinished()} requests, {self._config.drain_timeout_s:g} s at most")
+        while driver.num_unfinished() and not signals.stopping.is_set() and not self._failed.is_set():
+            if asyncio.get_running_loop().time() > deadline_s:
+                _say(f"the drain deadline has passed; {driver.num_unfinished()} requests are cut off")
+                break
+            await asyncio.sleep(_DRAIN_POLL_S)
+
+    async def _end(self, driver: Driver, runner: web.AppRunner | None, signals: _Signals) -> None:
+        _say("stopping")
+        await driver.close("the server is shutting down")
+        for worker in self._locals:
+            worker.terminate(_WORKER_GRACE_S)
+        if runner is not None:
+            await runner.cleanup()
+        await asyncio.gather(*(worker.wait() for worker in self._locals))
+
+
+def _inspect(config: ServeConfig) -> ModelSpec:
+    folder = resolve_model(config.model, config.home, _say)
+    return inspect_model(
+        folder,
+        dtype=config.dtype,
+        load_format=config.load_format,
+        max_context=config.max_context or None,
+        name=config.served_model_name or Path(folder).resolve().name,
+    )
+
+
+def _make_state(config: ServeConfig, spec: ModelSpec) -> SchedulerState:
+    if config.layers and sum(config.layers) != spec.num_layers:
+        raise StartError(
+            f"--layers {','.join(map(str, config.layers))} adds up to {sum(config.layers)} layers, "
+            f"{spec.name} has {spec.num_layers}"
+        )
+    if not config.layers and config.num_stages > spec.num_layers:
+        raise StartError(f"--stages {config.num_stages}: {spec.name} has only {spec.num_layers} layers")
+    what = f"{spec.folder}\0{spec.dtype}\0{spec.architecture}\0{config.implementation}"
+    batching = BatchingConfig(
+        num_microbatches=config.num_microbatches or config.num_stages,
+        max_step_tokens=config.step_tokens,
+        max_running=config.max_running,
+        max_queue=config.max_queue,
+        block_size=config.block_size,
+        prefix_cache=config.prefix_cache,
+        cache_root=hashlib.blake2b(what.encode(), digest_size=16).digest(),
+    )
+    cluster = ClusterConfig(
+        spec=spec,
+        num_stages=config.num_stages,
+        layers=config.layers or None,
+        kv_bytes=config.kv_memory,
+        implementation=config.implementation,
+    )
+    return SchedulerState(cluster, batching)
+
+
+def _open_door(config: ServeConfig, driver: Driver) -> Door:
+    return Door(
+        "head",
+        f"{config.rpc_host}:{config.rpc_port}",
+        is_head=True,
+        handler=driver.receive,
+        on_lost=driver.peer_lost,
+        allow_public=config.allow_public_rpc,
+    )
+
+
+def _worker_args(config: ServeConfig, index: int) -> list[str]:
+    device = config.device
+    if device in ("auto", "cuda"):
+        count = _num_cuda_devices()
+        if count:
+            device = f"cuda:{index % count}"
+    args = ["--name", f"w{index}", "--device", device, "--log-level", config.log_level]
+    if config.log_level == "info":
+        args[-1] = "warning"
+    return [*args, "--allow-public-rpc"] if config.allow_public_rpc else args
+
+
+def _num_cuda_devices() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _load_text(spec: ModelSpec) -> Text:
+    return load_text(Path(spec.folder))
+
+
+def _settings(config: ServeConfig, spec: ModelSpec) -> ApiSettings:
+    return ApiSettings(
+        model_names=(spec.name,),
+        eos_token_ids=spec.eos_token_ids,
+        api_key=config.api_key,
+        admin_key=config.admin_key,
+        max_body_bytes=config.max_body_bytes,
+    )
+
+
+async def _listen(runner: web.AppRunner, config: ServeConfig) -> None:
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, config.host, config.port, backlog=1024).start()
+    except OSError as error:
+        raise StartError(
+            f"cannot listen on {config.host}:{config.port}: {error.strerror}; choose another --port"
+        ) from error
+
+
+async def _first_of(*events: asyncio.Event) -> None:
+    tasks = [asyncio.ensure_future(event.wait()) for event in events]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
+
+
+def _join_line(config: ServeConfig, address: str) -> str:
+    missing = config.num_stages - config.num_local_workers
+    return (
+        f"waiting for {missing} more worker{'s' if missing > 1 else ''}; on each host run\n"
+        f"  torchrun --standalone --nproc-per-node 1 -m runtime --head {address}"
+    )
+
+
+def _ready_lines(config: ServeConfig, spec: ModelSpec) -> str:
+    url = f"http://{config.host}:{config.port}"
+    key = "-H 'Authorization: Bearer YOUR_KEY' " if config.api_key else ""
+    return (
+        f"serving {spec.name} at {url}\n"
+        f"  curl -N {url}/v1/chat/completions {key}-H 'Content-Type: application/json' "
+        """-d '{"messages": [{"role": "user", "content": "Why is the sky blue?"}], "stream": true}'"""
+    )
+
+
+def _say(text: str) -> None:
+    print(f"midflight: {text}", file=sys.stderr, flush=True)
