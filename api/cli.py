@@ -1,0 +1,310 @@
+"""The command line: `midflight serve | layout | workers | pull | chat`.
+
+Only parsing happens here, and nothing heavy is imported before a command is known, so that `--help` is instant. This is
+the entry point: the one place that reads the environment (`MIDFLIGHT_HOME`, `MIDFLIGHT_API_KEY`, `MIDFLIGHT_ADMIN_KEY`,
+`MIDFLIGHT_URL`). A mistake on the command line is one line and exit code 2; a failure later is exit code 1.
+"""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from api.config import DTYPES, IMPLEMENTATIONS, LOAD_FORMATS, LOG_LEVELS, ServeConfig
+
+_SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[kmgt]?)(?:i?b)?", re.IGNORECASE)
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return the exit code."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return 0
+    try:
+        return _COMMANDS[options.command](options, os.environ)
+    except KeyboardInterrupt:
+        return 130
+
+
+def parse_serve(arguments: Sequence[str], environment: Mapping[str, str]) -> ServeConfig:
+    """The configuration for ``serve ARGUMENTS``. Raises `SystemExit` (2) for a mistake in them."""
+    return _serve_config(build_parser().parse_args(["serve", *arguments]), environment)
+
+
+# -- commands ------------------------------------------------------------------------------------------------
+
+
+def _serve(options: argparse.Namespace, environment: Mapping[str, str]) -> int:
+    config = _serve_config(options, environment)
+    from api.head import run_head
+
+    return run_head(config) or 0
+
+
+def _pull(options: argparse.Namespace, environment: Mapping[str, str]) -> int:
+    from api.pull import DEFAULT_MODEL, KNOWN_MODELS, PullError, pull
+
+    name = options.name or DEFAULT_MODEL
+    if name not in KNOWN_MODELS:
+        _fail(f"unknown model {name!r}; known by name: {', '.join(sorted(KNOWN_MODELS))}", code=2)
+    try:
+        folder = pull(name, _home(environment), lambda line: print(line, file=sys.stderr, flush=True))
+    except PullError as error:
+        _fail(str(error))
+    print(folder)
+    return 0
+
+
+def _layout(options: argparse.Namespace, environment: Mapping[str, str]) -> int:
+    from api.client import show_layout
+
+    return show_layout(_url(options, environment), environment.get("MIDFLIGHT_ADMIN_KEY", ""), options.json)
+
+
+def _workers(options: argparse.Namespace, environment: Mapping[str, str]) -> int:
+    from api.client import show_workers
+
+    return show_workers(_url(options, environment), environment.get("MIDFLIGHT_ADMIN_KEY", ""), options.json)
+
+
+def _chat(options: argparse.Namespace, environment: Mapping[str, str]) -> int:
+    from api.client import chat
+
+    parameters = {"temperature": options.temperature, "max_tokens": options.max_tokens, "seed": options.seed}
+    return chat(_url(options, environment), environment.get("MIDFLIGHT_API_KEY", ""), options.system, parameters)
+
+
+_COMMANDS = {"serve": _serve, "pull": _pull, "layout": _layout, "workers": _workers, "chat": _chat}
+
+
+# -- parsing -------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="midflight", description="Serve a large language model over a pipeline of workers.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    _add_serve(commands.add_parser("serve", help="start the head and its workers", formatter_class=_Help))
+    pull = commands.add_parser("pull", help="fetch a model that needs no hub")
+    pull.add_argument("name", nargs="?", metavar="NAME", help="a known model; the default model when left out")
+    for name, what in (("layout", "show which worker serves which layers"), ("workers", "show the workers")):
+        command = commands.add_parser(name, help=what)
+        _add_url(command)
+        command.add_argument("--json", action="store_true", help="print the server's JSON")
+    chat = commands.add_parser("chat", help="talk to a running server")
+    _add_url(chat)
+    chat.add_argument("--system", default="", metavar="TEXT", help="a system message to begin with")
+    chat.add_argument("--temperature", type=float, default=0.7)
+    chat.add_argument("--max-tokens", type=_positive, default=512)
+    chat.add_argument("--seed", type=int, default=None)
+    return parser
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        plain = action.default in (None, "", 0, False, (), argparse.SUPPRESS)
+        return action.help if plain else super()._get_help_string(action)
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a folder in Hugging Face form, or a name known to `midflight pull`")
+    add("--served-model-name", default="", metavar="NAME", help="the name that clients use; default: the folder's")
+    add("--load-format", choices=LOAD_FORMATS, default="safetensors", help="dummy: random weights from a config alone")
+    add("--dtype", choices=DTYPES, default="auto")
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--implementation", choices=IMPLEMENTATIONS, default="auto", help="of the decoder layers")
+
+    group = parser.add_argument_group("pipeline")
+    add = group.add_argument
+    add("--stages", type=_positive, default=None, metavar="N", help="stages of the pipeline; default: 2")
+    add("--layers", type=_layers, default=(), metavar="19,11", help="layers per stage; default: balanced by cost")
+    add(
+        "--local-workers",
+        type=_natural,
+        default=None,
+        metavar="N",
+        help="workers to start here; default: one per stage",
+    )
+    add("--no-local-workers", action="store_true", help="start none here: all of them join from elsewhere")
+    add(
+        "--threads",
+        type=_natural,
+        default=0,
+        metavar="N",
+        help="compute threads per local worker; default: cores / workers",
+    )
+    add("--rpc-host", default="127.0.0.1", metavar="HOST", help="where workers meet the head")
+    add("--rpc-port", type=_port, default=0, metavar="PORT", help="default: a free one")
+    add(
+        "--allow-public-rpc",
+        action="store_true",
+        help="let --rpc-host be public: RPC neither authenticates nor encrypts",
+    )
+
+    group = parser.add_argument_group("scheduling and memory")
+    add = group.add_argument
+    add(
+        "--kv-memory",
+        type=_size,
+        default=0,
+        metavar="SIZE",
+        help="KV pages per worker, as 512M or 2GiB; default: what is free",
+    )
+    add("--block-size", type=_positive, default=16, metavar="TOKENS")
+    add(
+        "--max-context",
+        type=_natural,
+        default=0,
+        metavar="TOKENS",
+        help="prompt and output together; default: the model's",
+    )
+    add("--max-running", type=_positive, default=256, metavar="N", help="sequences computed at once")
+    add("--max-queue", type=_positive, default=1024, metavar="N", help="sequences that may wait; more get 429")
+    add("--step-tokens", type=_positive, default=512, metavar="N", help="tokens in one step of a microbatch, at most")
+    add(
+        "--microbatches",
+        type=_natural,
+        default=0,
+        metavar="N",
+        help="in flight; default: enough to keep every stage busy",
+    )
+    add("--no-prefix-cache", action="store_true", help="compute every prompt in full")
+
+    group = parser.add_argument_group("HTTP")
+    add = group.add_argument
+    add("--host", default="127.0.0.1")
+    add("--port", type=_port, default=8000, help="0: a free one")
+    add(
+        "--api-key",
+        default=None,
+        metavar="KEY",
+        help="wanted under /v1; better in MIDFLIGHT_API_KEY, where ps cannot see it",
+    )
+    add("--admin-key", default=None, metavar="KEY", help="wanted under /admin and on /; better in MIDFLIGHT_ADMIN_KEY")
+    add("--max-body", type=_size, default=8 << 20, metavar="BYTES", help="the largest request body, as 8M")
+    add("--drain-timeout", type=_seconds, default=30.0, metavar="SECONDS", help="for running requests, after SIGTERM")
+    add("--log-level", choices=LOG_LEVELS, default="info")
+
+
+def _serve_config(options: argparse.Namespace, environment: Mapping[str, str]) -> ServeConfig:
+    if options.layers and options.stages not in (None, len(options.layers)):
+        _fail(f"--layers gives {len(options.layers)} stages, --stages {options.stages}; leave one out", code=2)
+    num_stages = len(options.layers) or options.stages or 2
+    if options.no_local_workers and options.local_workers:
+        _fail(f"--no-local-workers contradicts --local-workers {options.local_workers}; leave one out", code=2)
+    num_local = 0 if options.no_local_workers else options.local_workers
+    return ServeConfig(
+        model=options.model,
+        home=_home(environment),
+        served_model_name=options.served_model_name,
+        num_stages=num_stages,
+        layers=options.layers,
+        num_local_workers=num_stages if num_local is None else num_local,
+        num_threads=options.threads,
+        host=options.host,
+        port=options.port,
+        rpc_host=options.rpc_host,
+        rpc_port=options.rpc_port,
+        allow_public_rpc=options.allow_public_rpc,
+        dtype=options.dtype,
+        device=options.device,
+        load_format=options.load_format,
+        implementation=options.implementation,
+        kv_memory=options.kv_memory,
+        block_size=options.block_size,
+        max_context=options.max_context,
+        max_running=options.max_running,
+        max_queue=options.max_queue,
+        step_tokens=options.step_tokens,
+        num_microbatches=options.microbatches,
+        prefix_cache=not options.no_prefix_cache,
+        api_key=options.api_key if options.api_key is not None else environment.get("MIDFLIGHT_API_KEY", ""),
+        admin_key=options.admin_key if options.admin_key is not None else environment.get("MIDFLIGHT_ADMIN_KEY", ""),
+        max_body_bytes=options.max_body,
+        drain_timeout_s=options.drain_timeout,
+        log_level=options.log_level,
+    )
+
+
+def _add_url(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--url", default=None, help=f"the server; default: MIDFLIGHT_URL or {_DEFAULT_URL}")
+
+
+def _url(options: argparse.Namespace, environment: Mapping[str, str]) -> str:
+    url = (options.url or environment.get("MIDFLIGHT_URL") or _DEFAULT_URL).rstrip("/")
+    if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", url):
+        _fail(f"--url: {url!r} is no address; one looks like {_DEFAULT_URL}", code=2)
+    return url
+
+
+def _home(environment: Mapping[str, str]) -> Path:
+    return Path(environment.get("MIDFLIGHT_HOME") or "~/.cache/midflight").expanduser()
+
+
+def _fail(message: str, code: int = 1) -> NoReturn:
+    print(f"midflight: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _natural(text: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 up")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if (value := _natural(text)) < 1:
+        raise argparse.ArgumentTypeError("it must be at least 1")
+    return value
+
+
+def _port(text: str) -> int:
+    if (value := _natural(text)) > 65535:
+        raise argparse.ArgumentTypeError(f"{value} is no port; they end at 65535")
+    return value
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds") from None
+    if not 0 <= value < 1e9:
+        raise argparse.ArgumentTypeError(f"{text} is no sensible number of seconds")
+    return value
+
+
+def _size(text: str) -> int:
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or (size := int(float(match["number"]) * _UNITS[match["unit"].lower()])) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; one looks like 512M or 2GiB")
+    return size
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of layer counts; one looks like 19,11")
+    counts = tuple(map(int, parts))
+    if any(count == 0 for count in counts[1:-1]):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} has a stage without a layer; only the first and the last may be empty"
+        )
+    return counts
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,68 @@
+"""What `midflight serve` was asked to do, as one frozen value.
+
+The command line builds it (`api.cli`), the composition root consumes it (`api.head`); nothing below reads an
+environment variable or a global. Zero means "choose for me" where a field says so.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+LOAD_FORMATS = ("safetensors", "dummy")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+IMPLEMENTATIONS = ("auto", "lean", "transformers")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """Everything the head needs to start. Sizes in bytes, times in seconds."""
+
+    model: str
+    """A folder in Hugging Face form, or a name that `api.pull.resolve_model` knows."""
+    home: Path
+    """Where pulled models and caches live."""
+    served_model_name: str = ""
+    """The name that clients use; empty: the folder's name."""
+
+    num_stages: int = 2
+    layers: tuple[int, ...] = ()
+    """Layers per stage, first to last; empty: balanced by cost. Its length equals `num_stages`."""
+    num_local_workers: int = 2
+    """Workers started on this host. Fewer than `num_stages`: the head waits for others to join."""
+    num_threads: int = 0
+    """Compute threads per local worker; 0: the cores divided among the local workers."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    rpc_host: str = "127.0.0.1"
+    rpc_port: int = 0
+    """Where workers rendezvous; 0: a free port."""
+    allow_public_rpc: bool = False
+    """The workers' RPC neither authenticates nor encrypts; a public `rpc_host` is refused without this."""
+
+    dtype: str = "auto"
+    device: str = "auto"
+    load_format: str = "safetensors"
+    implementation: str = "auto"
+    kv_memory: int = 0
+    """Bytes of KV pages per worker; 0: follow the memory that is free."""
+    block_size: int = 16
+    max_context: int = 0
+    """Tokens of prompt and output together; 0: what the model was trained for."""
+    max_running: int = 256
+    max_queue: int = 1024
+    step_tokens: int = 512
+    """Tokens in one step of one microbatch, at most."""
+    num_microbatches: int = 0
+    """Microbatches in flight; 0: as many as it takes to keep every stage busy."""
+    prefix_cache: bool = True
+
+    api_key: str = ""
+    admin_key: str = ""
+    max_body_bytes: int = 8 << 20
+    drain_timeout_s: float = 30.0
+    log_level: str = "info"
+
+    @property
+    def shown_model_name(self) -> str:
+        return self.served_model_name or Path(self.model).name or "model"

@@ -1,0 +1,153 @@
+"""What ``GET /metrics`` shows: histograms observed here per request, and the engine's own counts read at the scrape.
+
+The histograms are plain lists, not `prometheus_client`'s: one is observed per generated token, and a bisection and two
+additions are all it may cost. Nothing here is shared between threads: scrapes run on the event loop too.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+
+from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from scheduler.request import Engine, EngineStats
+
+_LATENCY_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_INTER_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 10.0)
+
+
+class Histogram:
+    """Counts per bucket and a sum; `observe` takes seconds."""
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: tuple[float, ...]):
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    def family(self, name: str, help: str) -> HistogramMetricFamily:
+        buckets, count = [], 0
+        for bound, here in zip((*map(str, self.bounds), "+Inf"), self.counts, strict=True):
+            count += here
+            buckets.append((bound, count))
+        return HistogramMetricFamily(name, help, buckets=buckets, sum_value=self.total)
+
+
+class Metrics:
+    """The API's own observations, and the text of a scrape."""
+
+    def __init__(self, engine: Engine):
+        self.queue = Histogram(_LATENCY_S)
+        self.first_token = Histogram(_LATENCY_S)
+        self.inter_token = Histogram(_INTER_TOKEN_S)
+        self.request = Histogram(_LATENCY_S)
+        self.responses: dict[tuple[str, int], int] = {}
+        self.client_disconnects = 0
+        self.slow_readers = 0
+        self._engine = engine
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(_Families(self))
+        PlatformCollector(registry=self._registry)
+        ProcessCollector(registry=self._registry)
+
+    def count_response(self, route: str, status: int) -> None:
+        key = (route, status)
+        self.responses[key] = self.responses.get(key, 0) + 1
+
+    def render(self) -> bytes:
+        """The scrape in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def families(self) -> Iterator[Metric]:
+        yield self.queue.family(
+            "midflight_queue_seconds", "From arrival until the first step that computes the request"
+        )
+        yield self.first_token.family("midflight_time_to_first_token_seconds", "From arrival to the first token")
+        yield self.inter_token.family("midflight_inter_token_seconds", "Between two tokens of a sequence")
+        yield self.request.family("midflight_request_seconds", "From arrival to the last token")
+        responses = CounterMetricFamily("midflight_http_responses", "HTTP responses", labels=["route", "status"])
+        for (route, status), count in sorted(self.responses.items()):
+            responses.add_metric([route, str(status)], count)
+        yield responses
+        yield _counter("midflight_client_disconnects", "Requests whose client went away", self.client_disconnects)
+        yield _counter("midflight_slow_readers", "Streams aborted because nobody read them", self.slow_readers)
+        yield from _health_families(self._engine)
+        yield from _engine_families(self._engine.stats())
+
+
+class _Families(Collector):
+    def __init__(self, metrics: Metrics):
+        self._metrics = metrics
+
+    def collect(self) -> Iterable[Metric]:
+        return self._metrics.families()
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+
+def _health_families(engine: Engine) -> Iterator[Metric]:
+    health = engine.health()
+    yield _gauge("midflight_serving", "1 when requests are taken", health.status == "serving")
+    yield _gauge("midflight_workers_joined", "Workers that are members", health.workers_joined)
+    yield _gauge("midflight_workers_wanted", "Workers that the layout needs", health.workers_wanted)
+
+
+def _engine_families(stats: EngineStats) -> Iterator[Metric]:
+    yield _gauge("midflight_requests_waiting", "Sequences in the queue", stats.waiting)
+    yield _gauge("midflight_requests_running", "Sequences being computed", stats.running)
+    blocks = GaugeMetricFamily("midflight_kv_blocks", "KV blocks by state", labels=["state"])
+    blocks.add_metric(["total"], stats.kv_blocks_total)
+    blocks.add_metric(["used"], stats.kv_blocks_used)
+    blocks.add_metric(["cached"], stats.kv_blocks_cached)
+    yield blocks
+    yield _gauge(
+        "midflight_kv_used_ratio", "KV blocks in use, of all", stats.kv_blocks_used / max(1, stats.kv_blocks_total)
+    )
+    yield _counter("midflight_prefix_cache_query_tokens", "Prompt tokens looked up", stats.prefix_queries_tokens)
+    yield _counter(
+        "midflight_prefix_cache_hit_tokens", "Prompt tokens found in the prefix cache", stats.prefix_hit_tokens
+    )
+    yield _counter("midflight_prompt_tokens", "Prompt tokens computed", stats.prompt_tokens)
+    yield _counter("midflight_generated_tokens", "Tokens generated", stats.generated_tokens)
+    yield _counter("midflight_steps", "Steps sent through the pipeline", stats.steps)
+    yield _counter("midflight_preemptions", "Sequences put back to be computed again", stats.preemptions)
+    finished = CounterMetricFamily("midflight_requests_finished", "Sequences that ended", labels=["reason"])
+    for reason, count in sorted(stats.finished.items()):
+        finished.add_metric([reason], count)
+    yield finished
+    yield _counter("midflight_requests_rejected", "Requests refused at admission", stats.rejected)
+    yield _counter("midflight_stale_results", "Results of an older epoch, dropped", stats.stale_results)
+    yield _counter("midflight_workers_lost", "Workers that died or left", stats.workers_lost)
+    yield from _stage_families(stats)
+
+
+def _stage_families(stats: EngineStats) -> Iterator[Metric]:
+    labels = ["hop", "worker"]
+    steps = CounterMetricFamily("midflight_stage_steps", "Steps that a stage ran", labels=labels)
+    times = CounterMetricFamily(
+        "midflight_stage_seconds", "Where a stage's time went; idle is the bubble", labels=[*labels, "activity"]
+    )
+    for stage in stats.stages:
+        where = [str(stage.hop), stage.worker]
+        steps.add_metric(where, stage.steps)
+        times.add_metric([*where, "idle"], stage.idle_s)
+        times.add_metric([*where, "queued"], stage.queued_s)
+        times.add_metric([*where, "compute"], stage.compute_s)
+        times.add_metric([*where, "sample"], stage.sample_s)
+    yield steps
+    yield times
+
+
+def _counter(name: str, help: str, value: float) -> CounterMetricFamily:
+    return CounterMetricFamily(name, help, value=value)
+
+
+def _gauge(name: str, help: str, value: float) -> GaugeMetricFamily:
+    return GaugeMetricFamily(name, help, value=float(value))
