@@ -3,7 +3,7 @@
 The KV rows of a block depend on all tokens up to its end, so its digest covers them all: it is the hash of the
 previous block's digest and of its own tokens. Two blocks with equal digests hold equal KV. BLAKE2b with 16 bytes makes an
 accidental or a contrived collision out of reach, so a hit needs no comparison of tokens. The chain starts from a
-root, which mixes in whatever else changes KV (model, dtype, block size).
+root, which mixes in whatever else changes KV (the model, its dtype).
 
 Never true: two token runs of different content, length or root with one digest.
 """
@@ -31,7 +31,7 @@ class PrefixHasher:
     def __init__(self, block_size: int, root: bytes):
         assert block_size > 0
         self.block_size = block_size
-        self.root = _digest(b"", root + block_size.to_bytes(4, "little"))
+        self.root = _digest(b"", root)
         self._pack = Struct(f"<{block_size}i").pack
 
     def extend(self, digests: list[bytes], tokens: Sequence[int]) -> None:

@@ -153,6 +153,15 @@ def test_shrinking_takes_free_blocks_then_the_oldest_cached_ones() -> None:
     pool.check_integrity()
 
 
+def test_shrinking_keeps_the_lowest_ids_whatever_was_released_last() -> None:
+    pool = BlockPool(6, 16)
+    blocks = pool.allocate(6)
+    pool.release([blocks[5], blocks[0], blocks[3], blocks[1]])
+    assert pool.resize(4)
+    assert pool.universe() == [0, 1, 2, 4]
+    pool.check_integrity()
+
+
 def test_a_shrink_below_what_is_used_is_paid_by_later_releases() -> None:
     pool = BlockPool(6, 16)
     one, two = pool.allocate(3), pool.allocate(2)
