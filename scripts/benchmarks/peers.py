@@ -42,12 +42,12 @@ def main() -> int:
     machine = machine_now()
     arms = [
         vllm_arm("vllm", args.vllm_venv, args.model, num_stages=2, threads_bind="0|1", dtype=args.dtype),
-        midflight_arm("midflight", str(args.model), ["--dtype", args.dtype, "--stages", "2"]),
+        midflight_arm("midflight", str(args.model), ["--dtype", args.dtype, "--stages", "2", "--threads", "1"]),
     ]
     if args.one_stage:
         arms += [
             vllm_arm("vllm-one", args.vllm_venv, args.model, num_stages=1, threads_bind="0-1", dtype=args.dtype),
-            midflight_arm("midflight-one", str(args.model), ["--dtype", args.dtype, "--stages", "1"], num_threads=2),
+            midflight_arm("midflight-one", str(args.model), ["--dtype", args.dtype, "--stages", "1", "--threads", "2"]),
         ]
     log_folder = Path(tempfile.mkdtemp(prefix="midflight-bench-"))
     note(f"server logs in {log_folder}")

@@ -25,7 +25,7 @@ def main() -> int:
         action="append",
         default=[],
         metavar='NAME="ARGS"',
-        help="arguments of `midflight serve` for one arm; may be given again (default: two-stages='--stages 2')",
+        help="arguments of `midflight serve` for one arm; may be given again (default: two-stages='--stages 2 --threads 1')",
     )
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--url", help="measure this running server instead")
@@ -42,7 +42,7 @@ def main() -> int:
         return report("serve", machine, runs, baseline=None, out=args.out, arms=[])
 
     arms = []
-    for text in args.arm or ["two-stages=--stages 2"]:
+    for text in args.arm or ["two-stages=--stages 2 --threads 1"]:
         name, equals, arguments = text.partition("=")
         if not equals:
             parser.error(f'--arm {text!r}: expected NAME=ARGS, for example two="--stages 2"')

@@ -36,10 +36,10 @@ class Arm:
     start_timeout_s: float = 180.0
 
 
-def midflight_arm(name: str, model: str, arguments: Sequence[str], num_threads: int = 1) -> Arm:
-    """`midflight serve` of this very checkout; `model` is a name or a folder, each process gets `num_threads`."""
+def midflight_arm(name: str, model: str, arguments: Sequence[str]) -> Arm:
+    """`midflight serve` of this very checkout; `model` is a name or a folder."""
     command = (sys.executable, "-m", "api.cli", "serve", model, "--host", "127.0.0.1", "--port", "{port}", *arguments)
-    return Arm(name, command, Path(model).name, env=(("OMP_NUM_THREADS", str(num_threads)),))
+    return Arm(name, command, Path(model).name)
 
 
 class Server:
