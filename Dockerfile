@@ -1,14 +1,15 @@
 # The server in a container. The CPU image:
 #   docker build -t midflight .
 # The CUDA image, on top of one that has Python >= 3.11, torch >= 2.11 and CUDA already:
-#   docker build -t midflight-cuda --build-arg BASE=nvcr.io/nvidia/pytorch:26.05-py3 --build-arg MIDFLIGHT_TORCH=system .
+#   docker build -t midflight-cuda --build-arg BASE=nvcr.io/nvidia/pytorch:TAG --build-arg MIDFLIGHT_TORCH=system .
 # How to run it (--shm-size, --network host): docs/operations.md.
 ARG BASE=python:3.11-slim
 FROM ${BASE}
 
 ARG MIDFLIGHT_TORCH=cpu
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends tini python3-venv \
+    && apt-get install -y --no-install-recommends tini \
+    && { python3 -c 'import ensurepip' || apt-get install -y --no-install-recommends python3-venv; } \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 10001 midflight \
     && install -d -o midflight /opt/midflight /data
@@ -20,7 +21,9 @@ ENV MIDFLIGHT_HOME=/data MIDFLIGHT_TORCH=${MIDFLIGHT_TORCH} PYTHONUNBUFFERED=1
 # First what decides the environment, so that a change of the code does not install torch again.
 COPY --chown=midflight pyproject.toml README.md LICENSE ./
 COPY --chown=midflight scripts scripts
-RUN mkdir api scheduler runtime runtime/model runtime/kernels kvstore \
+RUN mkdir -p api scheduler runtime/model runtime/kernels kvstore \
+    && touch api/__init__.py scheduler/__init__.py runtime/__init__.py runtime/model/__init__.py \
+        runtime/kernels/__init__.py kvstore/__init__.py \
     && bash -c '. scripts/env.sh && ensure_env'
 COPY --chown=midflight . .
 

@@ -125,7 +125,7 @@ def _role(process: psutil.Process, head: int) -> str:
     if process.pid == head:
         return "head"
     words = process.cmdline()
-    if any("torchrun" in word or "torch.distributed.run" in word for word in words):
+    if any(word.endswith(("agent.py", "torchrun")) for word in words):
         return "agent"
     return "worker" if "runtime" in words else "helper"
 
