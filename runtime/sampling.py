@@ -112,7 +112,7 @@ def prompt_logprobs(logits: torch.Tensor, targets: torch.Tensor | Sequence[int],
     at_once = max(1, _ELEMENTS_AT_ONCE // vocab)
     result = []
     for start in range(0, num_rows, at_once):
-        stop = start + at_once
+        stop = min(start + at_once, num_rows)
         result += _logprobs(logits[start:stop].detach().float(), targets[start:stop], [top] * (stop - start))
     return result
 
@@ -253,7 +253,7 @@ def _logprobs(logits: torch.Tensor, targets: torch.Tensor, tops: Sequence[int]) 
         alternatives = _alternatives(logits, largest + scale, most)
     return [
         TokenLogprobs(token, logprob, rank, top[: max(0, count)])
-        for token, logprob, rank, top, count in zip(targets.tolist(), logprobs, ranks, alternatives, tops, strict=False)
+        for token, logprob, rank, top, count in zip(targets.tolist(), logprobs, ranks, alternatives, tops, strict=True)
     ]
 
 
