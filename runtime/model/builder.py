@@ -25,25 +25,28 @@ Implementation: TypeAlias = Literal["auto", "lean", "transformers"]
 class Layer(Protocol):
     """Hidden ``[T, hidden]`` to ``[T, hidden]`` in the serving dtype; writes the step's K and V into `kv`."""
 
-    nbytes: int
+    @property
+    def nbytes(self) -> int: ...
 
-    def __call__(self, hidden: torch.Tensor, batch: StepBatch, kv: LayerKV) -> torch.Tensor: ...
+    def __call__(self, hidden: torch.Tensor, batch: StepBatch, kv: LayerKV, /) -> torch.Tensor: ...
 
 
 class Embedding(Protocol):
     """Tokens int64 ``[T]`` to hidden ``[T, hidden]``."""
 
-    nbytes: int
+    @property
+    def nbytes(self) -> int: ...
 
-    def __call__(self, tokens: torch.Tensor) -> torch.Tensor: ...
+    def __call__(self, tokens: torch.Tensor, /) -> torch.Tensor: ...
 
 
 class Head(Protocol):
     """Hidden ``[N, hidden]`` of the last layer to float32 logits ``[N, vocab]``."""
 
-    nbytes: int
+    @property
+    def nbytes(self) -> int: ...
 
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor: ...
+    def __call__(self, hidden: torch.Tensor, /) -> torch.Tensor: ...
 
 
 class UnitBuilder:
@@ -80,22 +83,22 @@ class UnitBuilder:
         if self.implementation == "lean":
             from runtime.model import lean
 
-            state = self._state("embedding") if shared is None else {"weight": shared}
-            unit = lean.LeanEmbedding(self._config, state, self._device, self._dtype)
+            weight = self._state("embedding")["weight"] if shared is None else shared
+            unit = lean.LeanEmbedding(weight, self._device, self._dtype)
         else:
             unit = self._skeleton().embedding(self._weights, shared)
         self._embedding = weakref.ref(unit)
         return unit
 
     def lm_head(self) -> Head:
+        """On the CPU the lean head packs its weight, so it is a second copy even when it is tied."""
         shared = self._shared(self._embedding)
         if self.implementation == "lean":
             from runtime.model import lean
 
             state = self._state("lm_head", () if shared is None else ("lm_head.weight",))
-            if shared is not None:
-                state["lm_head.weight"] = shared
-            unit = lean.LeanHead(self._config, state, self._device, self._dtype)
+            weight = state["lm_head.weight"] if shared is None else shared
+            unit = lean.LeanHead(state["norm.weight"], weight, self._config.rms_norm_eps, self._device, self._dtype)
         else:
             unit = self._skeleton().lm_head(self._weights, shared)
         self._lm_head = weakref.ref(unit)

@@ -14,13 +14,13 @@ that must change its dtype exists twice only while it is converted; nothing else
 import hashlib
 import json
 import math
+import mmap
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
-
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +36,7 @@ FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _MAX_HEADER_BYTES = 100_000_000
+_OWN_PAGES_BYTES = 1 << 20
 _UNIT_OF_NAME = re.compile(
     r"^(?:model\.)?(?:layers\.(?P<layer>\d+)\.(?P<in_layer>.+)"
     r"|embed_tokens\.(?P<in_embedding>.+)"
@@ -147,10 +148,10 @@ class SafetensorsWeights:
         if info.dtype not in FLOATS:
             raise ModelError(f"{info.file} holds weights of dtype {info.dtype}; only floating point ones are supported")
         stored = getattr(torch, FLOATS[info.dtype])
-        tensor = torch.empty(info.shape, dtype=stored)
+        tensor = _allocate(info.shape, stored)
         _read_into(info, tensor)
         self.bytes_read += info.nbytes
-        return tensor if stored == dtype else tensor.to(dtype)
+        return tensor if stored == dtype else _allocate(info.shape, dtype).copy_(tensor)
 
 
 class DummyWeights:
@@ -198,7 +199,7 @@ class DummyWeights:
         block = torch.empty(min(numel, self._BLOCK)).normal_(0.0, self._std, generator=generator).to(dtype)
         if numel == len(block):
             return block.view(shape)
-        whole = torch.empty(numel, dtype=dtype)
+        whole = _allocate((numel,), dtype)
         for start in range(0, numel, len(block)):
             part = whole[start : start + len(block)]
             part.copy_(block[: len(part)])
@@ -256,6 +257,18 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
     if end > size:
         raise ModelError(f"{file} is cut short: its tensors end at byte {end}, the file at {size}; download it again")
     return infos
+
+
+def _allocate(shape: tuple[int, ...], dtype: "torch.dtype") -> "torch.Tensor":
+    """An empty CPU tensor. A large one has pages of its own, which go back to the system the moment it dies; the heap
+    would keep them, in pieces, and a worker that loads layer after layer would grow by what it has already dropped."""
+    import torch
+
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes < _OWN_PAGES_BYTES:
+        return torch.empty(shape, dtype=dtype)
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def _read_into(info: TensorInfo, tensor: "torch.Tensor") -> None:

@@ -9,13 +9,12 @@ same kind, that running it unit by unit gives what `transformers` gives.
 """
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from runtime.model.checkpoint import DummyWeights, ModelError, SafetensorsWeights, Unit, Weights
-from runtime.model.rules import refuse_unservable, rope_parameters
+from runtime.model.rules import refuse_unservable, trained_context
 from runtime.model.spec import ModelSpec
 
 __all__ = ["DTYPES", "TESTED", "ModelError", "inspect_model", "load_config", "open_weights"]
@@ -25,20 +24,18 @@ DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 LOAD_FORMATS = ("safetensors", "dummy")
 
-TESTED = frozenset(
-    {
-        "LlamaForCausalLM",
-        "Qwen2ForCausalLM",
-        "Qwen3ForCausalLM",
-        "MistralForCausalLM",
-        "MixtralForCausalLM",
-        "Qwen2MoeForCausalLM",
-        "Qwen3MoeForCausalLM",
-        "Gemma2ForCausalLM",
-        "Gemma3ForCausalLM",
-    }
-)
-"""Architectures whose output is compared with `transformers` in the tests."""
+TESTED = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+}
+"""Model types, and the architectures they mean, whose output is compared with `transformers` in the tests."""
 
 _NO_POSITION_LIMIT = 2**31 - 1
 
@@ -158,18 +155,26 @@ def _architecture(config: Any) -> str:
     Raises:
         ModelError: no causal language model, or one that is not served.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    known = TESTED.get(config.model_type) or _causal_language_model(config.model_type)
     claimed = (config.architectures or [known or config.model_type])[0]
-    if known is None or (claimed != known and claimed not in TESTED):
-        raise ModelError(f"{claimed} cannot be served: it is not a decoder-only language model of transformers")
+    if claimed != known:
+        raise ModelError(
+            f"{claimed} (model type {config.model_type}) cannot be served: it is not a decoder-only language model that"
+            " transformers defines"
+        )
     _refuse_by_kind(config, claimed)
-    if claimed not in TESTED:
+    if config.model_type not in TESTED:
         from runtime.model.proof import prove
 
         prove(config)
     return claimed
+
+
+def _causal_language_model(model_type: str) -> str | None:
+    # Not at the top: this import pulls in text generation and takes more than a second.
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
 
 
 def _refuse_by_kind(config: Any, name: str) -> None:
@@ -215,11 +220,7 @@ def _head_dim(config: Any) -> int:
 
 
 def _max_context(config: Any, wanted: int | None) -> int:
-    limit = _first(config, "max_position_embeddings") or _NO_POSITION_LIMIT
-    for parameters in rope_parameters(config):
-        if parameters.get("rope_type") == "yarn":  # yarn's factor counts from the length before scaling
-            original = parameters.get("original_max_position_embeddings") or limit
-            limit = max(limit, math.floor(original * parameters.get("factor", 1.0)))
+    limit = trained_context(config) or _NO_POSITION_LIMIT
     if wanted is None:
         return limit
     if not 1 <= wanted <= limit:

@@ -14,7 +14,7 @@ tables that depend on the batch (dynamic, longrope) cannot be served at all and 
 import copy
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -296,12 +296,7 @@ def norm_name(base: Any) -> Any:
 
 
 def num_bytes(module: nn.Module) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(module))
-
-
-def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
+    return sum(parameter.nbytes for parameter in module.parameters())
 
 
 def _shapes(module: nn.Module, prefix: str) -> dict[str, tuple[int, ...]]:

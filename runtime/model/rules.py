@@ -5,9 +5,7 @@ from typing import Any
 from runtime.model.checkpoint import ModelError
 
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
-ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
-"""Rotary tables that depend on nothing but the position. "dynamic" and "longrope" depend on the longest sequence of
-the batch, so a token's key would depend on who else is being served."""
+ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn", "dynamic", "longrope"})
 
 
 def refuse_unservable(config: Any) -> None:
@@ -23,6 +21,25 @@ def refuse_unservable(config: Any) -> None:
             raise ModelError(
                 f"{config.model_type} cannot be served with rope scaling {kind!r}; known are {', '.join(sorted(ROPE_TYPES))}"
             )
+
+
+def trained_context(config: Any) -> int | None:
+    """The longest sequence, in tokens, for which a token's rotary angle depends on its position alone; None: no limit.
+
+    yarn counts its factor from the length before scaling. "dynamic" and "longrope" change their tables once some
+    sequence of the batch grows past the original length, so a key would depend on who else is being served; up to that
+    length they are exact.
+    """
+    limit = getattr(config, "max_position_embeddings", None)
+    for parameters in rope_parameters(config):
+        original = parameters.get("original_max_position_embeddings") or limit
+        if limit is None or original is None:
+            continue
+        if parameters.get("rope_type") == "yarn":
+            limit = max(limit, int(original * parameters.get("factor", 1.0)))
+        elif parameters.get("rope_type") == "longrope":
+            limit = min(limit, original)
+    return limit
 
 
 def rope_parameters(config: Any) -> list[dict[str, Any]]:
