@@ -101,7 +101,7 @@ class _Head:
             await self._until_told(signals, driver)
             reporter.cancel()
         finally:
-            await self._end(driver, runner, signals)
+            await self._end(driver, runner)
         if self._failed.is_set():
             _say(f"error: {self._failure}")
             return 1
@@ -169,14 +169,18 @@ class _Head:
                 break
             await asyncio.sleep(_DRAIN_POLL_S)
 
-    async def _end(self, driver: Driver, runner: web.AppRunner | None, signals: _Signals) -> None:
+    async def _end(self, driver: Driver, runner: web.AppRunner | None) -> None:
         _say("stopping")
         await driver.close("the server is shutting down")
-        for worker in self._locals:
-            worker.terminate(_WORKER_GRACE_S)
         if runner is not None:
             await runner.cleanup()
-        await asyncio.gather(*(worker.wait() for worker in self._locals))
+        ended = asyncio.gather(*(worker.wait() for worker in self._locals))
+        try:
+            await asyncio.wait_for(asyncio.shield(ended), _WORKER_GRACE_S)
+        except TimeoutError:
+            for worker in self._locals:
+                worker.terminate(_WORKER_GRACE_S)
+        await ended
 
 
 def _inspect(config: ServeConfig) -> ModelSpec:
