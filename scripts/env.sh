@@ -72,16 +72,25 @@ _find_python() {
 }
 
 _make_venv() {
-    local python=$1 flags=()
-    if "$VENV/bin/python" -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then return; fi
+    local python=$1 flags=() kind
+    # One that works is kept, whoever made it; it only lacks pip when it was made by other tools.
+    if "$VENV/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        "$VENV/bin/python" -m pip --version >/dev/null 2>&1 ||
+            "$VENV/bin/python" -m ensurepip >"$VENV/install.log" 2>&1 || _failed "installing pip"
+        return
+    fi
     case ${MIDFLIGHT_TORCH:-auto} in
         system) flags=(--system-site-packages) ;;
-        auto) if [ -n "$(_torch_of "$python")" ]; then flags=(--system-site-packages); fi ;;
+        auto) if _is_base "$python" && [ -n "$(_torch_of "$python")" ]; then flags=(--system-site-packages); fi ;;
     esac
-    say "creating $VENV with $("$python" -c 'import sys; print("Python", sys.version.split()[0])')${flags[0]:+, on top of the torch that is installed}"
+    kind=${flags[0]:+, on top of the packages that it has}
+    say "creating $VENV with $("$python" -c 'import sys; print("Python", sys.version.split()[0])')$kind"
     find "$VENV" -mindepth 1 -maxdepth 1 ! -name .lock -exec rm -rf {} +
     "$python" -m venv ${flags[0]+"${flags[@]}"} "$VENV" >"$VENV/install.log" 2>&1 || _failed "python -m venv"
 }
+
+# Whether an environment made from this interpreter can see its packages; one made from a venv cannot.
+_is_base() { "$1" -c 'import sys; sys.exit(sys.prefix != sys.base_prefix)' 2>/dev/null; }
 
 # The version of a torch that this interpreter has and that is new enough, or nothing.
 _torch_of() {
