@@ -107,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_url(chat)
     chat.add_argument("--system", default="", metavar="TEXT", help="a system message to begin with")
     chat.add_argument("--temperature", type=float, default=0.7)
-    chat.add_argument("--max-tokens", type=_positive, default=512)
+    chat.add_argument("--max-tokens", type=_positive, default=None, help="of an answer; default: what fits the context")
     chat.add_argument("--seed", type=int, default=None)
     return parser
 

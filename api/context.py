@@ -3,6 +3,7 @@
 import asyncio
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 from aiohttp import web
 
@@ -62,7 +63,7 @@ class ApiContext:
 
 
 CONTEXT = web.AppKey("context", ApiContext)
-REQUEST_ID = "midflight_request_id"
+REQUEST_ID: Any = web.RequestKey("midflight_request_id", str) if hasattr(web, "RequestKey") else "midflight_request_id"
 
 
 async def read_body(request: web.Request) -> bytes:

@@ -7,6 +7,7 @@ crossed per token. The handler's task sleeps until the last choice has ended. Ho
 """
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -21,6 +22,8 @@ from api.validation import Plan
 from kvstore.ids import SequenceId
 from runtime.messages import TokenLogprobs
 from scheduler.request import AdmissionError, Engine, Limits, Request, TokenOutput
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -100,9 +103,17 @@ class Choice:
         self._write_text = generation.output.text_writer(index)
 
     def sink(self, output: TokenOutput) -> None:
-        """What the engine calls."""
+        """What the engine calls. A failure of ours ends the request instead of leaving its client waiting."""
         if self.ended:
             return
+        try:
+            self._receive(output)
+        except Exception:
+            _log.exception("the output of %s could not be handled", self.request.request_id)
+            self.error = ApiError("internal error; the server's log has the details", status=500)
+            self._end(tell_engine=output.finish_reason is None)
+
+    def _receive(self, output: TokenOutput) -> None:
         now = perf_counter()
         if self._last_s:
             self._generation.metrics.inter_token.observe(now - self._last_s)
@@ -116,6 +127,7 @@ class Choice:
         self._take(output)
 
     def _begin(self, output: TokenOutput, now: float) -> None:
+        assert output.tokens or output.finish_reason is not None, "an output brings tokens, or the end"
         self._last_s = now
         self.num_cached_tokens = output.num_cached_tokens
         self.prompt_logprobs = output.prompt_logprobs

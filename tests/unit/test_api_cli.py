@@ -1,0 +1,214 @@
+"""The command line: what it parses, how it refuses, and what its client commands print."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from api import cli, client
+from api.config import ServeConfig
+from api.status import StartupReporter, progress_line, ready_lines
+from api.text import Text
+from scheduler.request import Health
+from tests.tiny_models import build_tokenizer
+from tests.unit.api_harness import serve
+
+LAYOUT: dict[str, Any] = {
+    "epoch": 3,
+    "model": "m",
+    "num_layers": 30,
+    "stages": [
+        {"worker": "w0", "layers": [0, 19], "device": "cpu"},
+        {"worker": "w1", "layers": [19, 30], "device": "cpu"},
+    ],
+    "transition": None,
+}
+
+
+def parsed(*arguments: str, **environment: str) -> ServeConfig:
+    return cli.parse_serve(["m", *arguments], environment)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, "one clear line"
+    return lines[0]
+
+
+def test_the_defaults_are_the_configs_own() -> None:
+    assert parsed() == ServeConfig(model="m", home=Path("~/.cache/midflight").expanduser())
+
+
+def test_every_option_arrives() -> None:
+    line = """
+        --layers 19,11 --local-workers 1 --threads 3 --host 0.0.0.0 --port 0 --rpc-host 10.0.0.1 --rpc-port 29500
+        --allow-public-rpc --dtype bfloat16 --device cuda --load-format dummy --implementation lean
+        --kv-memory 1.5GiB --block-size 32 --max-context 2048 --max-running 8 --max-queue 9 --step-tokens 64
+        --microbatches 3 --no-prefix-cache --api-key a --admin-key b --max-body 1M --drain-timeout 5
+        --log-level debug --served-model-name name
+    """
+    config = parsed(*line.split(), MIDFLIGHT_HOME="/somewhere")
+    assert config == ServeConfig(
+        model="m", home=Path("/somewhere"), served_model_name="name", num_stages=2, layers=(19, 11), num_local_workers=1,
+        num_threads=3, host="0.0.0.0", port=0, rpc_host="10.0.0.1", rpc_port=29500, allow_public_rpc=True, dtype="bfloat16",
+        device="cuda", load_format="dummy", implementation="lean", kv_memory=3 << 29, block_size=32, max_context=2048,
+        max_running=8, max_queue=9, step_tokens=64, num_microbatches=3, prefix_cache=False, api_key="a", admin_key="b",
+        max_body_bytes=1 << 20, drain_timeout_s=5.0, log_level="debug",
+    )  # fmt: skip
+
+
+def test_workers_follow_the_stages() -> None:
+    assert (parsed("--stages", "3").num_stages, parsed("--stages", "3").num_local_workers) == (3, 3)
+    assert parsed("--layers", "10,10,10").num_stages == 3
+    assert parsed("--stages", "3", "--no-local-workers").num_local_workers == 0
+    assert parsed("--layers", "0,30").layers == (0, 30)
+
+
+def test_keys_come_from_the_environment_or_the_line() -> None:
+    assert parsed(MIDFLIGHT_API_KEY="e", MIDFLIGHT_ADMIN_KEY="f").api_key == "e"
+    assert parsed("--api-key", "x", MIDFLIGHT_API_KEY="e").api_key == "x"
+    assert parsed("--api-key", "", MIDFLIGHT_API_KEY="e").api_key == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("1", 1), ("2k", 2048), ("3M", 3 << 20), ("1.5GiB", 3 << 29), ("1TB", 1 << 40), ("2 gb", 2 << 30)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parsed("--kv-memory", text).kv_memory == size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("serve",), "MODEL"),
+        (("serve", "m", "--port", "70000"), "65535"),
+        (("serve", "m", "--port", "x"), "--port"),
+        (("serve", "m", "--stages", "0"), "at least 1"),
+        (("serve", "m", "--stages", "-1"), "--stages"),
+        (("serve", "m", "--layers", "a,b"), "19,11"),
+        (("serve", "m", "--layers", ""), "19,11"),
+        (("serve", "m", "--layers", "1,0,1"), "without a layer"),
+        (("serve", "m", "--layers", "1,1", "--stages", "3"), "leave one out"),
+        (("serve", "m", "--no-local-workers", "--local-workers", "2"), "leave one out"),
+        (("serve", "m", "--kv-memory", "lots"), "2GiB"),
+        (("serve", "m", "--kv-memory", "0"), "2GiB"),
+        (("serve", "m", "--dtype", "int4"), "bfloat16"),
+        (("serve", "m", "--drain-timeout", "nan"), "seconds"),
+        (("serve", "m", "--drain-timeout", "-1"), "seconds"),
+        (("serve", "m", "--wat"), "--wat"),
+        (("fly",), "fly"),
+        (("pull", "gpt-17"), "smollm2-135m-instruct"),
+        (("layout", "--url", "here"), "http://"),
+    ],
+)
+def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], said: str) -> None:
+    assert said in refused(capsys, *arguments)
+
+
+def test_help_needs_nothing_heavy() -> None:
+    code = (
+        "import sys; from api.cli import main\n"
+        "try: main(['serve', '--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'aiohttp', 'numpy', 'msgspec'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--kv-memory" in done.stdout
+
+
+def test_without_a_command_there_is_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    assert "serve" in capsys.readouterr().out
+
+
+def test_no_server_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["layout", "--url", "http://127.0.0.1:1"]) == 1
+    assert "midflight serve" in capsys.readouterr().err
+
+
+# -- against a server ----------------------------------------------------------------------------------------
+
+
+async def run(*arguments: str, stdin: str = "", **environment: str) -> tuple[int, str, str]:
+    """`midflight ARGUMENTS` as a process of its own."""
+    import asyncio
+    import os
+
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "api.cli", *arguments,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **environment},
+    )  # fmt: skip
+    out, err = await asyncio.wait_for(process.communicate(stdin.encode()), 60)
+    return process.returncode or 0, out.decode(), err.decode()
+
+
+async def test_layout_workers_and_chat_against_a_server() -> None:
+    text = Text(build_tokenizer())
+    async with serve(text, [*text.encode("the answer é"), 2], api_key="k", admin_key="a") as api:
+        code, out, _ = await run("layout", "--url", api.url, MIDFLIGHT_ADMIN_KEY="a")
+        assert code == 0
+        assert "w0" in out
+        assert "[3, 4)" in out
+        code, out, _ = await run("layout", "--json", "--url", api.url, MIDFLIGHT_ADMIN_KEY="a")
+        assert json.loads(out) == api.engine.layout_view()
+        code, out, err = await run("layout", "--url", api.url, MIDFLIGHT_ADMIN_KEY="wrong")
+        assert (code, out) == (1, "")
+        assert "admin key" in err
+        code, out, _ = await run("workers", MIDFLIGHT_URL=api.url, MIDFLIGHT_ADMIN_KEY="a")
+        assert "127.0.0.1" in out
+        questions = "first\n\nsecond\n/reset\nthird\n/exit\n"
+        code, out, err = await run(
+            "chat", "--url", api.url, "--system", "be brief", stdin=questions, MIDFLIGHT_API_KEY="k"
+        )
+        assert (code, out, err) == (0, "the answer é\n" * 3, "")
+        prompts = [text.decode(request.prompt, skip_special_tokens=False) for request in api.engine.requests]
+        assert ["be brief" in prompt for prompt in prompts] == [True] * 3
+        assert "the answer é" in prompts[1]
+        assert "first" in prompts[1]
+        assert "first" not in prompts[2]
+        code, _, err = await run("chat", "--url", api.url, stdin="hi\n", MIDFLIGHT_API_KEY="wrong")
+        assert code == 1
+        assert "API key" in err
+
+
+def test_layout_lines() -> None:
+    assert client.layout_lines(LAYOUT) == [
+        "m: epoch 3, 30 layers, 2 stages",
+        "0  w0  [0, 19)   19 layers  cpu",
+        "1  w1  [19, 30)  11 layers  cpu",
+    ]
+    assert client.worker_lines({"workers": []}) == ["no workers"]
+
+
+# -- what the terminal shows ---------------------------------------------------------------------------------
+
+
+def test_progress() -> None:
+    assert progress_line(Health("waiting_for_workers", "", 1, 2, 0, 0)) == "waiting for workers: 1 of 2 joined"
+    assert progress_line(Health("loading", "warming up", 2, 2, 7, 32)) == "loading: 7 of 32 units (warming up)"
+
+
+def test_a_pipe_gets_each_line_once() -> None:
+    out = io.StringIO()
+    reporter = StartupReporter(out, now=lambda: 0.0)
+    for joined in (0, 0, 1):
+        reporter.update(Health("waiting_for_workers", "", joined, 2, 0, 0))
+    assert out.getvalue().splitlines() == ["waiting for workers: 0 of 2 joined", "waiting for workers: 1 of 2 joined"]
+
+
+def test_what_is_said_when_up() -> None:
+    lines = ready_lines("http://127.0.0.1:8000", "m", LAYOUT, has_api_key=True, has_admin_key=False, is_public=True)
+    assert "  w1: layers 19 to 29 of 30" in lines
+    assert any("--admin-key" in line for line in lines if line.startswith("warning"))
+    assert "http://127.0.0.1:8000/v1/chat/completions" in lines[-1]
+    assert "$MIDFLIGHT_API_KEY" in lines[-1]
