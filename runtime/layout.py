@@ -92,3 +92,34 @@ def layout_from_counts(epoch: Epoch, workers: Sequence[WorkerName], counts: Sequ
         segments.append(Segment(worker, LayerRange(start, start + count)))
         start += count
     return Layout(epoch=epoch, num_layers=start, segments=tuple(segments))
+
+
+class Move(msgspec.Struct, frozen=True, array_like=True):
+    """Layers whose weights and KV go from one worker to another; the unit of a transition."""
+
+    layers: LayerRange
+    source: WorkerName
+    target: WorkerName
+
+
+def moves_between(old: Layout, new: Layout) -> tuple[Move, ...]:
+    """What must move to get from `old` to `new`: maximal runs of layers with one source and one target, ascending.
+
+    ``{**owners(old), **{layer: move.target ...}} == owners(new)``; layers that stay are in no move.
+
+    Raises:
+        ValueError: when the layouts are of models with different numbers of layers.
+    """
+    if old.num_layers != new.num_layers:
+        raise ValueError(f"a layout of {old.num_layers} layers cannot become one of {new.num_layers}")
+    moves: list[Move] = []
+    for layer in range(old.num_layers):
+        source, target = old.owner_of(layer), new.owner_of(layer)
+        if source == target:
+            continue
+        last = moves[-1] if moves else None
+        if last and last.layers.stop == layer and (last.source, last.target) == (source, target):
+            moves[-1] = Move(LayerRange(last.layers.start, layer + 1), source, target)
+        else:
+            moves.append(Move(LayerRange(layer, layer + 1), source, target))
+    return tuple(moves)

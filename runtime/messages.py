@@ -76,13 +76,18 @@ class Row(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepPlan(msgspec.Struct, frozen=True, array_like=True):
-    """One pass of one microbatch through the pipeline. `released` sequences are forgotten before the rows run."""
+    """One pass of one microbatch through the pipeline. `released` sequences are forgotten before the rows run.
+
+    `fence` matters while a transition is under way: a worker that receives layers runs this step only when the mirror of
+    the previous epoch is complete through step `fence`.
+    """
 
     epoch: Epoch
     ordinal: int
     microbatch: int
     rows: list[Row]
     released: list[SequenceId]
+    fence: int = -1
 
 
 class HopTiming(msgspec.Struct, frozen=True, array_like=True):

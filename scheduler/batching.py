@@ -4,8 +4,8 @@ At most `num_microbatches` steps are in flight. Whenever there is room for one m
 
 1. decode: the longest-waiting ready sequences, at most an even share of all decoding ones, so that the microbatches
    balance themselves whatever joins and leaves;
-2. prefill: chunks of running sequences, oldest first, within the token budget. Every hop runs the steps in their
-   order, so the next chunk of a prompt may follow while the last one is still on its way;
+2. prefill: chunks of running sequences, oldest first, within the token budget. Every hop runs the steps of an epoch in
+   their order, so the next chunk of a prompt may follow while the last one is still on its way;
 3. admission: waiting sequences, first come first served, when their blocks can be had. The first that does not
    fit stops the line: nobody overtakes.
 
@@ -15,58 +15,33 @@ sequence can outgrow the pool alone (`Batcher.submit` refuses it), so there is a
 
 Because the order of steps is the order of KV writes, a block may be published to the prefix cache when its tokens
 are *scheduled*, and freed blocks may be handed on at once: whoever reads or overwrites them does so in a later step.
+
+That holds within one epoch. While a transition is under way two epochs run side by side, and four rules take its place:
+
+- a step has rows of one epoch only; a sequence *flips* between two of its steps, never with one in flight, and only
+  when the snapshot of its blocks has arrived;
+- a step of the next epoch carries a *fence*, the last step of the old epoch that it may depend on: a worker
+  that receives layers runs it only when the mirror is complete through there;
+- a cached block is a hit for the next epoch only when the step that wrote it has come back;
+- blocks of a sequence that ends with a step in flight go to *limbo* until that step has come back.
 """
 
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Sequence as ListOf
 from typing import TypeAlias
 
 from kvstore.block_pool import BlockPool
 from kvstore.directory import Directory
-from kvstore.ids import Epoch, SequenceId
+from kvstore.ids import BlockId, Epoch, SequenceId
 from kvstore.prefix import PrefixHasher
-from runtime.messages import Row, SequenceStart, StepPlan, StepResult
+from runtime.messages import Row, SequenceStart, StepPlan, StepResult, TokenLogprobs
+from scheduler.lanes import BatchingConfig, Counters, Flight, Lane, Opening, StepBuilder
 from scheduler.request import AdmissionError, FinishReason, Request, TokenOutput
 from scheduler.sequence import Sequence
 
+__all__ = ["Batcher", "BatchingConfig", "Output"]
+
 Output: TypeAlias = tuple[SequenceId, TokenOutput]
-
-
-@dataclass(frozen=True, slots=True)
-class BatchingConfig:
-    """Bounds on everything that the batcher may pile up."""
-
-    num_microbatches: int = 2
-    max_step_tokens: int = 256
-    max_running: int = 256
-    max_queue: int = 1024
-    block_size: int = 16
-    prefix_cache: bool = True
-    cache_root: bytes = b""
-
-
-@dataclass(slots=True)
-class Counters:
-    """Sums since the start."""
-
-    steps: int = 0
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    preemptions: int = 0
-    prefix_queries_tokens: int = 0
-    prefix_hit_tokens: int = 0
-    rejected: int = 0
-    stale_results: int = 0
-    finished: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class _InFlight:
-    """Who awaits something of a step, and in which attempt; `samples` get a token each, in row order."""
-
-    samples: list[tuple[Sequence, int]]
-    reads: list[tuple[Sequence, int]]
-    """Sequences of ``max_tokens == 0`` whose prompt ends with this step."""
 
 
 class Batcher:
@@ -81,14 +56,21 @@ class Batcher:
         self._waiting: deque[Sequence] = deque()
         self._prefilling: list[Sequence] = []
         self._ready: deque[Sequence] = deque()
-        self._in_flight: dict[int, _InFlight] = {}
-        self._released: list[SequenceId] = []
+        self._lanes: dict[Epoch, Lane] = {}
+        self._released: dict[Epoch, list[SequenceId]] = {}
         self._num_running = 0
         self._num_decoding = 0
-        self._epoch: Epoch = 0
-        self._next_ordinal = 0
-        self._open = False
+        self._num_in_flight = 0
+        self._epoch: Epoch = -1
+        self._opening: Opening | None = None
+        self._guarded = False
+        self._written_by: dict[BlockId, int] = {}
+        self._limbo: list[tuple[Epoch, int, list[BlockId]]] = []
         self._max_context = 0
+        self.is_held = False
+        """While True no step is formed (the `stop-copy` strategy)."""
+        self.admits = True
+        """While False nobody leaves the queue (the `drain` strategy)."""
         self.counters = Counters()
 
     # -- what is there ------------------------------------------------------------------------------------
@@ -107,7 +89,7 @@ class Batcher:
 
     @property
     def num_in_flight(self) -> int:
-        return len(self._in_flight)
+        return self._num_in_flight
 
     @property
     def max_context(self) -> int:
@@ -117,6 +99,25 @@ class Batcher:
     def live_sequences(self) -> list[SequenceId]:
         return list(self._sequences)
 
+    def last_ordinal(self, epoch: Epoch) -> int:
+        """The last step that was formed in `epoch`, -1 for none."""
+        return self._lanes[epoch].next_ordinal - 1
+
+    def completed(self, epoch: Epoch) -> int:
+        """The last step of `epoch` that has come back, with all before it."""
+        return self._lanes[epoch].completed
+
+    def live_blocks(self) -> list[BlockId]:
+        """Blocks whose content matters: those of running sequences, oldest sequence first, then the cached ones."""
+        running = sorted((s for s in self._sequences.values() if s.running), key=lambda s: s.id)
+        blocks = dict.fromkeys(block for sequence in running for block in sequence.blocks)
+        for _, _, limbo in self._limbo:
+            for block in limbo:
+                blocks.setdefault(block)
+        for block in reversed(self._pool.cached_blocks()):
+            blocks.setdefault(block)
+        return list(blocks)
+
     # -- epochs -------------------------------------------------------------------------------------------
 
     def open_epoch(self, epoch: Epoch, num_blocks: int, max_context: int) -> list[Output]:
@@ -124,10 +125,11 @@ class Batcher:
 
         Sequences that the new pool can never hold end with an error, which is returned.
         """
-        assert not self._open, "close the present epoch before opening the next"
+        assert not self._lanes, "close the present epoch before opening the next"
         self._pool.resize(num_blocks)
-        self._epoch, self._next_ordinal, self._open = epoch, 0, True
-        self._max_context = min(max_context, num_blocks * self._config.block_size)
+        self._epoch = epoch
+        self._lanes[epoch], self._released[epoch] = Lane(), []
+        self.set_capacity(num_blocks, max_context)
         outputs: list[Output] = []
         for sequence in list(self._sequences.values()):
             if sequence.num_prompt_tokens + sequence.request.max_tokens > self._max_context:
@@ -140,12 +142,57 @@ class Batcher:
 
     def close_epoch(self) -> None:
         """The pipeline is gone: forget what is in flight and cached, put everything that ran back in line."""
-        self._in_flight.clear()
-        for sequence in sorted((s for s in self._sequences.values() if s.running), key=lambda s: s.id, reverse=True):
-            self._preempt(sequence)
-        self._pool.forget_cached()
+        self._lanes.clear()
+        self._num_in_flight = 0
+        self._opening, self._guarded, self.is_held, self.admits = None, False, False, True
+        for _, _, blocks in self._limbo:
+            self._pool.release(blocks)
+        self._limbo.clear()
+        self._written_by.clear()
+        self.preempt_all()
         self._released.clear()
-        self._open = False
+        self._pool.forget_cached()
+
+    def set_capacity(self, num_blocks: int, max_context: int) -> None:
+        self._max_context = min(max_context, num_blocks * self._config.block_size)
+
+    def preempt_all(self) -> None:
+        """Everything that runs is to be recomputed."""
+        running = [s for s in self._sequences.values() if s.running]
+        for sequence in sorted(running, key=lambda s: s.id, reverse=True):
+            self._preempt(sequence)
+
+    # -- transitions --------------------------------------------------------------------------------------
+
+    def guard(self) -> None:
+        """A transition begins: from now on freed blocks wait for their last step, and writers are remembered."""
+        assert not self._guarded, "one transition at a time"
+        self._guarded = True
+
+    def unguard(self) -> None:
+        """No transition is under way any more."""
+        self._guarded = False
+        self._written_by.clear()
+
+    def open_next(self, opening: Opening) -> None:
+        """From now on sequences flip to `opening.epoch` as they become able to, and new ones start there."""
+        assert self._guarded, "guard first"
+        assert self._opening is None, "one opening at a time"
+        self._opening = opening
+        self._lanes[opening.epoch], self._released[opening.epoch] = Lane(), []
+
+    def is_vacated(self) -> bool:
+        """Whether the next epoch is open and nothing runs or flies in the old one any more."""
+        if self._opening is None or self._lanes[self._epoch].in_flight:
+            return False
+        return not self._directory.sequences_in(self._epoch)
+
+    def retire_old(self) -> None:
+        """The old epoch is over; the one that was opened is the epoch now."""
+        assert self._opening is not None
+        assert self.is_vacated(), "the old epoch is still in use"
+        del self._lanes[self._epoch], self._released[self._epoch]
+        self._epoch, self._opening = self._opening.epoch, None
 
     # -- requests -----------------------------------------------------------------------------------------
 
@@ -177,6 +224,10 @@ class Batcher:
         self._sequences[sequence_id] = sequence
         self._waiting.append(sequence)
 
+    def longest_request(self) -> int:
+        """Tokens that the largest unfinished request may reach."""
+        return max((s.num_prompt_tokens + s.request.max_tokens for s in self._sequences.values()), default=0)
+
     def abort(self, sequence_id: SequenceId, reason: FinishReason) -> None:
         """End a sequence without a last output; its blocks are free at once. Unknown ids are ignored."""
         sequence = self._sequences.get(sequence_id)
@@ -188,30 +239,41 @@ class Batcher:
     def next_step(self, now_s: float) -> StepPlan | None:
         """The next step to send, or None when every microbatch is in flight or nothing is ready."""
         config = self._config
-        if not self._open or len(self._in_flight) >= config.num_microbatches:
+        if not self._lanes or self.is_held or self._num_in_flight >= config.num_microbatches:
             return None
-        step = _StepBuilder(config.max_step_tokens)
+        step = StepBuilder(config.max_step_tokens)
         self._take_decodes(step)
         self._take_prefills(step)
         self._take_waiting(step, now_s)
         if not step.rows:
             return None
-        rows = [self._row(step, sequence, count) for sequence, count in step.rows.items()]
-        ordinal = self._next_ordinal
-        self._next_ordinal += 1
-        self._in_flight[ordinal] = _InFlight(step.samples, step.reads)
-        released, self._released = self._released, []
+        assert step.epoch is not None
+        lane = self._lanes[step.epoch]
+        for sequence in step.flips:
+            if sequence in step.rows:
+                self._flip(sequence, step)
+        if self._opening is not None and step.epoch == self._opening.epoch:
+            step.fence = max(step.fence, self._lanes[self._epoch].completed)
+        ordinal = lane.next_ordinal
+        lane.next_ordinal += 1
+        flight = Flight([], 0)
+        rows = [self._row(step, sequence, count, ordinal, flight) for sequence, count in step.rows.items()]
+        lane.in_flight[ordinal] = flight
+        self._num_in_flight += 1
+        released, self._released[step.epoch] = self._released[step.epoch], []
         self.counters.steps += 1
-        return StepPlan(self._epoch, ordinal, ordinal % config.num_microbatches, rows, released)
+        return StepPlan(step.epoch, ordinal, ordinal % config.num_microbatches, rows, released, step.fence)
 
     def complete(self, result: StepResult) -> list[Output]:
         """Apply what a step brought. A stale result (older epoch, unknown step) is counted and dropped."""
-        flight = self._in_flight.pop(result.ordinal, None) if result.epoch == self._epoch else None
+        lane = self._lanes.get(result.epoch)
+        flight = lane.in_flight.pop(result.ordinal, None) if lane is not None else None
         if flight is None:
             self.counters.stale_results += 1
             return []
-        assert len(result.tokens) == len(flight.samples), (
-            f"step {result.ordinal} sampled {len(result.tokens)} tokens for {len(flight.samples)} rows"
+        self._num_in_flight -= 1
+        assert len(result.tokens) == flight.num_samples, (
+            f"step {result.ordinal} sampled {len(result.tokens)} tokens for {flight.num_samples} rows"
         )
         outputs: list[Output] = []
         failed = set(result.failed)
@@ -219,18 +281,24 @@ class Batcher:
             sequence = self._sequences.get(sequence_id)
             if sequence is not None and len(sequence.prompt_logprobs) == start:
                 sequence.prompt_logprobs += entries
-        for index, (sequence, attempt) in enumerate(flight.samples):
+        index = -1
+        for sequence, attempt, awaits in flight.members:
+            if awaits == "token":
+                index += 1
             if sequence.finished or sequence.attempt != attempt:
                 continue
-            if sequence.id in failed:
-                message = "the model produced logits that are not finite for this sequence"
-                self._end(sequence, "error", outputs, error=message)
-                continue
-            logprobs = result.logprobs[index] if result.logprobs else None
-            self._append(sequence, result.tokens[index], logprobs, outputs)
-        for sequence, attempt in flight.reads:
-            if not sequence.finished and sequence.attempt == attempt:
+            sequence.num_in_flight -= 1
+            if awaits == "token":
+                if sequence.id in failed:
+                    message = "the model produced logits that are not finite for this sequence"
+                    self._end(sequence, "error", outputs, error=message)
+                    continue
+                logprobs = result.logprobs[index] if result.logprobs else None
+                self._append(sequence, result.tokens[index], logprobs, outputs)
+            elif awaits == "end":
                 self._end(sequence, "length", outputs)
+        if self._limbo:
+            self._empty_limbo()
         return outputs
 
     def check_integrity(self) -> None:
@@ -242,49 +310,92 @@ class Batcher:
         for sequence in self._waiting:
             assert not sequence.running, f"sequence {sequence.id} both runs and waits"
             assert not sequence.blocks, f"sequence {sequence.id} waits and holds blocks"
+        for sequence in running:
+            epoch = self._directory.epoch_of(sequence.id)
+            assert epoch == sequence.epoch, f"sequence {sequence.id} is of epoch {sequence.epoch}, filed under {epoch}"
         assert len(self._waiting) + len(running) == len(self._sequences), "a sequence neither waits nor runs"
         ids = [s.id for s in self._waiting]
         assert ids == sorted(ids), "the line is not in the order of arrival"
-        held = {b for s in running for b in s.blocks}
+        flying = sum(len(lane.in_flight) for lane in self._lanes.values())
+        assert flying == self._num_in_flight, f"{flying} steps fly, {self._num_in_flight} counted"
+        held = {b for s in running for b in s.blocks} | {b for _, _, blocks in self._limbo for b in blocks}
         assert len(held) == self._pool.num_used, f"{self._pool.num_used} blocks in use, sequences hold {len(held)}"
         self._pool.check_integrity()
         self._directory.check_integrity()
 
     # -- forming a step -----------------------------------------------------------------------------------
 
-    def _take_decodes(self, step: "_StepBuilder") -> None:
+    def _take_decodes(self, step: StepBuilder) -> None:
         share = -(-self._num_decoding // self._config.num_microbatches)
-        ready = self._ready
+        ready, later = self._ready, []
         while ready and len(step.rows) < share and step.budget > 0:
             sequence = ready.popleft()
             if not sequence.running or sequence.prefilling or sequence.num_remaining != 1 or sequence in step.rows:
                 continue  # it ended, was preempted, or stands here twice because it was
-            if not self._reserve(sequence, 1, step):
+            epoch = self._epoch_for(sequence)
+            if not step.accepts(epoch):
+                later.append(sequence)
                 continue
-            step.add(sequence, 1)
+            if self._reserve(sequence, step):
+                self._add(step, sequence, 1, epoch)
+            elif sequence.running:
+                later.append(sequence)
+                break
+        ready.extendleft(reversed(later))
 
-    def _take_prefills(self, step: "_StepBuilder") -> None:
+    def _take_prefills(self, step: StepBuilder) -> None:
         for sequence in self._prefilling:
             if step.budget <= 0:
                 return
-            if sequence.num_remaining and sequence not in step.rows:
-                step.add(sequence, min(sequence.num_remaining, step.budget))
+            if not sequence.num_remaining or sequence in step.rows:
+                continue
+            if self._opening is not None and sequence.epoch == self._epoch and sequence.num_in_flight:
+                continue  # let its chunk come back, so that it can flip
+            epoch = self._epoch_for(sequence)
+            if step.accepts(epoch):
+                self._add(step, sequence, min(sequence.num_remaining, step.budget), epoch)
 
-    def _take_waiting(self, step: "_StepBuilder", now_s: float) -> None:
+    def _take_waiting(self, step: StepBuilder, now_s: float) -> None:
+        epoch = self._opening.epoch if self._opening is not None else self._epoch
+        if not (self.admits and step.accepts(epoch)):
+            return
         while self._waiting and step.budget > 0 and self._num_running < self._config.max_running:
             sequence = self._waiting[0]
-            if not self._admit(sequence):
+            if not self._admit(sequence, epoch):
                 return
             self._waiting.popleft()
             if sequence.queue_s < 0.0:
                 sequence.queue_s = now_s - sequence.submitted_s
-            step.add(sequence, min(sequence.num_remaining, step.budget))
+            self._add(step, sequence, min(sequence.num_remaining, step.budget), epoch)
 
-    def _admit(self, sequence: Sequence) -> bool:
+    def _epoch_for(self, sequence: Sequence) -> Epoch:
+        """The epoch of the sequence's next step: the next one, if it can flip to it now."""
+        opening = self._opening
+        if opening is None or sequence.epoch == opening.epoch:
+            return sequence.epoch
+        can_flip = not sequence.num_in_flight and opening.arrived.covers(sequence.blocks)
+        return opening.epoch if can_flip else sequence.epoch
+
+    def _add(self, step: StepBuilder, sequence: Sequence, count: int, epoch: Epoch) -> None:
+        if sequence.epoch != epoch:
+            step.flips.append(sequence)
+        step.add(sequence, count, epoch)
+
+    def _flip(self, sequence: Sequence, step: StepBuilder) -> None:
+        """The sequence's next step is of the next epoch: it begins anew there, with all its blocks and tokens."""
+        assert self._opening is not None
+        assert step.epoch == self._opening.epoch
+        step.fence = max(step.fence, sequence.last_ordinal)
+        self._directory.flip(sequence.id, step.epoch)
+        self._released[sequence.epoch].append(sequence.id)
+        sequence.epoch, sequence.begun = step.epoch, False
+        self._opening.num_flipped += 1
+
+    def _admit(self, sequence: Sequence, epoch: Epoch) -> bool:
         """Take the blocks for all tokens of `sequence`, cached ones first, if they can be had."""
         config, pool = self._config, self._pool
         tokens = sequence.tokens
-        hits = self._cached_blocks(sequence)
+        hits = self._cached_blocks(sequence, epoch)
         needed = -(-len(tokens) // config.block_size) - len(hits)
         headroom = min(self._num_running, pool.num_blocks // 50)
         if pool.num_free_after_acquire(hits) < needed + headroom:
@@ -293,43 +404,61 @@ class Batcher:
         sequence.blocks = [*hits, *pool.allocate(needed)]
         sequence.num_published = len(hits)
         sequence.num_scheduled = len(hits) * config.block_size
-        if not sequence.attempt:
+        if sequence.attempt:
+            self.counters.recomputed_tokens += max(0, sequence.num_lost - sequence.num_scheduled)
+        else:
             sequence.num_cached_tokens = sequence.num_scheduled
             self.counters.prefix_queries_tokens += len(tokens)
             self.counters.prefix_hit_tokens += sequence.num_scheduled
             self.counters.prompt_tokens += len(tokens)
-        sequence.running, sequence.begun, sequence.prefilling = True, False, True
+        sequence.running, sequence.begun, sequence.prefilling, sequence.epoch = True, False, True, epoch
         self._num_running += 1
         self._prefilling.append(sequence)
-        self._directory.add(sequence.id, self._epoch, sequence.blocks)
+        self._directory.add(sequence.id, epoch, sequence.blocks)
         return True
 
-    def _cached_blocks(self, sequence: Sequence) -> list[int]:
+    def _cached_blocks(self, sequence: Sequence, epoch: Epoch) -> list[BlockId]:
         request = sequence.request
         if not (self._config.prefix_cache and request.use_prefix_cache) or request.prompt_logprobs >= 0:
             return []
         self._hasher.extend(sequence.digests, sequence.tokens)
         usable = (len(sequence.tokens) - 1) // self._config.block_size
-        return self._pool.lookup(sequence.digests[:usable])
+        blocks = self._pool.lookup(sequence.digests[:usable])
+        return blocks if epoch == self._epoch else blocks[: self._num_usable_next(blocks)]
 
-    def _reserve(self, sequence: Sequence, count: int, step: "_StepBuilder") -> bool:
-        """Blocks for the next `count` tokens, by preempting younger sequences if need be; False if it was itself."""
+    def _num_usable_next(self, blocks: ListOf[BlockId]) -> int:
+        """How many of these cached blocks, from the first on, a sequence of the next epoch may read."""
+        assert self._opening is not None
+        covered = self._opening.arrived.num_covered(blocks)
+        completed = self._lanes[self._epoch].completed
+        for index, block in enumerate(blocks[:covered]):
+            if self._written_by.get(block, -1) > completed:
+                return index
+        return covered
+
+    def _reserve(self, sequence: Sequence, step: StepBuilder) -> bool:
+        """A block for the next token, by preempting younger sequences if need be.
+
+        False when it could not be had: the sequence was itself the youngest, or blocks are still in limbo.
+        """
         room = len(sequence.blocks) * self._config.block_size
-        missing = -(-(sequence.num_scheduled + count - room) // self._config.block_size)
-        while missing > 0 and not self._pool.can_allocate(missing):
+        if sequence.num_scheduled < room:
+            return True
+        while not self._pool.can_allocate(1):
+            if self._limbo:
+                return False
             victim = max((s for s in self._sequences.values() if s.running), key=lambda s: s.id)
             step.remove(victim)
             self._preempt(victim)
             self.counters.preemptions += 1
             if victim is sequence:
                 return False
-        if missing > 0:
-            blocks = self._pool.allocate(missing)
-            self._directory.extend(sequence.id, blocks)
-            step.new_blocks[sequence] = blocks
+        blocks = self._pool.allocate(1)
+        self._directory.extend(sequence.id, blocks)
+        step.new_blocks[sequence] = blocks
         return True
 
-    def _row(self, step: "_StepBuilder", sequence: Sequence, count: int) -> Row:
+    def _row(self, step: StepBuilder, sequence: Sequence, count: int, ordinal: int, flight: Flight) -> Row:
         """Make the row, advance the sequence, publish the blocks that it fills."""
         request, start = sequence.request, sequence.num_scheduled
         stop = start + count
@@ -348,17 +477,16 @@ class Batcher:
         )
         sequence.begun = True
         sequence.num_scheduled = stop
-        flight = (sequence, sequence.attempt)
-        if sample:
-            step.samples.append(flight)
-        elif ends:
-            step.reads.append(flight)
+        sequence.num_in_flight += 1
+        sequence.last_ordinal = ordinal
+        flight.num_samples += sample
+        flight.members.append((sequence, sequence.attempt, "token" if sample else "end" if ends else ""))
         if ends and sequence.prefilling:
             self._prefilling.remove(sequence)
             sequence.prefilling = False
             self._num_decoding += 1
         if stop // self._config.block_size > sequence.num_published:
-            self._publish(sequence)
+            self._publish(sequence, ordinal)
         return row
 
     def _begin(self, sequence: Sequence) -> SequenceStart:
@@ -366,17 +494,23 @@ class Batcher:
         history = list(sequence.tokens) if sampling.needs_history else []
         return SequenceStart(sequence.num_prompt_tokens, sampling, list(sequence.blocks), history)
 
-    def _publish(self, sequence: Sequence) -> None:
+    def _publish(self, sequence: Sequence, ordinal: int) -> None:
         full = sequence.num_scheduled // self._config.block_size
         if self._config.prefix_cache and sequence.request.use_prefix_cache:
             self._hasher.extend(sequence.digests, sequence.tokens)
             for index in range(sequence.num_published, full):
                 self._pool.publish(sequence.blocks[index], sequence.digests[index])
+        if self._guarded:
+            for block in sequence.blocks[sequence.num_published : full]:
+                if sequence.epoch == self._epoch:
+                    self._written_by[block] = ordinal
+                else:
+                    self._written_by.pop(block, None)
         sequence.num_published = full
 
     # -- results ------------------------------------------------------------------------------------------
 
-    def _append(self, sequence: Sequence, token: int, logprobs, outputs: list[Output]) -> None:
+    def _append(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None, outputs: list[Output]) -> None:
         request = sequence.request
         sequence.tokens.append(token)
         self.counters.generated_tokens += 1
@@ -417,24 +551,21 @@ class Batcher:
         if outputs is None:
             return
         reads = sequence.request.prompt_logprobs >= 0 and sequence.request.max_tokens == 0
-        outputs.append(
-            (
-                sequence.id,
-                TokenOutput(
-                    last.tokens if last else [],
-                    last.logprobs if last else None,
-                    reason,
-                    error,
-                    stopped_by,
-                    last.num_cached_tokens if last else sequence.num_cached_tokens,
-                    sequence.prompt_logprobs if reads else last.prompt_logprobs if last else None,
-                    last.queue_s if last else sequence.queue_s,
-                ),
-            )
+        output = TokenOutput(
+            last.tokens if last else [],
+            last.logprobs if last else None,
+            reason,
+            error,
+            stopped_by,
+            last.num_cached_tokens if last else sequence.num_cached_tokens,
+            sequence.prompt_logprobs if reads else last.prompt_logprobs if last else None,
+            last.queue_s if last else sequence.queue_s,
         )
+        outputs.append((sequence.id, output))
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the line, in the order of arrival; everything is recomputed (or found in the cache) later."""
+        sequence.num_lost = sequence.num_scheduled
         self._stop_running(sequence)
         sequence.attempt += 1
         sequence.num_scheduled = sequence.num_published = 0
@@ -447,37 +578,29 @@ class Batcher:
         self._waiting.insert(position, sequence)
 
     def _stop_running(self, sequence: Sequence) -> None:
-        self._pool.release(sequence.blocks)
+        if self._guarded and sequence.num_in_flight:
+            self._limbo.append((sequence.epoch, sequence.last_ordinal, sequence.blocks))
+        else:
+            self._pool.release(sequence.blocks)
         self._directory.remove(sequence.id)
         sequence.blocks = []
         sequence.running = False
+        sequence.num_in_flight = 0
         self._num_running -= 1
         if sequence.prefilling:
             self._prefilling.remove(sequence)
         else:
             self._num_decoding -= 1
-        if sequence.begun:
-            self._released.append(sequence.id)
+        if sequence.begun and sequence.epoch in self._released:
+            self._released[sequence.epoch].append(sequence.id)
 
-
-class _StepBuilder:
-    """A step being formed: rows in order, each with the number of tokens it takes."""
-
-    __slots__ = ("budget", "new_blocks", "reads", "rows", "samples")
-
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
-        self.rows: dict[Sequence, int] = {}
-        self.new_blocks: dict[Sequence, list[int]] = {}
-        self.samples: list[tuple[Sequence, int]] = []
-        self.reads: list[tuple[Sequence, int]] = []
-
-    def add(self, sequence: Sequence, count: int) -> None:
-        self.rows[sequence] = count
-        self.budget -= count
-
-    def remove(self, sequence: Sequence) -> None:
-        count = self.rows.pop(sequence, None)
-        if count is not None:
-            self.budget += count
-            self.new_blocks.pop(sequence, None)
+    def _empty_limbo(self) -> None:
+        """Release the blocks whose last step has come back."""
+        still = []
+        for epoch, ordinal, blocks in self._limbo:
+            lane = self._lanes.get(epoch)
+            if lane is not None and lane.completed < ordinal:
+                still.append((epoch, ordinal, blocks))
+            else:
+                self._pool.release(blocks)
+        self._limbo = still

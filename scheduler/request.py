@@ -158,6 +158,10 @@ class Engine(Protocol):
         """The body of ``GET /admin/workers`` (its ``workers`` list)."""
         ...
 
+    async def audit(self) -> dict[str, Any]:
+        """The body of ``POST /admin/audit``: ``problems`` in words (none is good), and what is in use where."""
+        ...
+
     def begin_drain(self) -> None:
         """Refuse new requests with 503 and let the running ones end."""
         ...

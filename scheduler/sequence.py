@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from kvstore.ids import BlockId, SequenceId
+from kvstore.ids import BlockId, Epoch, SequenceId
 from runtime.messages import TokenLogprobs
 from scheduler.request import Request
 
@@ -26,6 +26,14 @@ class Sequence:
     num_published: int = 0
     attempt: int = 0
     """Grows with each preemption: a result of an older attempt is dropped."""
+    epoch: Epoch = -1
+    """Under which it runs; as the directory has it."""
+    num_in_flight: int = 0
+    """Its steps that have not come back; several only while it prefills."""
+    last_ordinal: int = -1
+    """The last step it was in, of its epoch."""
+    num_lost: int = 0
+    """KV rows that it had when it was last preempted."""
     begun: bool = False
     running: bool = False
     finished: bool = False

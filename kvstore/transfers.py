@@ -1,0 +1,166 @@
+"""KV on its way from one worker to another: the two ends of one move of layers.
+
+KV is append-only, so two streams make an exact copy. The *mirror*: from some step on, every step sends the rows that
+it wrote. The *snapshot*: pages with everything that was written before that step, copied in the background, in any order.
+Where both carry a row the mirror's is the newer one, and what the target has itself written for later steps is newer still;
+`Incoming` therefore remembers which rows came by those ways and never lets a page of the snapshot overwrite them.
+
+Steps are known by their ordinals. `Incoming.complete_through` says up to which step the mirror is whole, which is
+all that a reader must check. Checksums (CRC-32 of the bytes) go with every message and are compared on arrival.
+
+Never true: a row changes after it was mirrored; a snapshot page replaces a mirrored row; `complete_through` passes
+over a step whose rows have not arrived.
+"""
+
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from kvstore.page_pool import NO_PAGE, PagePool
+
+
+class TransferError(Exception):
+    """What arrived is not what was sent."""
+
+
+def checksum(tensor: torch.Tensor) -> int:
+    """CRC-32 of the bytes of a contiguous tensor."""
+    return zlib.crc32(tensor.view(torch.uint8).cpu().numpy().data) if tensor.numel() else 0
+
+
+class Outgoing:
+    """The source's end: reads rows and pages of `layers` out of its pool."""
+
+    def __init__(self, pool: PagePool, layers: Sequence[int]) -> None:
+        assert len(layers), "a move of no layers"
+        self._pool = pool
+        self._layers = tuple(layers)
+
+    def rows(self, blocks: np.ndarray, offsets: np.ndarray) -> torch.Tensor:
+        """The KV rows at (``blocks[i]``, ``offsets[i]``): ``[num_layers, T, 2, num_kv_heads, head_dim]``, a copy."""
+        pages = self._pages_of(blocks)
+        return self._pool.data[pages, :, _index(offsets, self._pool.data.device)]
+
+    def pages(self, blocks: np.ndarray) -> torch.Tensor:
+        """Whole pages, ``[num_layers, num_blocks, 2, block_size, num_kv_heads, head_dim]``, a copy.
+
+        A block that never got a page here (nothing was ever written to it) reads as zeros.
+        """
+        shape = (len(self._layers), len(blocks), *self._pool.data.shape[1:])
+        result = self._pool.data.new_zeros(shape)
+        for index, layer in enumerate(self._layers):
+            table = self._pool.page_of(layer)
+            known = np.flatnonzero(blocks < len(table))
+            pages = table[blocks[known]]
+            known, pages = known[pages != NO_PAGE], pages[pages != NO_PAGE]
+            device = self._pool.data.device
+            result[index, _index(known, device)] = self._pool.data[_index(pages, device)]
+        return result
+
+    def _pages_of(self, blocks: np.ndarray) -> torch.Tensor:
+        pages = np.stack([self._pool.page_of(layer)[blocks] for layer in self._layers])
+        assert (pages != NO_PAGE).all(), "a row was written to a block without a page"
+        return _index(pages, self._pool.data.device)
+
+
+class Incoming:
+    """The target's end: writes what arrives into its own pool, where `layers` are held already."""
+
+    def __init__(self, pool: PagePool, layers: Sequence[int]) -> None:
+        assert len(layers), "a move of no layers"
+        self._pool = pool
+        self._layers = tuple(layers)
+        self._newer = np.zeros((0, pool.block_size), dtype=bool)
+        self._start: int | None = None
+        self._through = -1
+        self._early: set[int] = set()
+        self.row_bytes = 0
+        self.page_bytes = 0
+
+    # -- the mirror -----------------------------------------------------------------------------------------
+
+    def begin(self, ordinal: int) -> None:
+        """The mirror starts with step `ordinal`: everything before it is the snapshot's."""
+        assert self._start is None, "a mirror begins once"
+        self._start, self._through = ordinal, ordinal - 1
+        self._advance()
+
+    @property
+    def complete_through(self) -> int:
+        """The last step whose rows are here, with those of all steps before it; -1 while the start is not known."""
+        return self._through
+
+    def is_complete_through(self, ordinal: int) -> bool:
+        return self._start is not None and ordinal <= self._through
+
+    def apply_rows(
+        self, ordinal: int, blocks: np.ndarray, offsets: np.ndarray, rows: torch.Tensor | None, check: int
+    ) -> None:
+        """Take the rows of a step, shaped as `Outgoing.rows` gives them; None when the step wrote none.
+
+        Raises:
+            TransferError: the checksum differs.
+        """
+        if rows is not None and len(blocks):
+            _verify(rows, check, f"the rows of step {ordinal}")
+            self._pool.ensure(blocks, self._layers)
+            pages = np.stack([self._pool.page_of(layer)[blocks] for layer in self._layers])
+            device = self._pool.data.device
+            self._pool.data[_index(pages, device), :, _index(offsets, device)] = rows.to(device)
+            self.mark_newer(blocks, offsets)
+            self.row_bytes += rows.nbytes
+        self._early.add(ordinal)
+        self._advance()
+
+    def mark_newer(self, blocks: np.ndarray, offsets: np.ndarray) -> None:
+        """These rows are newer than any snapshot. Also for what the target's own steps write."""
+        if not len(blocks):
+            return
+        top = int(blocks.max()) + 1
+        if top > len(self._newer):
+            grown = np.zeros((max(top, 2 * len(self._newer)), self._pool.block_size), dtype=bool)
+            grown[: len(self._newer)] = self._newer
+            self._newer = grown
+        self._newer[blocks, offsets] = True
+
+    def _advance(self) -> None:
+        if self._start is None:
+            return
+        while self._through + 1 in self._early:
+            self._through += 1
+            self._early.discard(self._through)
+
+    # -- the snapshot ---------------------------------------------------------------------------------------
+
+    def apply_pages(self, blocks: np.ndarray, pages: torch.Tensor, check: int) -> None:
+        """Take whole pages, shaped as `Outgoing.pages` gives them, but for rows that are newer already.
+
+        Raises:
+            TransferError: the checksum differs.
+        """
+        _verify(pages, check, f"pages of {len(blocks)} blocks")
+        self._pool.ensure(blocks, self._layers)
+        known = blocks < len(self._newer)
+        touched = np.zeros(len(blocks), dtype=bool)
+        touched[known] = self._newer[blocks[known]].any(axis=1)
+        device = self._pool.data.device
+        whole = _index(np.flatnonzero(~touched), device)
+        for index, layer in enumerate(self._layers):
+            mine = self._pool.page_of(layer)[blocks]
+            self._pool.data[_index(mine[~touched], device)] = pages[index, whole].to(device)
+            for position in np.flatnonzero(touched):
+                older = _index(np.flatnonzero(~self._newer[blocks[position]]), device)
+                self._pool.data[int(mine[position])][:, older] = pages[index, int(position)][:, older].to(device)
+        self.page_bytes += pages.nbytes
+
+
+def _verify(tensor: torch.Tensor, expected: int, what: str) -> None:
+    found = checksum(tensor)
+    if found != expected:
+        raise TransferError(f"{what} arrived damaged: checksum {found:08x}, sent {expected:08x}")
+
+
+def _index(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64)).to(device)

@@ -1,0 +1,115 @@
+"""The batcher's small parts: its configuration and counters, the steps in flight of an epoch, a step being formed.
+
+A *lane* is the pipeline of one epoch: its steps are numbered 0, 1, 2, ... and every hop runs them in that order. Outside
+a transition there is one lane; while one epoch hands over to the next there are two, and nothing orders steps of
+different lanes but what the scheduler does about it (`Opening`, the fence, the limbo).
+"""
+
+from collections.abc import Sequence as ListOf
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from kvstore.ids import BlockId, Epoch
+from scheduler.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class BatchingConfig:
+    """Bounds on everything that the batcher may pile up."""
+
+    num_microbatches: int = 2
+    max_step_tokens: int = 256
+    max_running: int = 256
+    max_queue: int = 1024
+    block_size: int = 16
+    prefix_cache: bool = True
+    cache_root: bytes = b""
+
+
+@dataclass(slots=True)
+class Counters:
+    """Sums since the start."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+    recomputed_tokens: int = 0
+    """KV rows computed again because of a preemption, a lost worker or the `recompute` strategy."""
+    prefix_queries_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    rejected: int = 0
+    stale_results: int = 0
+    finished: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Flight:
+    """Who takes part in a step, in row order and in which attempt, and what it awaits of it."""
+
+    members: list[tuple[Sequence, int, str]]
+    """The third is "token" (sampled), "end" (a prompt of ``max_tokens == 0`` was read) or "" (a chunk)."""
+    num_samples: int
+
+
+@dataclass(slots=True)
+class Lane:
+    """The steps of one epoch."""
+
+    next_ordinal: int = 0
+    in_flight: dict[int, Flight] = field(default_factory=dict)
+
+    @property
+    def completed(self) -> int:
+        """The last step that has come back, with all before it; -1 when there is none."""
+        return min(self.in_flight, default=self.next_ordinal) - 1
+
+
+class Arrived(Protocol):
+    """What the transition knows of the KV that moves."""
+
+    def covers(self, blocks: ListOf[BlockId]) -> bool:
+        """Whether the snapshot of these blocks is at its targets (blocks that need none count as covered)."""
+        ...
+
+    def num_covered(self, blocks: ListOf[BlockId]) -> int:
+        """How many of these blocks, from the first on, are covered."""
+        ...
+
+
+@dataclass(slots=True)
+class Opening:
+    """The epoch that sequences flip to, from the moment they may. New sequences start in it."""
+
+    epoch: Epoch
+    arrived: Arrived
+    num_flipped: int = 0
+
+
+class StepBuilder:
+    """A step being formed: rows in order, each with the number of tokens it takes. All rows are of one epoch."""
+
+    __slots__ = ("budget", "epoch", "fence", "flips", "new_blocks", "rows")
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.epoch: Epoch | None = None
+        self.fence = -1
+        self.rows: dict[Sequence, int] = {}
+        self.flips: list[Sequence] = []
+        self.new_blocks: dict[Sequence, list[BlockId]] = {}
+
+    def accepts(self, epoch: Epoch) -> bool:
+        """Whether a row of `epoch` may join; the first row decides for all."""
+        return self.epoch is None or self.epoch == epoch
+
+    def add(self, sequence: Sequence, count: int, epoch: Epoch) -> None:
+        self.epoch = epoch
+        self.rows[sequence] = count
+        self.budget -= count
+
+    def remove(self, sequence: Sequence) -> None:
+        count = self.rows.pop(sequence, None)
+        if count is not None:
+            self.budget += count
+            self.new_blocks.pop(sequence, None)
