@@ -33,14 +33,10 @@ from __future__ import annotations
 
 import atexit
 import concurrent.futures
-import ctypes
-import ipaddress
 import logging
 import os
 import re
 import secrets
-import socket
-import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -48,7 +44,6 @@ from datetime import timedelta
 from typing import Any, TypeAlias
 
 import msgspec
-import psutil
 import torch
 import torch.distributed.rpc as torch_rpc
 from torch._C._distributed_autograd import _init as _init_autograd
@@ -62,34 +57,18 @@ from torch._C._distributed_rpc import (
 from torch.distributed.rpc import api as rpc_api
 from torch.distributed.rpc import internal as rpc_internal
 
+from runtime import wire
+from runtime.address import Unreachable, await_port, interface_of, listen, parse_address
+
 log = logging.getLogger(__name__)
 
 Reply: TypeAlias = "bytes | concurrent.futures.Future[bytes] | None"
 Handler: TypeAlias = Callable[[bytes, list[torch.Tensor]], Reply]
 
-MAX_PAYLOAD_BYTES = 256 << 20
-INLINE_TENSOR_BYTES = 64 << 10
 MAX_MEMBER_ID = 32767  # TensorPipe's worker id is an int16
 
-_MAGIC = b"MFD1"
-_ADDRESS = struct.Struct("<4s8sHH")  # magic, group, to, from
-_SHAPE = struct.Struct("<BHI")  # kind, bytes of tensor table, bytes of payload
-_HEADER_BYTES = _ADDRESS.size + _SHAPE.size
 _SEND, _CALL, _ADMIT, _ADD, _REMOVE, _WATCH = range(6)
-_ACK, _OK, _ERROR, _OUT, _REFUSED = b"\x00", b"\x01", b"\x02", b"\x03", b"\x04"
-_DTYPES = (
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-    torch.float64,
-    torch.uint8,
-    torch.int8,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-    torch.bool,
-)
-_DTYPE_INDEX = {dtype: index for index, dtype in enumerate(_DTYPES)}
+_ACK, _OK, _ERROR, _OUT, _STRANGER, _REFUSED = (bytes([code]) for code in range(6))
 _NAME = re.compile(r"[A-Za-z0-9_:-]{1,127}")
 _GONE = re.compile(
     r"eof|refused|reset|broken pipe|closed|no longer running|unknown (destination )?worker|shutting down|"
@@ -147,7 +126,7 @@ class _Peer:
     def __init__(self, member: _Member, group: bytes, self_id: int) -> None:
         self.member = member
         self.info = WorkerInfo(member.name, member.id)
-        self.prefix = _ADDRESS.pack(_MAGIC, group, member.id, self_id)
+        self.prefix = wire.address_prefix(group, member.id, self_id)
 
 
 class Door:
@@ -197,7 +176,6 @@ class Door:
             raise ValueError(f"{head}: a worker needs the head's port")
         self.name = name
         self.is_head = is_head
-        self.num_failed_sends = 0
         self._handler = handler
         self._on_lost = on_lost
         self._timeout_s = timeout_s
@@ -206,7 +184,7 @@ class Door:
         self._peers: dict[str, _Peer] = {}
         self._out: set[int] = set()
         self._watchers: dict[int, torch.futures.Future] = {}
-        self._pending: set[concurrent.futures.Future] = set()
+        self._pending: dict[concurrent.futures.Future[bytes], int] = {}
         self._closed = False
         self._evicted = False
         self._head_name = name
@@ -221,6 +199,9 @@ class Door:
                 self._found(host, port, num_threads, join_timeout_s)
             else:
                 self._join(host, port, num_threads, deadline, join_timeout_s)
+        except Unreachable as error:
+            self.close()
+            raise JoinError(str(error)) from None
         except BaseException:
             self.close()
             raise
@@ -237,17 +218,15 @@ class Door:
         """Hand a message to the network and return; the peer's handler runs some time later, or never.
 
         CPU tensors only. Their memory must stay as it is until the message is out when they are larger than
-        `INLINE_TENSOR_BYTES` (smaller ones are copied here). `on_error` gets a `PeerLost` or `PeerTimeout` when
+        `wire.INLINE_TENSOR_BYTES` (smaller ones are copied here). `on_error` gets a `PeerLost` or `PeerTimeout` when
         delivery failed, in an RPC thread, or on this thread before `send` returns when the peer is unknown.
-        Without it a failed send is only counted, in `num_failed_sends`.
 
         Raises:
             ValueError: the payload is too large or a tensor is of a kind that cannot travel.
         """
         try:
-            future = self._invoke(to, _SEND, payload, tensors, self._timeout_s)
+            future = self._invoke(self._peer(to), _SEND, payload, tensors, self._timeout_s)
         except PeerError as error:
-            self.num_failed_sends += 1
             if on_error is not None:
                 on_error(error)
             return
@@ -263,32 +242,23 @@ class Door:
         """
         result: concurrent.futures.Future[bytes] = concurrent.futures.Future()
         result.set_running_or_notify_cancel()
-        with self._lock:
-            self._pending.add(result)
-
-        def finish(done: torch.futures.Future) -> None:
-            with self._lock:
-                if result not in self._pending:
-                    return  # closed meanwhile
-                self._pending.discard(result)
-            value, error = self._outcome(to, done)
-            if error is not None:
-                result.set_exception(error)
-            else:
-                result.set_result(value)
-
         try:
-            future = self._invoke(to, _CALL, payload, tensors, self._timeout_s if timeout_s is None else timeout_s)
-        except PeerError as error:
-            with self._lock:
-                self._pending.discard(result)
+            peer = self._peer(to)
+        except PeerLost as error:
             result.set_exception(error)
             return result
+        with self._lock:
+            self._pending[result] = peer.member.id
+        try:
+            limit_s = self._timeout_s if timeout_s is None else max(timeout_s, 0.001)
+            request = self._invoke(peer, _CALL, payload, tensors, limit_s)
+        except PeerError as error:
+            self._settle(result, None, error)
         except BaseException:
-            with self._lock:
-                self._pending.discard(result)
+            self._pending.pop(result, None)
             raise
-        future.add_done_callback(finish)
+        else:
+            request.add_done_callback(lambda done: self._settle(result, *self._outcome(to, done)))
         return result
 
     # -- membership -----------------------------------------------------------------------------------------
@@ -317,6 +287,9 @@ class Door:
             for other in [peer, *(p for p in self._peers.values() if p is not peer)]:
                 self._try_invoke(other, _REMOVE, note, self._timeout_s)
             self._remove(peer.member)
+            waiting = [result for result, member_id in self._pending.items() if member_id == peer.member.id]
+        for result in waiting:
+            self._settle(result, None, PeerLost(name, "it was evicted"))
 
     def close(self) -> None:
         """Leave at once, without a word to anybody. Pending calls fail. Never call it from a handler."""
@@ -325,7 +298,7 @@ class Door:
             if self._closed:
                 return
             self._closed = True
-            pending, self._pending = self._pending, set()
+            pending, self._pending = list(self._pending), {}
         for future in pending:
             future.set_exception(PeerLost(self.name, "the door was closed"))
         try:
@@ -339,7 +312,7 @@ class Door:
     # -- founding and joining -------------------------------------------------------------------------------
 
     def _found(self, host: str, port: int, num_threads: int, timeout_s: float) -> None:
-        listener = _listen(host, port)
+        listener = listen(host, port)
         self._host, self._port = host, listener.getsockname()[1]
         self._store = TCPStore(
             host_name=host,
@@ -356,7 +329,7 @@ class Door:
     def _join(self, host: str, port: int, num_threads: int, deadline: float, timeout_s: float) -> None:
         self._host, self._port = host, port
         where = f"{host}:{port}"
-        local_host = _await_port(host, port, deadline, timeout_s)
+        local_host = await_port(host, port, deadline, timeout_s)
         card, self._id = _read_card(host, port, deadline)
         if self._id > MAX_MEMBER_ID:
             raise JoinError(f"the head at {where} has handed out all {MAX_MEMBER_ID} member ids; restart it")
@@ -375,7 +348,7 @@ class Door:
             answered.set()
 
         left_s = _left(deadline).total_seconds()
-        request = self._invoke(self._head_name, _ADMIT, msgspec.msgpack.encode(me), (), left_s)
+        request = self._invoke(self._peer(self._head_name), _ADMIT, msgspec.msgpack.encode(me), (), left_s)
         request.add_done_callback(finish)
         if not answered.wait(left_s + 1.0):
             raise JoinError(f"the head at {where} did not admit {me.name} in time")
@@ -391,7 +364,7 @@ class Door:
         """Start TensorPipe on the interface that has `host`, with an address book that nobody else writes."""
         _Hooks.install()
         # TensorPipe takes its address from this variable alone, once per process.
-        os.environ["TP_SOCKET_IFNAME"] = _interface_of(host)
+        os.environ["TP_SOCKET_IFNAME"] = interface_of(host)
         options = torch_rpc.TensorPipeRpcBackendOptions(
             num_worker_threads=num_threads, rpc_timeout=self._timeout_s, _transports=["uv"], _channels=["basic"]
         )
@@ -406,22 +379,18 @@ class Door:
 
     # -- what goes out --------------------------------------------------------------------------------------
 
-    def _invoke(
-        self, to: str, kind: int, payload: bytes, tensors: Sequence[torch.Tensor], timeout_s: float
-    ) -> torch.futures.Future:
-        peer = self._peers.get(to)
+    def _peer(self, name: str) -> _Peer:
+        peer = self._peers.get(name)
         if self._closed or self._evicted:
-            raise PeerLost(to, "this member was evicted" if self._evicted else "the door is closed")
+            raise PeerLost(name, "this member was evicted" if self._evicted else "the door is closed")
         if peer is None:
-            raise PeerLost(to, "not a member")
-        if len(payload) > MAX_PAYLOAD_BYTES:
-            raise ValueError(
-                f"a payload of {len(payload)} bytes; the limit is {MAX_PAYLOAD_BYTES}: send tensors beside it"
-            )
-        if tensors:
-            data, beside = _pack_tensors(peer.prefix, kind, payload, tensors)
-        else:
-            data, beside = b"".join((peer.prefix, _SHAPE.pack(kind, 0, len(payload)), payload)), []
+            raise PeerLost(name, "not a member")
+        return peer
+
+    def _invoke(
+        self, peer: _Peer, kind: int, payload: bytes, tensors: Sequence[torch.Tensor], timeout_s: float
+    ) -> torch.futures.Future:
+        data, beside = wire.pack(peer.prefix, kind, payload, tensors)
         return self._post(peer, data, beside, timeout_s, kind in _ANSWERED_LATER)
 
     def _post(
@@ -433,11 +402,20 @@ class Door:
             raise _translate(peer.member.name, error) from None
 
     def _try_invoke(self, peer: _Peer, kind: int, payload: bytes, timeout_s: float) -> torch.futures.Future | None:
-        data = b"".join((peer.prefix, _SHAPE.pack(kind, 0, len(payload)), payload))
         try:
-            return self._post(peer, data, [], timeout_s, kind in _ANSWERED_LATER)
+            return self._invoke(peer, kind, payload, (), timeout_s)
         except PeerError:
             return None
+
+    def _settle(self, result: concurrent.futures.Future[bytes], value: Any, error: PeerError | None) -> None:
+        """Complete a call's future, unless an eviction or the close has done so."""
+        with self._lock:
+            if self._pending.pop(result, None) is None:
+                return
+        if error is not None:
+            result.set_exception(error)
+        else:
+            result.set_result(value)
 
     def _outcome(self, name: str, done: torch.futures.Future) -> tuple[Any, PeerError | None]:
         try:
@@ -445,33 +423,29 @@ class Door:
         except RuntimeError as error:
             return None, _translate(name, error)
         if isinstance(value, _Refusal):
-            if value.is_eviction:
-                return None, PeerLost(name, "this member was evicted")
-            return None, RemoteError(name, value.why)
+            return None, (PeerLost if value.is_loss else RemoteError)(name, value.why)
         return value, None
 
     def _report(self, name: str, done: torch.futures.Future, on_error: Callable[[Exception], None]) -> None:
         _, error = self._outcome(name, done)
         if error is not None and not self._closed:
-            self.num_failed_sends += 1
             on_error(error)
 
     # -- what comes in (RPC threads) ------------------------------------------------------------------------
 
     def _receive(self, data: bytes, beside: list[torch.Tensor]) -> Any:
         """Handle one request; returns the reply's bytes or a torch future of them."""
-        _, group, to, sender = _ADDRESS.unpack_from(data)
-        kind, table_bytes, payload_bytes = _SHAPE.unpack_from(data, _ADDRESS.size)
-        later = kind in _ANSWERED_LATER
-        if group != self._group or to != self._id or sender in self._out or self._closed:
-            return _wrap(_OUT, later)
-        start = _HEADER_BYTES + table_bytes
-        payload = data[start : start + payload_bytes]
+        header = wire.header_of(data)
+        kind, sender = header.kind, header.sender
+        if header.group != self._group or header.to != self._id or self._closed:
+            return _wrap(_STRANGER, kind in _ANSWERED_LATER)
+        if sender in self._out:
+            return _wrap(_OUT, kind in _ANSWERED_LATER)
+        payload, tensors = wire.unpack(data, header, beside)
         if kind == _SEND:
-            self._handler(payload, _unpack_tensors(data, table_bytes, payload_bytes, beside) if table_bytes else [])
+            self._handler(payload, tensors)
             return _ACK
         if kind == _CALL:
-            tensors = _unpack_tensors(data, table_bytes, payload_bytes, beside) if table_bytes else []
             return _answer(self._handler(payload, tensors))
         if kind == _WATCH:
             future = torch.futures.Future()
@@ -562,9 +536,9 @@ class Door:
             if self._on_lost is not None:
                 self._on_lost(peer.member.name)
 
-        wire = self._try_invoke(peer, _WATCH, b"", 0.0)
-        if wire is not None:
-            wire.add_done_callback(broken)
+        request = self._try_invoke(peer, _WATCH, b"", 0.0)
+        if request is not None:
+            request.add_done_callback(broken)
 
     def _found_out(self) -> None:
         """This member is no longer one."""
@@ -584,11 +558,11 @@ _door: Door | None = None
 class _Refusal:
     """The sender's view of a reply that is no answer."""
 
-    __slots__ = ("is_eviction", "why")
+    __slots__ = ("is_loss", "why")
 
-    def __init__(self, why: str, is_eviction: bool = False) -> None:
+    def __init__(self, why: str, is_loss: bool = False) -> None:
         self.why = why
-        self.is_eviction = is_eviction
+        self.is_loss = is_loss
 
 
 class _Handled:
@@ -617,7 +591,7 @@ class _Hooks:
     def deserialize(data: bytes, tensors: list[torch.Tensor]) -> Any:
         if data == _ACK:
             return None
-        if data.startswith(_MAGIC) and len(data) >= _HEADER_BYTES:
+        if wire.is_message(data):
             return _handle_request(data, tensors)
         return _read_reply(data)
 
@@ -632,9 +606,9 @@ class _Hooks:
 
 def _handle_request(data: bytes, tensors: list[torch.Tensor]) -> _Handled:
     door = _door
-    later = data[_ADDRESS.size] in _ANSWERED_LATER
+    later = wire.kind_of(data) in _ANSWERED_LATER
     if door is None:
-        return _Handled(_wrap(_OUT, later))
+        return _Handled(_wrap(_STRANGER, later))
     try:
         reply = door._receive(data, tensors)
     except Exception as error:
@@ -650,7 +624,9 @@ def _read_reply(data: bytes) -> Any:
     if code == _OUT:
         if _door is not None:
             _door._found_out()
-        return _Refusal("evicted", is_eviction=True)
+        return _Refusal("this member was evicted", is_loss=True)
+    if code == _STRANGER:
+        return _Refusal("its address now belongs to another group, or it is leaving", is_loss=True)
     if code == _ERROR:
         return _Refusal(data[1:].decode(errors="replace"))
     return _Refusal("the peer does not speak this protocol")
@@ -682,60 +658,6 @@ def _answer(reply: Reply) -> torch.futures.Future:
     return future
 
 
-def _pack_tensors(
-    prefix: bytes, kind: int, payload: bytes, tensors: Sequence[torch.Tensor]
-) -> tuple[bytes, list[torch.Tensor]]:
-    """The message's bytes, small tensors inside, and the tensors that travel beside it."""
-    table: list[tuple[int, list[int]] | None] = []
-    inline: list[bytes] = []
-    beside: list[torch.Tensor] = []
-    for tensor in tensors:
-        if tensor.device.type != "cpu":
-            raise ValueError(f"a tensor on {tensor.device} cannot travel; move it to the CPU first")
-        if tensor.nbytes > INLINE_TENSOR_BYTES:
-            table.append(None)
-            beside.append(tensor.detach().contiguous())
-            continue
-        code = _DTYPE_INDEX.get(tensor.dtype)
-        if code is None:
-            raise ValueError(f"a tensor of {tensor.dtype} cannot travel; supported: {', '.join(map(str, _DTYPES))}")
-        source = tensor.contiguous()
-        table.append((code, list(tensor.shape)))
-        inline.append(ctypes.string_at(source.data_ptr(), source.nbytes) if source.nbytes else b"")
-    encoded = msgspec.msgpack.encode(table)
-    if len(encoded) > 0xFFFF:
-        raise ValueError(f"{len(tensors)} tensors in one message are too many")
-    return b"".join((prefix, _SHAPE.pack(kind, len(encoded), len(payload)), encoded, payload, *inline)), beside
-
-
-_decode_table = msgspec.msgpack.Decoder(list[tuple[int, list[int]] | None]).decode
-
-
-def _unpack_tensors(
-    data: bytes, table_bytes: int, payload_bytes: int, beside: list[torch.Tensor]
-) -> list[torch.Tensor]:
-    view = memoryview(data)
-    start = _HEADER_BYTES + table_bytes
-    position = start + payload_bytes
-    arrived = iter(beside)
-    tensors = []
-    for entry in _decode_table(view[_HEADER_BYTES:start]):
-        if entry is None:
-            tensors.append(next(arrived))
-            continue
-        dtype, shape = _DTYPES[entry[0]], entry[1]
-        num_bytes = dtype.itemsize
-        for size in shape:
-            num_bytes *= size
-        if num_bytes:
-            block = bytearray(view[position : position + num_bytes])
-            tensors.append(torch.frombuffer(block, dtype=dtype).view(shape))
-            position += num_bytes
-        else:
-            tensors.append(torch.empty(shape, dtype=dtype))
-    return tensors
-
-
 def _translate(name: str, error: Exception) -> PeerError:
     text = _first_line(error)
     if _LATE.search(text):
@@ -747,61 +669,6 @@ def _translate(name: str, error: Exception) -> PeerError:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
-
-
-# -- addresses ----------------------------------------------------------------------------------------------
-
-
-def parse_address(text: str, *, allow_public: bool = False) -> tuple[str, int]:
-    """ "HOST:PORT" as an IP address and a port.
-
-    Raises:
-        ValueError: not of that form, not resolvable, a wildcard, or not loopback without `allow_public`.
-    """
-    host, colon, port_text = text.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not colon or not host or not port_text.isdecimal() or int(port_text) > 65535:
-        raise ValueError(f"{text!r} is no address; write HOST:PORT with a port of 0 to 65535")
-    try:
-        found = socket.getaddrinfo(host, None, socket.AF_UNSPEC, socket.SOCK_STREAM)
-    except OSError as error:
-        raise ValueError(f"cannot resolve the host of {text!r}: {error}") from None
-    ip = sorted((str(entry[4][0]) for entry in found), key=lambda ip: ":" in ip)[0]  # IPv4 first
-    parsed = ipaddress.ip_address(ip.partition("%")[0])
-    if parsed.is_unspecified:
-        raise ValueError(f"{text!r} means every interface; give the address of the one that the workers use")
-    if not parsed.is_loopback and not allow_public:
-        raise ValueError(
-            f"{text!r} is not on loopback, and TensorPipe neither authenticates nor encrypts: whoever reaches the "
-            "port can read and steer everything. On a network you trust, allow it explicitly (allow_public)"
-        )
-    return ip, int(port_text)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket on that one address; the TCP store by itself would listen on all of them."""
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(512)
-    except OSError as error:
-        listener.close()
-        raise JoinError(f"the head cannot listen on {host}:{port}: {error.strerror}") from None
-    return listener
-
-
-def _await_port(host: str, port: int, deadline: float, timeout_s: float) -> str:
-    """Wait until something listens at the head's address; returns our own address on the way there."""
-    while True:
-        try:
-            left_s = min(2.0, max(0.05, deadline - time.monotonic()))
-            with socket.create_connection((host, port), timeout=left_s) as probe:
-                return str(probe.getsockname()[0])
-        except OSError as error:
-            if time.monotonic() >= deadline:
-                raise JoinError(f"no head at {host}:{port} within {timeout_s:g} s: {error}") from None
-            time.sleep(0.05)
 
 
 def _read_card(host: str, port: int, deadline: float) -> tuple[_HeadCard, int]:
@@ -830,15 +697,6 @@ def _read_card(host: str, port: int, deadline: float) -> tuple[_HeadCard, int]:
     if isinstance(result[0], Exception):
         raise JoinError(f"no head's store at {host}:{port}: {_first_line(result[0])}") from None
     return result[0]
-
-
-def _interface_of(ip: str) -> str:
-    for interface, addresses in psutil.net_if_addrs().items():
-        if any(str(entry.address).partition("%")[0] == ip for entry in addresses):
-            return interface
-    if ipaddress.ip_address(ip).is_loopback:
-        return "lo"
-    raise JoinError(f"no network interface of this machine has the address {ip}")
 
 
 def _left(deadline: float) -> timedelta:

@@ -13,16 +13,18 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 
 import torch
 
 from runtime import lifeline
-from runtime.rpc import Door, DoorError, _Peer
+from runtime.rpc import Door, DoorError
 
 
 class Echo:
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, say: Callable[[str], None]) -> None:
         self.args = args
+        self.say = say
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.name = args.name + (f"-r{restart}" if restart != "0" else "")
         self.received: list[str] = []
@@ -62,9 +64,9 @@ class Echo:
 
     def join(self) -> Door:
         if self.args.hang == "before-admission":
-            Door._ask_admission = _hang  # type: ignore[method-assign]
+            Door._ask_admission = self.hang  # type: ignore[method-assign]
         if self.args.hang == "after-admission":
-            Door._watch = _hang  # type: ignore[method-assign]
+            Door._watch = self.hang  # type: ignore[method-assign]
         return Door(
             self.name,
             self.args.head,
@@ -79,16 +81,20 @@ class Echo:
             try:
                 self.door = self.join()
             except DoorError as error:
-                print(f"refused: {error}", flush=True)
+                self.say(f"refused: {error}")
                 return 4
-            print(f"joined as {self.name}", flush=True)
+            self.say(f"joined as {self.name}")
             while not self.lost.wait(0.02 if self.args.tick else 3600.0):
                 self.door.send("head", f"tick {self.name}".encode())
             if not self.args.rejoin:
-                print("lost its head", flush=True)
+                self.say("lost its head")
                 os._exit(3)
             self.lost.clear()
             self.door.close()
+
+    def hang(self, *_: object) -> None:
+        self.say("hanging")
+        time.sleep(3600)
 
 
 class _Touch:
@@ -99,14 +105,7 @@ class _Touch:
         return (open, (self.path, "w"))
 
 
-def _hang(self: Door, *_: object) -> None:
-    if isinstance(_[0], _Peer) and self.is_head:
-        return
-    print("hanging", flush=True)
-    time.sleep(3600)
-
-
-def main() -> int:
+def main(argv: Sequence[str] | None = None, say: Callable[[str], None] | None = None) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--head", required=True)
     parser.add_argument("--name", default="echo")
@@ -115,12 +114,12 @@ def main() -> int:
     parser.add_argument("--rejoin", action="store_true")
     parser.add_argument("--tick", action="store_true")
     parser.add_argument("--deaf", action="store_true", help="ignore SIGTERM")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     if args.lifeline_pid:
         lifeline.watch(args.lifeline_pid, lambda: os._exit(0))
     signal.signal(signal.SIGTERM, signal.SIG_IGN if args.deaf else lambda *_: os._exit(0))
-    return Echo(args).run()
+    return Echo(args, say or (lambda text: print(text, flush=True))).run()
 
 
 if __name__ == "__main__":

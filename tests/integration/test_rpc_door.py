@@ -1,26 +1,29 @@
 """The door with real processes: messages, membership, and members that die or freeze at the worst moment."""
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from itertools import permutations
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
-from runtime.rpc import Door, JoinError, PeerLost, PeerTimeout, RemoteError, parse_address
+from runtime.address import parse_address
+from runtime.rpc import Door, JoinError, PeerLost, PeerTimeout, RemoteError
+from tests.integration import echo_worker
 
-ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 30.0
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["tests.integration.echo_worker"])
 
 
 class Group:
@@ -29,7 +32,9 @@ class Group:
     def __init__(self, address: str = "127.0.0.1:0") -> None:
         self.lost: list[str] = []
         self.messages: list[tuple[bytes, list[torch.Tensor]]] = []
-        self.processes: dict[str, subprocess.Popen[str]] = {}
+        self.processes: list[BaseProcess] = []
+        self.current: dict[str, BaseProcess] = {}
+        self.outputs: dict[str, Connection] = {}
         self.door = self.found(address)
 
     def found(self, address: str) -> Door:
@@ -43,30 +48,29 @@ class Group:
         )
         return self.door
 
-    def spawn(self, name: str, *args: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("echo_worker.py"))]
-            + ["--head", self.door.address, "--name", name, "--lifeline-pid", str(os.getpid()), *args],
-            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.processes[name] = process
+    def spawn(self, name: str, *args: str) -> BaseProcess:
+        """An echo worker, forked from a process that has torch imported."""
+        self.outputs[name], say = _FORKS.Pipe(duplex=False)
+        argv = ["--head", self.door.address, "--name", name, "--lifeline-pid", str(os.getpid()), *args]
+        process = _FORKS.Process(target=_run_worker, args=(argv, say), daemon=True)
+        process.start()
+        say.close()
+        self.processes.append(process)
+        self.current[name] = process
         return process
 
-    def expect(self, process: subprocess.Popen[str], text: str) -> str:
+    def expect(self, name: str, text: str) -> str:
         """The next line of a worker's output, which must contain `text`."""
-        line: Future[str] = Future()
-        assert process.stdout is not None
-        read = process.stdout.readline
-        threading.Thread(target=lambda: line.set_result(read()), daemon=True).start()
-        found = line.result(DEADLINE_S)
+        assert self.outputs[name].poll(DEADLINE_S), f"{name} is silent"
+        found = self.outputs[name].recv()
         assert text in found
         return found
 
     def join(self, *names: str, args: tuple[str, ...] = ()) -> None:
-        for process in [self.spawn(name, *args) for name in names]:
-            self.expect(process, "joined")
+        for name in names:
+            self.spawn(name, *args)
+        for name in names:
+            self.expect(name, "joined")
 
     def ask(self, name: str, question: str, timeout_s: float = 10.0) -> str:
         return self.door.call(name, question.encode(), timeout_s=timeout_s).result(timeout_s + 5.0).decode()
@@ -77,9 +81,18 @@ class Group:
 
     def close(self) -> None:
         self.door.close()
-        for process in self.processes.values():
+        for process in self.processes:
             process.kill()
-            process.wait(DEADLINE_S)
+            process.join(DEADLINE_S)
+
+    def signal(self, name: str, number: int) -> None:
+        pid = self.current[name].pid
+        assert pid is not None
+        os.kill(pid, number)
+
+
+def _run_worker(argv: list[str], say: Connection) -> None:
+    sys.exit(echo_worker.main(argv, say.send))
 
 
 @pytest.fixture
@@ -161,7 +174,7 @@ def test_four_join_at_once_and_all_know_each_other(group: Group) -> None:
 def test_a_killed_member_is_noticed_evicted_and_replaced(group: Group) -> None:
     group.join("a", "b", "c")
     group.all_talk("a", "b", "c")
-    group.processes["b"].kill()
+    group.current["b"].kill()
     eventually(lambda: group.lost)
     assert group.lost == ["b"]
     errors: list[Exception] = []
@@ -186,9 +199,9 @@ def test_a_killed_member_is_noticed_evicted_and_replaced(group: Group) -> None:
 def test_a_member_killed_while_it_joins_blocks_nobody(group: Group, moment: str) -> None:
     group.join("a")
     halfway = group.spawn("b", "--hang", moment)
-    group.expect(halfway, "hanging")
+    group.expect("b", "hanging")
     halfway.kill()
-    halfway.wait(DEADLINE_S)
+    halfway.join(DEADLINE_S)
     if moment == "after-admission":
         eventually(lambda: group.lost == ["b"])
         group.door.evict("b")
@@ -200,16 +213,20 @@ def test_a_frozen_member_times_out_and_finds_itself_out_when_it_wakes(group: Gro
     group.join("a")
     group.join("frozen", args=("--tick",))
     eventually(lambda: any(payload == b"tick frozen" for payload, _ in group.messages))
-    process = group.processes["frozen"]
-    process.send_signal(signal.SIGSTOP)
+    process = group.current["frozen"]
+    group.signal("frozen", signal.SIGSTOP)
     with pytest.raises(PeerTimeout):
         group.ask("frozen", "echo anyone", timeout_s=0.5)
     group.join("b")  # waits for the frozen member's word, but not for long
+    unanswered = group.door.call("frozen", b"echo anyone", timeout_s=3600.0)
     group.door.evict("frozen")
+    with pytest.raises(PeerLost):
+        unanswered.result(DEADLINE_S)
     time.sleep(0.2)
     group.messages.clear()
-    process.send_signal(signal.SIGCONT)
-    assert process.wait(DEADLINE_S) == 3
+    group.signal("frozen", signal.SIGCONT)
+    process.join(DEADLINE_S)
+    assert process.exitcode == 3
     assert group.messages == []
     assert group.lost == []
     group.join("frozen")
@@ -223,7 +240,7 @@ def test_a_worker_joins_the_next_head_at_the_same_address(group: Group) -> None:
         address = group.door.address
         group.door.close()
         group.found(address)
-        group.expect(group.processes["a"], "joined")
+        group.expect("a", "joined")
         assert json.loads(group.ask("a", "about"))["pid"] == about["pid"]
     group.join("b")
     group.all_talk("a", "b")
@@ -231,7 +248,7 @@ def test_a_worker_joins_the_next_head_at_the_same_address(group: Group) -> None:
 
 def test_calls_that_are_pending_at_the_close_fail(group: Group) -> None:
     group.join("a")
-    group.processes["a"].send_signal(signal.SIGSTOP)
+    group.signal("a", signal.SIGSTOP)
     future = group.door.call("a", b"echo anyone")
     group.door.close()
     with pytest.raises(PeerLost):
@@ -242,11 +259,10 @@ def test_calls_that_are_pending_at_the_close_fail(group: Group) -> None:
 
 def test_a_taken_name_is_refused(group: Group) -> None:
     group.join("a")
-    first = group.processes["a"]
-    line = group.expect(group.spawn("a"), "refused")
-    assert "the name a is taken" in line
-    group.processes["a"].wait(DEADLINE_S)
-    group.processes["first"] = first
+    second = group.spawn("a")
+    assert "the name a is taken" in group.expect("a", "refused")
+    second.join(DEADLINE_S)
+    assert second.exitcode == 4
     assert group.ask("a", "echo mine") == "mine"
 
 
@@ -260,7 +276,7 @@ def test_pickles_are_refused_unread(group: Group, tmp_path: Path) -> None:
 
 def test_everything_listens_on_loopback_only(group: Group) -> None:
     group.join("a")
-    for pid in (os.getpid(), group.processes["a"].pid):
+    for pid in (os.getpid(), group.current["a"].pid):
         listening = [c for c in psutil.Process(pid).net_connections("inet") if c.status == psutil.CONN_LISTEN]
         assert listening
         assert {connection.laddr.ip for connection in listening} <= {"127.0.0.1", "::1"}
