@@ -16,7 +16,7 @@ import torch
 
 from runtime.batch import LayerKV, StepBatch
 from runtime.model.checkpoint import ModelError, Unit
-from runtime.model.config import load_config, open_weights
+from runtime.model.config import load_config, load_transformers_config, open_weights
 from runtime.model.spec import ModelSpec
 
 Implementation: TypeAlias = Literal["auto", "lean", "transformers"]
@@ -59,10 +59,11 @@ class UnitBuilder:
     """
 
     def __init__(self, spec: ModelSpec, *, device: str, implementation: Implementation = "auto", seed: int = 0) -> None:
-        self._config = load_config(Path(spec.folder))
+        self._folder = Path(spec.folder)
+        self._config = load_config(self._folder)
         self._device = device
         self._dtype: torch.dtype = getattr(torch, spec.dtype)
-        self._weights = open_weights(Path(spec.folder), self._config, load_format=spec.load_format, seed=seed)
+        self._weights = open_weights(self._folder, self._config, load_format=spec.load_format, seed=seed)
         self._tied = spec.tied_embeddings
         self._num_layers = spec.num_layers
         self.implementation = self._choose(implementation, spec)
@@ -120,7 +121,7 @@ class UnitBuilder:
         if self._generic is None:
             from runtime.model.generic import GenericModel
 
-            self._generic = GenericModel(self._config, dtype=self._dtype, device=self._device)
+            self._generic = GenericModel(load_transformers_config(self._folder), dtype=self._dtype, device=self._device)
         return self._generic
 
     def _state(self, unit: Unit, without: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:

@@ -1,8 +1,9 @@
 """What a model folder says about itself: shapes, sizes, end-of-sequence tokens, and whether it can be served at all.
 
 Only JSON is read: ``config.json``, ``generation_config.json`` and the headers of the safetensors files. No weight is
-touched, and for the tested architectures with real weights no model code of `transformers` is imported. Random
-weights have no headers, so their shapes come from the model's skeleton on the meta device.
+touched, and for the tested architectures with real weights no model code of `transformers` is imported, for the
+commonest not even its configs. Random weights have no headers, so their shapes come from the model's skeleton on the
+meta device.
 
 An architecture that is not in `TESTED` is served only after `runtime.model.proof` has shown, on a tiny model of the
 same kind, that running it unit by unit gives what `transformers` gives.
@@ -14,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from runtime.model.checkpoint import DummyWeights, ModelError, SafetensorsWeights, Unit, Weights
+from runtime.model.plain_config import read_plain
 from runtime.model.rules import refuse_unservable, trained_context
 from runtime.model.spec import ModelSpec
 
-__all__ = ["DTYPES", "TESTED", "ModelError", "inspect_model", "load_config", "open_weights"]
+__all__ = ["DTYPES", "TESTED", "ModelError", "inspect_model", "load_config", "load_transformers_config", "open_weights"]
 
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """The dtypes that can be served, with the bytes of an element."""
@@ -95,25 +97,18 @@ def inspect_model(
 
 
 def load_config(folder: Path) -> Any:
-    """The `transformers` config of a folder.
+    """The config of a folder: read plainly where that is exact, else the `transformers` one, with the same fields.
 
     Raises:
         ModelError: no folder, no readable ``config.json``, or a model type that `transformers` does not know.
     """
-    if not folder.is_dir():
-        raise ModelError(f"the model folder {folder} does not exist")
-    raw = _read_json(folder / "config.json")
-    if raw is None:
-        raise ModelError(f"{folder} holds no config.json; a model folder in Hugging Face form is wanted")
-    _refuse_by_config(raw)
-    from transformers import AutoConfig
+    raw = _raw_config(folder)
+    return read_plain(raw) or _transformers_config(folder, raw)
 
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # whatever a malformed config makes transformers raise
-        kind = raw.get("model_type", "(none)")
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"transformers cannot read {folder / 'config.json'} (model type {kind}): {reason}") from error
+
+def load_transformers_config(folder: Path) -> Any:
+    """The `transformers` config of a folder, which its model code needs. Raises as `load_config`."""
+    return _transformers_config(folder, _raw_config(folder))
 
 
 def open_weights(folder: Path, config: Any, *, load_format: str, seed: int = 0) -> Weights:
@@ -129,9 +124,30 @@ def open_weights(folder: Path, config: Any, *, load_format: str, seed: int = 0) 
 
     from runtime.model.generic import build_skeleton, unit_shapes
 
-    shapes = unit_shapes(build_skeleton(config, torch.float32))
+    shapes = unit_shapes(build_skeleton(load_transformers_config(folder), torch.float32))
     std = float(getattr(config, "initializer_range", None) or 0.02)
     return DummyWeights(shapes, std=std, tied_embeddings=tied, seed=seed)
+
+
+def _raw_config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise ModelError(f"the model folder {folder} does not exist")
+    raw = _read_json(folder / "config.json")
+    if raw is None:
+        raise ModelError(f"{folder} holds no config.json; a model folder in Hugging Face form is wanted")
+    _refuse_by_config(raw)
+    return raw
+
+
+def _transformers_config(folder: Path, raw: Mapping[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever a malformed config makes transformers raise
+        kind = raw.get("model_type", "(none)")
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"transformers cannot read {folder / 'config.json'} (model type {kind}): {reason}") from error
 
 
 def _refuse_by_config(raw: Mapping[str, Any]) -> None:

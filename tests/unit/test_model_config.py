@@ -10,7 +10,8 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from runtime.model.config import ModelError, inspect_model
+from runtime.model.config import ModelError, inspect_model, load_config, load_transformers_config
+from runtime.model.plain_config import PlainConfig
 from tests.tiny_models import KINDS, write_tiny
 
 
@@ -234,3 +235,51 @@ def test_a_proof_that_fails_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     original = generic.GenericEmbedding.__init__
     monkeypatch.setattr(generic.GenericEmbedding, "__init__", lambda self, module, _: original(self, module, 1.0))
     refused(folder, "GraniteForCausalLM cannot be served: run layer by layer, .* differs", load_format="dummy")
+
+
+PLAIN = ["llama", "llama_tied", "llama_bias", "qwen2", "qwen3", "mistral", "mistral_sliding"]
+OLD_STYLE = {
+    "rope_parameters": None,
+    "rope_theta": 5000.0,
+    "rope_scaling": None,
+    "dtype": None,
+    "torch_dtype": "float16",
+}
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.parametrize("changes", [{}, OLD_STYLE, {"head_dim": 8}, {"eos_token_id": [2, 0]}])
+def test_a_plain_reading_is_what_transformers_reads(kind: str, changes: dict[str, Any], tmp_path: Path):
+    folder = change_config(write_tiny(kind, tmp_path), **changes)
+    raw = json.loads((folder / "config.json").read_text())
+    change_config(folder, sliding_window=raw.get("sliding_window"))
+    plain, expected = load_config(folder), load_transformers_config(folder)
+    assert isinstance(plain, PlainConfig)
+    for field in PlainConfig.__dataclass_fields__:
+        found, wanted = getattr(plain, field), getattr(expected, field, None)
+        if field == "dtype":
+            assert f"torch.{found}" == str(wanted)
+        elif field == "layer_types" and wanted is not None and set(wanted) == {"full_attention"}:
+            assert found in (None, wanted)
+        else:
+            assert found == wanted or not (found or wanted), field
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - set(PLAIN)))
+def test_what_is_not_plain_is_left_to_transformers(kind: str, tmp_path: Path):
+    assert not isinstance(load_config(write_tiny(kind, tmp_path)), PlainConfig)
+
+
+def test_a_field_left_to_a_default_is_not_guessed(tmp_path: Path):
+    folder = write_tiny("qwen3", tmp_path)
+    raw = json.loads((folder / "config.json").read_text())
+    for field in (
+        "head_dim",
+        "rms_norm_eps",
+        "num_key_value_heads",
+        "use_sliding_window",
+        "tie_word_embeddings",
+        "rope_parameters",
+    ):
+        (folder / "config.json").write_text(json.dumps({name: raw[name] for name in raw if name != field}))
+        assert not isinstance(load_config(folder), PlainConfig), field

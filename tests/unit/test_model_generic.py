@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from runtime.model.checkpoint import ModelError
-from runtime.model.config import inspect_model, load_config, open_weights
+from runtime.model.config import inspect_model, load_transformers_config, open_weights
 from runtime.model.generic import GenericModel
 from tests.tiny_models import KINDS, NUM_LAYERS, write_tiny
 from tests.unit.model_harness import Chain, assert_equal_logits, reference_logits
@@ -16,7 +16,7 @@ CHUNKS = (17, 1, 30, 1, 1, 5)
 
 
 def generic_chain(folder: Path, dtype: torch.dtype = torch.float32) -> Chain:
-    config = load_config(folder)
+    config = load_transformers_config(folder)
     weights = open_weights(folder, config, load_format="safetensors")
     model = GenericModel(config, dtype=dtype, device="cpu")
     layers = {index: model.layer(index, weights) for index in range(config.num_hidden_layers)}
@@ -56,7 +56,7 @@ def test_sharded_equals_unsharded(kind: str, tmp_path: Path):
 
 def test_a_layer_that_does_not_fit_the_config_is_an_error(tmp_path: Path):
     folder = write_tiny("llama", tmp_path)
-    config = load_config(folder)
+    config = load_transformers_config(folder)
     weights = open_weights(folder, config, load_format="safetensors")
     config.intermediate_size *= 2
     with pytest.raises(ModelError, match=r"mlp\.\w+_proj\.weight of layer 0 has shape"):
