@@ -244,6 +244,29 @@ def test_a_large_vocabulary_draws_the_same_both_ways() -> None:
         assert len(set(tokens)) > 1
 
 
+@pytest.mark.parametrize(
+    "s",
+    [
+        Sampling(temperature=0.5, min_p=0.2),
+        Sampling(temperature=2.0, min_p=0.3),
+        Sampling(top_k=5, top_p=0.6),
+        Sampling(temperature=3.0, top_k=12, top_p=0.5, min_p=0.4),
+        Sampling(temperature=2.0, top_p=0.3, min_p=0.1),
+    ],
+)
+def test_filters_work_together_the_same_both_ways(s: Sampling) -> None:
+    logits = random_logits(400, 40, seed=6, scale=1.0)
+    best, keys = logits.numpy().argmax(1), [noise_key(3, index) for index in range(400)]
+    mixed = [s if row % 3 else Sampling(top_k=row % 7) for row in range(400)]
+    tokens = draw(logits, best, mixed, keys)
+    assert tokens == draw_with_tensors(logits, best, mixed, keys)
+    assert tokens == [
+        reference_draw(row.numpy().astype(np.float64), nudged(each, seed=3), index)
+        for index, (row, each) in enumerate(zip(logits, mixed, strict=True))
+    ]
+    assert np.count_nonzero(np.array(tokens) != best) > 100, "the filters leave something to draw"
+
+
 def test_many_rows_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = random_logits(9, 30)
     best, keys = logits.numpy().argmax(1), [noise_key(1, index) for index in range(9)]
