@@ -79,14 +79,18 @@ def step_arrays(batch: StepBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def attention_scratch(batch: StepBatch, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype):
-    """The kernels' scratch for this step, as storage arrays (floats, packed); made once per step and shape."""
+    """The kernels' scratch for this step, as storage arrays (floats, packed, places); made once per step and shape."""
     key = ("attention.scratch", num_heads, num_kv_heads, head_dim, dtype)
     scratch = batch.memo.get(key)
     if scratch is None:
-        num_floats, num_packed = scratch_sizes(
+        num_floats, num_packed, num_places = scratch_sizes(
             batch.query_starts, batch.context_lens, num_heads, num_kv_heads, head_dim
         )
-        scratch = np.empty(num_floats, np.float32), storage(torch.empty(num_packed, dtype=dtype))
+        scratch = (
+            np.empty(num_floats, np.float32),
+            storage(torch.empty(num_packed, dtype=dtype)),
+            np.empty(num_places, np.int64),
+        )
         batch.memo[key] = scratch
     return scratch
 
@@ -112,7 +116,7 @@ def _attend_kernels(q, k, v, batch, kv, scale, sliding_window, softcap):
         pool,
     )
     assert ok, f"layer {kv.layer} has no page for a block of this step"
-    floats, packed = attention_scratch(batch, num_heads, num_kv_heads, head_dim, q.dtype)
+    scratch = attention_scratch(batch, num_heads, num_kv_heads, head_dim, q.dtype)
     out = torch.empty(q.shape, dtype=q.dtype)
     paged_attention(
         storage(q.contiguous()),
@@ -123,8 +127,7 @@ def _attend_kernels(q, k, v, batch, kv, scale, sliding_window, softcap):
         sliding_window or 0,
         np.float32(softcap or 0.0),
         storage(out),
-        floats,
-        packed,
+        *scratch,
     )
     return out
 

@@ -112,7 +112,7 @@ def widen(typingctx, element):
     """The float32 value of an element of any storage type."""
 
     def codegen(context, builder, signature, args):
-        return _widen(builder, signature.args[0], args[0])
+        return emit_widen(builder, signature.args[0], args[0])
 
     return types.float32(element), codegen
 
@@ -122,17 +122,7 @@ def narrow(typingctx, like, x):
     """The float32 `x` rounded to nearest even, as an element of the array `like`."""
 
     def codegen(context, builder, signature, args):
-        element, value = signature.args[0].dtype, args[1]
-        if element == types.float32:
-            return value
-        if element == types.int16:
-            return builder.bitcast(builder.fptrunc(value, ir.HalfType()), I16)
-        assert element == types.uint16, element
-        bits = builder.bitcast(value, I32)
-        odd = builder.and_(builder.lshr(bits, I32(16)), I32(1))
-        rounded = builder.lshr(builder.add(bits, builder.add(odd, I32(0x7FFF))), I32(16))
-        is_nan = builder.fcmp_unordered("uno", value, value)
-        return builder.trunc(builder.select(is_nan, I32(0x7FC0), rounded), I16)
+        return emit_narrow(builder, signature.args[0].dtype, args[1])
 
     return like.dtype(like, types.float32), codegen
 
@@ -145,15 +135,6 @@ def depth_step(typingctx, like):
         return I64(2 if signature.args[0].dtype == types.uint16 else 1)
 
     return types.intp(like), codegen
-
-
-def _widen(builder, element, value):
-    if element == types.float32:
-        return value
-    if element == types.int16:
-        return builder.fpext(builder.bitcast(value, ir.HalfType()), FLOAT)
-    assert element == types.uint16, element
-    return builder.bitcast(builder.shl(builder.zext(value, I32), I32(16)), FLOAT)
 
 
 _LOG2_E, _HALF, _ONE = np.float32(1.4426950408889634), np.float32(0.5), np.float32(1.0)
@@ -175,122 +156,99 @@ def exp32(x):
     return _ZERO if x < _EXP_MIN else result
 
 
-# -- the tile -----------------------------------------------------------------------------------------------
+# -- what code emitters share -------------------------------------------------------------------------------
 
 
-def _make_tile(num_rows: int):
-    """The product of `num_rows` rows of x with one panel of packed weights, all of it in registers."""
-
-    @intrinsic
-    def tile(typingctx, like, x, x_stride, w, depth, out, out_stride, add):
-        """out[i, :PANEL] = (out[i, :PANEL] if add else 0) + x[i, :depth] @ panel, for i < num_rows.
-
-        `x`, `w`, `out` are addresses; strides are in bytes; `depth` is even; `like` is an array of x's storage type.
-        """
-        signature = types.void(
-            like, types.intp, types.intp, types.intp, types.intp, types.intp, types.intp, types.boolean
-        )
-
-        def codegen(context, builder, signature, args):
-            _, x, x_stride, w, depth, out, out_stride, add = args
-            element = signature.args[0].dtype
-            vector = ir.VectorType(FLOAT, LANES)
-            out_rows = [
-                _pointer(builder, builder.add(out, builder.mul(out_stride, I64(i))), vector) for i in range(num_rows)
-            ]
-            sums = [
-                [cgutils.alloca_once_value(builder, vector([0.0] * LANES)) for _ in range(TILE_VECTORS)]
-                for _ in range(num_rows)
-            ]
-            x_rows = [builder.add(x, builder.mul(x_stride, I64(i))) for i in range(num_rows)]
-            _tile_loop(builder, element, x_rows, w, depth, sums)
-            with builder.if_then(add):
-                for i, j in _grid(num_rows):
-                    total = builder.fadd(builder.load(sums[i][j]), _load(builder, out_rows[i], j))
-                    builder.store(total, sums[i][j])
-            for i, j in _grid(num_rows):
-                builder.store(builder.load(sums[i][j]), builder.gep(out_rows[i], [I64(j)])).align = 4
-            return context.get_dummy_value()
-
-        return signature, codegen
-
-    return tile
-
-
-def _grid(num_rows):
-    return [(i, j) for i in range(num_rows) for j in range(TILE_VECTORS)]
-
-
-def _tile_loop(builder, element, x_rows, w, depth, sums):
-    """The loop over the depth: one element at a time, or in bfloat16 a pair at a time."""
-    paired = element == types.uint16
-    steps = builder.lshr(depth, I64(1)) if paired else depth
-    stored = {types.float32: FLOAT, types.int16: I16, types.uint16: I32}[element]
-    panel = _pointer(builder, w, ir.VectorType(stored, LANES))
-    x_rows = [_pointer(builder, row, stored) for row in x_rows]
-    with cgutils.for_range(builder, steps) as loop:
-        base = builder.mul(loop.index, I64(TILE_VECTORS))
-        weights = [_load(builder, panel, builder.add(base, I64(j))) for j in range(TILE_VECTORS)]
-        terms = _terms(builder, element, weights)
-        for i, row in enumerate(x_rows):
-            scalar = builder.load(builder.gep(row, [loop.index]))
-            scalar.align = stored_align(element)
-            broadcast = _splat(builder, scalar)
-            for x_term, w_term in zip(_terms(builder, element, [broadcast]), terms, strict=True):
-                for j in range(TILE_VECTORS):
-                    total = builder.load(sums[i][j])
-                    builder.store(_multiply_add(builder, element, x_term[0], w_term[j], total), sums[i][j])
-
-
-def stored_align(element) -> int:
-    """The alignment in bytes of an element of this storage type; a bfloat16 row need not start on a whole pair."""
-    return 4 if element == types.float32 else 2
-
-
-def _terms(builder, element, vectors):
-    """The operands of the multiply-adds that a step makes of these stored vectors: one list per multiply-add."""
+def emit_widen(builder, element, value):
+    """The float32 value (scalar or vector) of a value of this storage type."""
     if element == types.float32:
-        return [vectors]
-    floats = ir.VectorType(FLOAT, LANES)
+        return value
+    lanes = value.type.count if isinstance(value.type, ir.VectorType) else None
+
+    def shape(scalar):
+        return scalar if lanes is None else ir.VectorType(scalar, lanes)
+
     if element == types.int16:
-        halves = ir.VectorType(ir.HalfType(), LANES)
-        return [[builder.fpext(builder.bitcast(v, halves), floats) for v in vectors]]
-    if HAS_BF16_DOT:
-        pairs = ir.VectorType(_BFloat(), 2 * LANES)
-        return [[builder.bitcast(v, pairs) for v in vectors]]
-    ints = ir.VectorType(I32, LANES)
-    low = [builder.bitcast(builder.shl(v, ints([16] * LANES)), floats) for v in vectors]
-    high = [builder.bitcast(builder.and_(v, ints([0xFFFF0000] * LANES)), floats) for v in vectors]
-    return [low, high]
+        return builder.fpext(builder.bitcast(value, shape(ir.HalfType())), shape(FLOAT))
+    assert element == types.uint16, element
+    bits = builder.shl(builder.zext(value, shape(I32)), constant(I32, 16, lanes))
+    return builder.bitcast(bits, shape(FLOAT))
 
 
-def _multiply_add(builder, element, a, b, total):
-    floats = ir.VectorType(FLOAT, LANES)
-    if element == types.uint16 and HAS_BF16_DOT:
-        pairs = ir.VectorType(_BFloat(), 2 * LANES)
-        signature = ir.FunctionType(floats, [floats, pairs, pairs])
-        name = "llvm.x86.avx512bf16.dpbf16ps.512"
-        return builder.call(cgutils.get_or_insert_function(builder.module, signature, name), [total, a, b])
-    signature = ir.FunctionType(floats, [floats, floats, floats])
-    name = f"llvm.fmuladd.v{LANES}f32"
-    return builder.call(cgutils.get_or_insert_function(builder.module, signature, name), [a, b, total])
+def emit_narrow(builder, element, value):
+    """A float32 value (scalar or vector) rounded to nearest even, in this storage type."""
+    if element == types.float32:
+        return value
+    lanes = value.type.count if isinstance(value.type, ir.VectorType) else None
+
+    def shape(scalar):
+        return scalar if lanes is None else ir.VectorType(scalar, lanes)
+
+    if element == types.int16:
+        return builder.bitcast(builder.fptrunc(value, shape(ir.HalfType())), shape(I16))
+    assert element == types.uint16, element
+    bits = builder.bitcast(value, shape(I32))
+    odd = builder.and_(builder.lshr(bits, constant(I32, 16, lanes)), constant(I32, 1, lanes))
+    rounded = builder.add(bits, builder.add(odd, constant(I32, 0x7FFF, lanes)))
+    rounded = builder.lshr(rounded, constant(I32, 16, lanes))
+    is_nan = builder.fcmp_unordered("uno", value, value)
+    return builder.trunc(builder.select(is_nan, constant(I32, 0x7FC0, lanes), rounded), shape(I16))
 
 
-def _pointer(builder, address, pointee):
+def constant(scalar, value, lanes=None):
+    """A constant of this LLVM type, in every lane of a vector when `lanes` is given."""
+    return scalar(value) if lanes is None else ir.VectorType(scalar, lanes)([value] * lanes)
+
+
+def call(builder, name, result, *args):
+    """Call the LLVM intrinsic function of this full name."""
+    signature = ir.FunctionType(result, [arg.type for arg in args])
+    return builder.call(cgutils.get_or_insert_function(builder.module, signature, name), args)
+
+
+def pointer(builder, address, pointee):
     return builder.inttoptr(address, pointee.as_pointer())
 
 
-def _load(builder, pointer, index):
-    value = builder.load(builder.gep(pointer, [index if isinstance(index, ir.Value) else I64(index)]))
-    value.align = 4
-    return value
+def offset(builder, address, index, size):
+    """address + index * size, for a runtime or constant index."""
+    index = index if isinstance(index, ir.Value) else I64(index)
+    return builder.add(address, builder.mul(index, I64(size)))
 
 
-def _splat(builder, scalar):
+def splat(builder, scalar):
+    """A vector with this scalar in every lane."""
     vector = ir.VectorType(scalar.type, LANES)
     value = builder.insert_element(vector(ir.Undefined), scalar, I32(0))
     return builder.shuffle_vector(value, vector(ir.Undefined), ir.VectorType(I32, LANES)([0] * LANES))
 
 
-tile_1, tile_2, tile_3, tile_4 = (_make_tile(num_rows) for num_rows in (1, 2, 3, 4))
-tile_5, tile_6 = (_make_tile(num_rows) if num_rows <= TILE_ROWS else tile_4 for num_rows in (5, 6))
+class Unit:
+    """How a storage type is loaded for a multiply-add along the depth: bfloat16 in pairs, the others one by one."""
+
+    def __init__(self, element) -> None:
+        self.element = element
+        self.paired = element == types.uint16
+        self.depth = 2 if self.paired else 1
+        self.stored = {types.float32: FLOAT, types.int16: I16, types.uint16: I32}[element]
+        self.size = 2 if element == types.int16 else 4
+        self.align = 4 if element == types.float32 else 2
+        self.vector = ir.VectorType(self.stored, LANES)
+
+    def terms(self, builder, vectors):
+        """The operands of the multiply-adds that one step makes of these stored vectors: a list per multiply-add."""
+        floats = ir.VectorType(FLOAT, LANES)
+        if not self.paired:
+            return [[emit_widen(builder, self.element, v) for v in vectors]]
+        if HAS_BF16_DOT:
+            pairs = ir.VectorType(_BFloat(), 2 * LANES)
+            return [[builder.bitcast(v, pairs) for v in vectors]]
+        low = [builder.bitcast(builder.shl(v, constant(I32, 16, LANES)), floats) for v in vectors]
+        high = [builder.bitcast(builder.and_(v, constant(I32, 0xFFFF0000, LANES)), floats) for v in vectors]
+        return [low, high]
+
+    def multiply_add(self, builder, a, b, total):
+        """total + a * b, for a and b out of `terms`."""
+        if self.paired and HAS_BF16_DOT:
+            return call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", total.type, total, a, b)
+        return call(builder, f"llvm.fmuladd.v{LANES}f32", total.type, a, b, total)

@@ -15,6 +15,7 @@ import numpy as np
 from runtime.kernels.lanes import kernel, narrow, widen
 from runtime.kernels.paged import paged_attention
 from runtime.kernels.products import ROW_BLOCK, linear, linear_add, linear_silu_mul
+from runtime.kernels.spans import store_scaled
 
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
@@ -65,6 +66,7 @@ def decoder_layer(
     sums,
     floats,
     packed,
+    places,
 ):
     """out = the layer applied to hidden ``[T, hidden_size]``; False when a block has no page (nothing is safe then).
 
@@ -85,7 +87,19 @@ def decoder_layer(
         ):
             return False
     paged_attention(
-        q, pool, page_of_block, block_tables, query_starts, context_lens, scale, window, _ZERO, attended, floats, packed
+        q,
+        pool,
+        page_of_block,
+        block_tables,
+        query_starts,
+        context_lens,
+        scale,
+        window,
+        _ZERO,
+        attended,
+        floats,
+        packed,
+        places,
     )
     for first in range(0, num_tokens, ROW_BLOCK):
         stop = min(num_tokens, first + ROW_BLOCK)
@@ -126,19 +140,16 @@ def _rotate(qkv, first, q_norm, k_norm, eps, cos, sin, q):
 @kernel
 def _write_rows(qkv, first, num_heads, page_of_block, block_tables, query_starts, context_lens, pool):
     """Put the k and v of tokens ``first .. first + len(qkv)`` into their pages; False when one has no page."""
-    block_size, num_kv_heads, head_dim = pool.shape[2], pool.shape[3], pool.shape[4]
-    stop = first + len(qkv)
+    block_size, width, size = pool.shape[2], pool.shape[3] * pool.shape[4], pool.itemsize
+    head_dim, stop = pool.shape[4], first + len(qkv)
     for r in range(len(context_lens)):
-        row_start, row_stop = query_starts[r], query_starts[r + 1]
-        for t in range(max(first, row_start), min(stop, row_stop)):
-            position = context_lens[r] - row_stop + t
+        for t in range(max(first, query_starts[r]), min(stop, query_starts[r + 1])):
+            position = context_lens[r] - query_starts[r + 1] + t
             page = page_of_block[block_tables[r, position // block_size]]
             if page < 0:
                 return False
-            for side in range(2):
-                for h in range(num_kv_heads):
-                    target = pool[page, side, position % block_size, h]
-                    start = (num_heads + side * num_kv_heads + h) * head_dim
-                    for d in range(head_dim):
-                        target[d] = narrow(pool, qkv[t - first, start + d])
+            source = qkv.ctypes.data + ((t - first) * qkv.shape[1] + num_heads * head_dim) * 4
+            target = pool.ctypes.data + (page * 2 * block_size + position % block_size) * width * size
+            store_scaled(pool, source, width, _ONE, target)
+            store_scaled(pool, source + width * 4, width, _ONE, target + block_size * width * size)
     return True

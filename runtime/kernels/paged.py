@@ -1,21 +1,37 @@
 """Causal grouped-query attention over KV pages, for ragged batches of decode rows and prefill chunks.
 
-How it works: a row with few queries (decode) walks its pages once per KV head: scores of all its keys, softmax,
-weighted sum of the values. A row with many queries (prefill) packs the keys and values of its context once per KV head
-into the panels of `products` and works through blocks of queries against blocks of keys with the same tiles as the
-weights use, with a running maximum and sum. Blocks of keys lie at fixed positions.
+How it works: a row with few queries (decode) walks its pages twice: once for the scores of all its heads, and, after
+the softmax, once for the weighted sum of the values. A row with many queries (prefill) packs the keys and values of its
+context, one KV head after the other, into the panels of `products`, and works through blocks of queries against blocks
+of keys with the same tiles as the weights use, with a running maximum and sum. Blocks of keys lie at fixed positions.
 
 What is never true: a result never depends on the other rows, and within the prefill kernel not on where chunks begin;
-no key after a query, and none out of its window, is read into a score.
+no key after a query, and none out of its window, has a weight.
 """
 
 import math
 
 import numpy as np
 
-from runtime.kernels.lanes import PANEL, TILE_ROWS, depth_step, exp32, kernel, narrow, widen
-from runtime.kernels.products import tile_rows
+from runtime.kernels.lanes import LANES, PANEL, depth_step, exp32, kernel
+from runtime.kernels.spans import (
+    copy_bytes,
+    find_top,
+    mix_1,
+    mix_2,
+    mix_3,
+    mix_4,
+    pack_keys,
+    pack_value,
+    prefetch,
+    scale_floats,
+    score_keys,
+    store_scaled,
+    weigh,
+)
+from runtime.kernels.tiles import tile_all
 
+AHEAD = 2
 QUERY_BLOCK = 48
 """Query rows (token and head) worked on together in prefill."""
 KEY_BLOCK = 256
@@ -26,273 +42,282 @@ MIN_BLOCKED_QUERIES = 12
 _ZERO, _ONE, _LOWEST = np.float32(0.0), np.float32(1.0), np.float32(-3.0e38)
 
 
+def scratch_sizes(query_starts, context_lens, num_heads: int, num_kv_heads: int, head_dim: int):
+    """How many elements of (float32, storage type, int64) scratch `paged_attention` may touch for this batch."""
+    group = num_heads // num_kv_heads
+    longest = _up(int(context_lens.max(initial=1)), KEY_BLOCK)
+    decode = num_heads * (longest + 2 * LANES + _up(head_dim, LANES) + 1)
+    if int(np.diff(query_starts).max(initial=0)) * group < MIN_BLOCKED_QUERIES:
+        return decode, 1, 1
+    padded = _up(head_dim, PANEL)
+    floats = QUERY_BLOCK * (KEY_BLOCK + padded + 2)
+    packed = longest * (head_dim + padded) + QUERY_BLOCK * (head_dim + KEY_BLOCK)
+    return max(decode, floats), packed, longest
+
+
+def _up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
 @kernel
 def write_pages(k, v, page_of_block, block_tables, query_starts, context_lens, data):
     """Put k and v ``[T, num_kv_heads, head_dim]`` into their pages; False when a block has no page (nothing is safe)."""
-    block_size = data.shape[2]
+    block_size, line = data.shape[2], data.shape[3] * data.shape[4] * data.itemsize
     for r in range(len(context_lens)):
-        first = query_starts[r]
-        position = context_lens[r] - (query_starts[r + 1] - first)
-        for t in range(first, query_starts[r + 1]):
+        stop = query_starts[r + 1]
+        for t in range(query_starts[r], stop):
+            position = context_lens[r] - stop + t
             page = page_of_block[block_tables[r, position // block_size]]
             if page < 0:
                 return False
-            data[page, 0, position % block_size] = k[t]
-            data[page, 1, position % block_size] = v[t]
-            position += 1
+            target = data.ctypes.data + (page * 2 * block_size + position % block_size) * line
+            copy_bytes(target, k.ctypes.data + t * line, line)
+            copy_bytes(target + block_size * line, v.ctypes.data + t * line, line)
     return True
 
 
 @kernel
 def paged_attention(
-    q, data, page_of_block, block_tables, query_starts, context_lens, scale, window, softcap, out, floats, packed
+    q,
+    data,
+    page_of_block,
+    block_tables,
+    query_starts,
+    context_lens,
+    scale,
+    window,
+    softcap,
+    out,
+    floats,
+    packed,
+    places,
 ):
     """Attention of all rows. `q` and `out` are ``[T, num_heads, head_dim]``; `window` and `softcap` are 0 for none.
 
-    `floats` (float32) and `packed` (storage type) are flat scratch of `scratch_sizes`.
+    `floats`, `packed` and `places` are flat scratch of `scratch_sizes`.
     """
-    group = q.shape[1] // data.shape[3]
+    group, line = q.shape[1] // data.shape[3], q.shape[1] * q.shape[2] * q.itemsize
     for r in range(len(context_lens)):
         first, stop = query_starts[r], query_starts[r + 1]
-        start = context_lens[r] - (stop - first)
-        pages = block_tables[r]
+        position = context_lens[r] - (stop - first)
         if (stop - first) * group < MIN_BLOCKED_QUERIES:
             for t in range(first, stop):
-                _attend_one(q[t], data, page_of_block, pages, start + t - first, scale, window, softcap, out[t], floats)
+                query, target = q.ctypes.data + t * line, out.ctypes.data + t * line
+                _attend_one(
+                    query, data, page_of_block, block_tables, r, position + t - first, group, scale, window, softcap,
+                    target, floats,
+                )  # fmt: skip
         else:
+            query, target = q.ctypes.data + first * line, out.ctypes.data + first * line
             _attend_chunk(
-                q[first:stop],
-                data,
-                page_of_block,
-                pages,
-                start,
-                scale,
-                window,
-                softcap,
-                out[first:stop],
-                floats,
-                packed,
-            )
-
-
-def scratch_sizes(query_starts, context_lens, num_heads: int, num_kv_heads: int, head_dim: int) -> tuple[int, int]:
-    """How many elements of `floats` and `packed` scratch `paged_attention` may touch for this batch."""
-    group = num_heads // num_kv_heads
-    longest = -(-int(context_lens.max(initial=1)) // KEY_BLOCK) * KEY_BLOCK
-    decode = group * (longest + head_dim)
-    if int(np.diff(query_starts).max(initial=0)) * group < MIN_BLOCKED_QUERIES:
-        return decode, 1
-    padded = -(-head_dim // PANEL) * PANEL
-    floats = QUERY_BLOCK * (KEY_BLOCK + padded + 2)
-    packed = longest * (head_dim + padded) + QUERY_BLOCK * (head_dim + KEY_BLOCK)
-    return max(decode, floats), packed
+                query, stop - first, data, page_of_block, block_tables, r, position, group, scale, window, softcap,
+                target, floats, packed, places,
+            )  # fmt: skip
 
 
 # -- one query ----------------------------------------------------------------------------------------------
 
 
 @kernel
-def _attend_one(q, data, page_of_block, pages, position, scale, window, softcap, out, floats):
-    """All heads of the query at `position`."""
-    num_heads, head_dim = q.shape
-    num_kv_heads, block_size = data.shape[3], data.shape[2]
-    group = num_heads // num_kv_heads
+def _attend_one(query, data, page_of_block, block_tables, r, position, group, scale, window, softcap, target, floats):
+    """All heads of the query of row `r` at `position`; `query` and `target` are addresses."""
+    block_size, num_kv_heads, head_dim, size = data.shape[2], data.shape[3], data.shape[4], data.itemsize
+    head, line = head_dim * size, num_kv_heads * head_dim * size
+    num_heads = num_kv_heads * group
     stop = position + 1
     start = max(0, stop - window) if window > 0 else 0
-    count = stop - start
-    scores = floats[: group * count].reshape(group, count)
-    queries = floats[group * count : group * (count + head_dim)].reshape(group, head_dim)
-    for h in range(num_kv_heads):
-        for g in range(group):
-            for d in range(head_dim):
-                queries[g, d] = widen(q[h * group + g, d]) * scale
-        for j in range(start, stop):
-            key = data[page_of_block[pages[j // block_size]], 0, j % block_size, h]
-            for g in range(group):
-                total = _ZERO
-                for d in range(head_dim):
-                    total += queries[g, d] * widen(key[d])
-                scores[g, j - start] = total
-        for g in range(group):
-            _softmax(scores[g], softcap)
-        queries[:] = _ZERO
-        for j in range(start, stop):
-            value = data[page_of_block[pages[j // block_size]], 1, j % block_size, h]
-            for g in range(group):
-                weight = scores[g, j - start]
-                for d in range(head_dim):
-                    queries[g, d] += weight * widen(value[d])
-        for g in range(group):
-            for d in range(head_dim):
-                out[h * group + g, d] = narrow(out, queries[g, d])
+    end = (stop + block_size - 1) // block_size
+    scores_stride = (stop - start + 2 * LANES - 1) // LANES * LANES
+    sums_stride = (head_dim + LANES - 1) // LANES * LANES
+    scores = floats.ctypes.data
+    sums = scores + num_heads * scores_stride * 4
+    for block in range(start // block_size, end):
+        first, last = max(start, block * block_size), min(stop, (block + 1) * block_size)
+        page = data.ctypes.data + page_of_block[block_tables[r, block]] * 2 * block_size * line
+        ahead = data.ctypes.data + page_of_block[block_tables[r, min(block + AHEAD, end - 1)]] * 2 * block_size * line
+        share = block_size * line // num_heads
+        for j in range(first, last, LANES):
+            keys = page + (j - block * block_size) * line
+            for h in range(num_heads):
+                place = scores + (h * scores_stride + j - start) * 4
+                prefetch(ahead + h * share, share)
+                score_keys(data, query + h * head, keys + h // group * head, line, last - j, head_dim, place)
+    totals = num_heads * (scores_stride + sums_stride)
+    for h in range(num_heads):
+        place = scores + h * scores_stride * 4
+        factor = scale
+        if softcap > _ZERO:
+            _cap(floats, h * scores_stride, stop - start, scale, softcap)
+            factor = _ONE
+        top = find_top(place, 0, stop - start)
+        floats[totals + h] = weigh(floats, place, 0, stop - start, stop - start, factor, top, place)
+    for i in range(num_heads * sums_stride):
+        floats[num_heads * scores_stride + i] = _ZERO
+    for block in range(start // block_size, end):
+        first, last = max(start, block * block_size), min(stop, (block + 1) * block_size)
+        page = data.ctypes.data + (page_of_block[block_tables[r, block]] * 2 + 1) * block_size * line
+        values = page + (first - block * block_size) * line
+        ahead = (
+            data.ctypes.data + (page_of_block[block_tables[r, min(block + AHEAD, end - 1)]] * 2 + 1) * block_size * line
+        )
+        share = block_size * line // num_kv_heads
+        for h in range(num_kv_heads):
+            prefetch(ahead + h * share, share)
+            weights = scores + (h * group * scores_stride + first - start) * 4
+            _mix_group(
+                data, group, weights, scores_stride * 4, values + h * head, line, last - first, head_dim,
+                sums + h * group * sums_stride * 4, sums_stride * 4,
+            )  # fmt: skip
+    for h in range(num_heads):
+        store_scaled(data, sums + h * sums_stride * 4, head_dim, _ONE / floats[totals + h], target + h * head)
 
 
 @kernel
-def _softmax(scores, softcap):
-    if softcap > _ZERO:
-        _cap(scores, softcap)
-    top = _LOWEST
-    for j in range(len(scores)):
-        top = max(top, scores[j])
-    total = _ZERO
-    for j in range(len(scores)):
-        weight = exp32(scores[j] - top)
-        scores[j] = weight
-        total += weight
-    inverse = _ONE / total
-    for j in range(len(scores)):
-        scores[j] *= inverse
+def _mix_group(like, group, weights, weights_stride, values, stride, count, head_dim, sums, sums_stride):
+    """`mix` for a group of any size."""
+    g = 0
+    while g < group:
+        w, s = weights + g * weights_stride, sums + g * sums_stride
+        if group - g >= 4:
+            mix_4(like, w, weights_stride, values, stride, count, head_dim, s, sums_stride)
+        elif group - g == 3:
+            mix_3(like, w, weights_stride, values, stride, count, head_dim, s, sums_stride)
+        elif group - g == 2:
+            mix_2(like, w, weights_stride, values, stride, count, head_dim, s, sums_stride)
+        else:
+            mix_1(like, w, weights_stride, values, stride, count, head_dim, s, sums_stride)
+        g += 4
 
 
 @kernel
-def _cap(scores, softcap):
-    for j in range(len(scores)):
-        scores[j] = softcap * np.float32(math.tanh(scores[j] / softcap))
+def _cap(floats, first, count, scale, softcap):
+    """Scale scores, then soften them towards +-softcap."""
+    for j in range(first, first + count):
+        floats[j] = softcap * np.float32(math.tanh(floats[j] * scale / softcap))
 
 
 # -- many queries -------------------------------------------------------------------------------------------
 
 
 @kernel
-def _attend_chunk(q, data, page_of_block, pages, position, scale, window, softcap, out, floats, packed):
-    """All heads of consecutive queries, the first of them at `position`."""
-    num_tokens, num_heads, head_dim = q.shape
-    num_kv_heads = data.shape[3]
-    group = num_heads // num_kv_heads
-    padded = (head_dim + PANEL - 1) // PANEL * PANEL
+def _attend_chunk(
+    query, num_tokens, data, page_of_block, block_tables, r, position, group, scale, window, softcap, target, floats,
+    packed, places,
+):  # fmt: skip
+    """All heads of the `num_tokens` queries of row `r` from `position` on; `query` and `target` are addresses."""
+    num_kv_heads, head_dim, size = data.shape[3], data.shape[4], data.itemsize
+    head, padded = head_dim * size, (head_dim + PANEL - 1) // PANEL * PANEL
     stop = position + num_tokens
     start = max(0, position + 1 - window) if window > 0 else 0
     start -= start % KEY_BLOCK
     capacity = (stop - start + KEY_BLOCK - 1) // KEY_BLOCK * KEY_BLOCK
-    keys, rest = packed[: capacity * head_dim], packed[capacity * head_dim :]
-    values, rest = rest[: capacity * padded], rest[capacity * padded :]
-    queries, rest = rest[: QUERY_BLOCK * head_dim].reshape(QUERY_BLOCK, head_dim), rest[QUERY_BLOCK * head_dim :]
-    weights = rest[: QUERY_BLOCK * KEY_BLOCK].reshape(QUERY_BLOCK, KEY_BLOCK)
-    scores = floats[: QUERY_BLOCK * KEY_BLOCK].reshape(QUERY_BLOCK, KEY_BLOCK)
-    rest_floats = floats[QUERY_BLOCK * KEY_BLOCK :]
-    sums, rest_floats = (
-        rest_floats[: QUERY_BLOCK * padded].reshape(QUERY_BLOCK, padded),
-        rest_floats[QUERY_BLOCK * padded :],
-    )
-    tops, totals = rest_floats[:QUERY_BLOCK], rest_floats[QUERY_BLOCK : 2 * QUERY_BLOCK]
+    keys = packed.ctypes.data
+    values = keys + capacity * head
+    queries = values + capacity * padded * size
+    weights = queries + QUERY_BLOCK * head
+    _find_keys(data, page_of_block, block_tables, r, start, stop, places)
     for h in range(num_kv_heads):
-        _pack_context(data, page_of_block, pages, h, start, stop, capacity, keys, values)
+        _pack_context(data, places, h * head, stop - start, capacity, keys, values)
         for first in range(0, num_tokens * group, QUERY_BLOCK):
             num_rows = min(QUERY_BLOCK, num_tokens * group - first)
             for i in range(num_rows):
-                queries[i] = q[(first + i) // group, h * group + (first + i) % group]
-            tops[:] = _LOWEST
-            totals[:] = _ZERO
-            sums[:] = _ZERO
-            last = position + (first + num_rows - 1) // group
-            lowest = max(start, position + first // group + 1 - window) if window > 0 else start
-            for block in range((lowest - start) // KEY_BLOCK, (last - start) // KEY_BLOCK + 1):
-                origin = start + block * KEY_BLOCK
-                depth = min(KEY_BLOCK, last + 1 - origin)
-                depth += depth % 2
-                _score_block(queries, num_rows, keys, block, depth, scores)
-                for i in range(num_rows):
-                    query = position + (first + i) // group
-                    low = max(0, query + 1 - window - origin) if window > 0 else 0
-                    high = min(KEY_BLOCK, query + 1 - origin)
-                    _weigh(scores[i], low, high, depth, scale, softcap, tops, totals, i, sums[i], weights[i])
-                _add_values(weights, num_rows, values, block, capacity, depth, sums)
+                index = (first + i) // group * num_kv_heads * group + h * group + (first + i) % group
+                copy_bytes(queries + i * head, query + index * head, head)
+            _attend_block(
+                data, num_rows, first, position, group, start, capacity, keys, values, queries, weights, scale, window,
+                softcap, floats,
+            )  # fmt: skip
+            sums, totals = floats.ctypes.data + QUERY_BLOCK * KEY_BLOCK * 4, QUERY_BLOCK * (KEY_BLOCK + padded + 1)
             for i in range(num_rows):
-                inverse = _ONE / totals[i]
-                target = out[(first + i) // group, h * group + (first + i) % group]
-                for d in range(head_dim):
-                    target[d] = narrow(out, sums[i, d] * inverse)
+                index = (first + i) // group * num_kv_heads * group + h * group + (first + i) % group
+                factor = _ONE / floats[totals + i]
+                store_scaled(data, sums + i * padded * 4, head_dim, factor, target + index * head)
 
 
 @kernel
-def _pack_context(data, page_of_block, pages, h, start, stop, capacity, keys, values):
-    """The keys of head `h` as panels of a matrix ``[head_dim, keys]``, its values as one of ``[keys, head_dim]``."""
-    head_dim, block_size = data.shape[4], data.shape[2]
+def _attend_block(
+    like,
+    num_rows,
+    first,
+    position,
+    group,
+    start,
+    capacity,
+    keys,
+    values,
+    queries,
+    weights,
+    scale,
+    window,
+    softcap,
+    floats,
+):
+    """One block of queries against all the keys it sees: leaves sums and totals, unnormalised, in `floats`."""
+    head_dim, size = like.shape[4], like.itemsize
+    padded = (head_dim + PANEL - 1) // PANEL * PANEL
+    scores = floats.ctypes.data
+    sums = scores + QUERY_BLOCK * KEY_BLOCK * 4
+    tops = QUERY_BLOCK * (KEY_BLOCK + padded)
+    totals = tops + QUERY_BLOCK
+    for i in range(QUERY_BLOCK * KEY_BLOCK, tops):
+        floats[i] = _ZERO
+    for i in range(num_rows):
+        floats[tops + i] = _LOWEST
+        floats[totals + i] = _ZERO
+    last = position + (first + num_rows - 1) // group
+    lowest = max(start, position + first // group + 1 - window) if window > 0 else start
+    for block in range((lowest - start) // KEY_BLOCK, (last - start) // KEY_BLOCK + 1):
+        origin = start + block * KEY_BLOCK
+        depth = min(KEY_BLOCK, last + 1 - origin)
+        depth += depth % depth_step(like)
+        for panel in range((depth + PANEL - 1) // PANEL):
+            w = keys + (block * KEY_BLOCK + panel * PANEL) * head_dim * size
+            place = scores + panel * PANEL * 4
+            tile_all(like, num_rows, queries, head_dim * size, w, head_dim, place, KEY_BLOCK * 4, False)
+        for i in range(num_rows):
+            at = position + (first + i) // group - origin
+            low, high = max(0, at + 1 - window) if window > 0 else 0, max(0, min(KEY_BLOCK, at + 1))
+            row, factor = scores + i * KEY_BLOCK * 4, scale
+            if softcap > _ZERO:
+                _cap(floats, i * KEY_BLOCK, depth, scale, softcap)
+                factor = _ONE
+            before = floats[tops + i]
+            top = max(before, find_top(row, low, high))
+            total = weigh(like, row, low, high, depth, factor, top, weights + i * KEY_BLOCK * size)
+            if top > before:
+                shrink = exp32((before - top) * factor) if before > _LOWEST else _ZERO
+                floats[tops + i] = top
+                floats[totals + i] *= shrink
+                scale_floats(sums + i * padded * 4, padded, shrink)
+            floats[totals + i] += total
+        for panel in range(padded // PANEL):
+            w = values + (panel * capacity + block * KEY_BLOCK) * PANEL * size
+            place = sums + panel * PANEL * 4
+            tile_all(like, num_rows, weights, KEY_BLOCK * size, w, depth, place, padded * 4, True)
+
+
+@kernel
+def _find_keys(data, page_of_block, block_tables, r, start, stop, places):
+    """places[j] = the address of key start + j; the last one again up to a multiple of `PANEL`."""
+    block_size = data.shape[2]
+    line = data.shape[3] * data.shape[4] * data.itemsize
+    for j in range((stop - start + PANEL - 1) // PANEL * PANEL):
+        position = min(start + j, stop - 1)
+        page = page_of_block[block_tables[r, position // block_size]]
+        places[j] = data.ctypes.data + (page * 2 * block_size + position % block_size) * line
+
+
+@kernel
+def _pack_context(data, places, shift, count, capacity, keys, values):
+    """The keys of one head as panels of a matrix ``[head_dim, keys]``, its values as one of ``[keys, head_dim]``."""
+    block_size, num_kv_heads, head_dim, size = data.shape[2], data.shape[3], data.shape[4], data.itemsize
     step = depth_step(data)
-    num_value_panels = (head_dim + PANEL - 1) // PANEL
-    for j in range(capacity):
-        base = j // PANEL * PANEL * head_dim + j % PANEL * step
-        place = j // step * PANEL * step + j % step
-        if start + j < stop:
-            position = start + j
-            page = page_of_block[pages[position // block_size]]
-            key, value = data[page, 0, position % block_size, h], data[page, 1, position % block_size, h]
-            for d in range(0, head_dim, step):
-                for s in range(step):
-                    keys[base + d * PANEL + s] = key[d + s]
-            for d in range(head_dim):
-                values[d // PANEL * PANEL * capacity + place + d % PANEL * step] = value[d]
-        elif j < (stop - start + PANEL + 1) // PANEL * PANEL:
-            for d in range(0, head_dim, step):
-                for s in range(step):
-                    keys[base + d * PANEL + s] = 0
-            for d in range(num_value_panels * PANEL):
-                values[d // PANEL * PANEL * capacity + place + d % PANEL * step] = 0
-
-
-@kernel
-def _score_block(queries, num_rows, keys, block, depth, scores):
-    head_dim, size = queries.shape[1], queries.itemsize
-    for panel in range((depth + PANEL - 1) // PANEL):
-        w = keys.ctypes.data + (block * KEY_BLOCK + panel * PANEL) * head_dim * size
-        for i in range(0, num_rows, TILE_ROWS):
-            tile_rows(
-                queries,
-                min(TILE_ROWS, num_rows - i),
-                queries.ctypes.data + i * head_dim * size,
-                head_dim * size,
-                w,
-                head_dim,
-                scores.ctypes.data + (i * KEY_BLOCK + panel * PANEL) * 4,
-                KEY_BLOCK * 4,
-                False,
-            )
-
-
-@kernel
-def _weigh(scores, low, high, depth, scale, softcap, tops, totals, i, sums, weights):
-    """One query against one block of keys: raise its maximum, rescale its sums, and turn scores into weights."""
-    if high <= low:
-        for j in range(depth):
-            weights[j] = 0
-        return
-    top = tops[i]
-    for j in range(low, high):
-        scores[j] *= scale
-    if softcap > _ZERO:
-        _cap(scores[low:high], softcap)
-    for j in range(low, high):
-        top = max(top, scores[j])
-    factor = exp32(tops[i] - top)
-    tops[i] = top
-    total = _ZERO
-    for j in range(low):
-        weights[j] = 0
-    for j in range(low, high):
-        weight = exp32(scores[j] - top)
-        total += weight
-        weights[j] = narrow(weights, weight)
-    for j in range(high, depth):
-        weights[j] = 0
-    totals[i] = totals[i] * factor + total
-    for d in range(len(sums)):
-        sums[d] *= factor
-
-
-@kernel
-def _add_values(weights, num_rows, values, block, capacity, depth, sums):
-    size, padded = weights.itemsize, sums.shape[1]
-    for panel in range(padded // PANEL):
-        w = values.ctypes.data + (panel * capacity + block * KEY_BLOCK) * PANEL * size
-        for i in range(0, num_rows, TILE_ROWS):
-            tile_rows(
-                weights,
-                min(TILE_ROWS, num_rows - i),
-                weights.ctypes.data + i * KEY_BLOCK * size,
-                KEY_BLOCK * size,
-                w,
-                depth,
-                sums.ctypes.data + (i * padded + panel * PANEL) * 4,
-                padded * 4,
-                True,
-            )
+    for j in range(0, count, LANES):
+        target = keys + (j // PANEL * PANEL * head_dim + j % PANEL * step) * size
+        pack_keys(data, places.ctypes.data + j * 8, shift, head_dim, target)
+    shift += block_size * num_kv_heads * head_dim * size
+    for j in range(0, count, step):
+        for d in range(0, head_dim, PANEL):
+            first, second = places[j] + shift + d * size, places[j + step - 1] + shift + d * size
+            target = values + (d * capacity + j * PANEL) * size
+            pack_value(data, first, second, j + 1 < count, min(PANEL, head_dim - d), target)

@@ -16,20 +16,8 @@ import numpy as np
 import torch
 
 from runtime.kernels import storage
-from runtime.kernels.lanes import (
-    PANEL,
-    TILE_ROWS,
-    exp32,
-    kernel,
-    narrow,
-    tile_1,
-    tile_2,
-    tile_3,
-    tile_4,
-    tile_5,
-    tile_6,
-    widen,
-)
+from runtime.kernels.lanes import PANEL, exp32, kernel, narrow, widen
+from runtime.kernels.tiles import tile_all
 
 ROW_BLOCK = 192
 """Rows that pass through all panels together; bounds the scratch and keeps activations in the cache."""
@@ -96,39 +84,14 @@ def _pack_panels(packed: torch.Tensor, weight: torch.Tensor) -> None:
 
 
 @kernel
-def tile_rows(like, num_rows, x, x_stride, w, depth, out, out_stride, add):
-    """One tile of 1 to `TILE_ROWS` rows; addresses and byte strides as in `lanes`."""
-    if num_rows == 1:
-        tile_1(like, x, x_stride, w, depth, out, out_stride, add)
-    elif num_rows == 2:
-        tile_2(like, x, x_stride, w, depth, out, out_stride, add)
-    elif num_rows == 3:
-        tile_3(like, x, x_stride, w, depth, out, out_stride, add)
-    elif num_rows == 4:
-        tile_4(like, x, x_stride, w, depth, out, out_stride, add)
-    elif num_rows == 5:
-        tile_5(like, x, x_stride, w, depth, out, out_stride, add)
-    elif num_rows == 6:
-        tile_6(like, x, x_stride, w, depth, out, out_stride, add)
-
-
-@kernel
 def panel_product(x, w, panel, sums):
-    """sums[:len(x)] = x @ one panel; rows are spread evenly over the tiles."""
+    """sums[:len(x)] = x @ one panel."""
     num_rows, depth = x.shape
     size = x.itemsize
-    x_stride, out_stride = depth * size, PANEL * 4
-    x_address, out_address = x.ctypes.data, sums.ctypes.data
-    num_tiles = (num_rows + TILE_ROWS - 1) // TILE_ROWS
     for k in range(0, depth, DEPTH_BLOCK):
-        w_address = w.ctypes.data + (panel * depth + k) * PANEL * size
-        block = min(DEPTH_BLOCK, depth - k)
-        first = 0
-        for i in range(num_tiles):
-            stop = (i + 1) * num_rows // num_tiles
-            x_tile, out_tile = x_address + first * x_stride + k * size, out_address + first * out_stride
-            tile_rows(x, stop - first, x_tile, x_stride, w_address, block, out_tile, out_stride, k > 0)
-            first = stop
+        w_block = w.ctypes.data + (panel * depth + k) * PANEL * size
+        x_block, block = x.ctypes.data + k * size, min(DEPTH_BLOCK, depth - k)
+        tile_all(x, num_rows, x_block, depth * size, w_block, block, sums.ctypes.data, PANEL * 4, k > 0)
 
 
 @kernel

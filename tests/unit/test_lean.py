@@ -7,7 +7,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from runtime.batch import LayerKV, StepBatch
-from runtime.model.lean import LeanEmbedding, LeanHead, LeanLayer, supports, warm_up
+from runtime.model.lean import LeanEmbedding, LeanHead, LeanLayer, supports
 
 SHAPE = dict(
     hidden_size=72,
@@ -60,7 +60,7 @@ def model(request):
         if "norm" in name or "bias" in name:
             torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.3)
         else:
-            torch.nn.init.normal_(parameter, std=0.15)
+            torch.nn.init.normal_(parameter, std=0.1)
     return model
 
 

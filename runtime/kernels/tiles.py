@@ -1,0 +1,105 @@
+"""The tile: a few rows of x times one panel of packed weights, wholly in registers.
+
+How it works: the sums of `num_rows` rows and `PANEL` columns stay in vector registers while the depth runs by; each
+step loads one line of the panel and, per row, one element (in bfloat16 one pair) of x that it spreads over all lanes.
+A tile of `TILE_ROWS` rows fills the registers, and reads the panel as few times as they allow.
+"""
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from runtime.kernels.lanes import (
+    FLOAT,
+    I64,
+    LANES,
+    TILE_ROWS,
+    TILE_VECTORS,
+    Unit,
+    constant,
+    kernel,
+    offset,
+    pointer,
+    splat,
+)
+
+
+def _make_tile(num_rows: int):
+    @intrinsic
+    def tile(typingctx, like, x, x_stride, w, depth, out, out_stride, add):
+        """out[i, :PANEL] = (out[i, :PANEL] if add else 0) + x[i, :depth] @ panel, for i < num_rows.
+
+        `x`, `w`, `out` are addresses; strides are in bytes; `depth` is even; `like` is an array of x's storage type.
+        """
+        signature = types.void(like, *[types.intp] * 6, types.boolean)
+
+        def codegen(context, builder, signature, args):
+            _, x, x_stride, w, depth, out, out_stride, add = args
+            floats = ir.VectorType(FLOAT, LANES)
+            grid = [(i, j) for i in range(num_rows) for j in range(TILE_VECTORS)]
+            zero = constant(FLOAT, 0.0, LANES)
+            sums = {place: cgutils.alloca_once_value(builder, zero) for place in grid}
+            x_rows = [builder.add(x, builder.mul(x_stride, I64(i))) for i in range(num_rows)]
+            _run_depth(builder, Unit(signature.args[0].dtype), x_rows, w, depth, sums)
+            out_rows = [
+                pointer(builder, builder.add(out, builder.mul(out_stride, I64(i))), floats) for i in range(num_rows)
+            ]
+            with builder.if_then(add):
+                for i, j in grid:
+                    before = builder.load(builder.gep(out_rows[i], [I64(j)]), align=4)
+                    builder.store(builder.fadd(before, builder.load(sums[i, j])), sums[i, j])
+            for i, j in grid:
+                builder.store(builder.load(sums[i, j]), builder.gep(out_rows[i], [I64(j)]), align=4)
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    return tile
+
+
+def _run_depth(builder, unit, x_rows, w, depth, sums):
+    with cgutils.for_range(builder, builder.udiv(depth, I64(unit.depth))) as loop:
+        line = pointer(builder, offset(builder, w, loop.index, unit.size * LANES * TILE_VECTORS), unit.vector)
+        weights = [builder.load(builder.gep(line, [I64(j)]), align=4) for j in range(TILE_VECTORS)]
+        w_terms = unit.terms(builder, weights)
+        for i, row in enumerate(x_rows):
+            place = pointer(builder, offset(builder, row, loop.index, unit.size), unit.stored)
+            x_terms = unit.terms(builder, [splat(builder, builder.load(place, align=unit.align))])
+            for x_term, w_term in zip(x_terms, w_terms, strict=True):
+                for j in range(TILE_VECTORS):
+                    total = unit.multiply_add(builder, x_term[0], w_term[j], builder.load(sums[i, j]))
+                    builder.store(total, sums[i, j])
+
+
+tile_1, tile_2, tile_3, tile_4 = (_make_tile(num_rows) for num_rows in (1, 2, 3, 4))
+tile_5, tile_6 = (_make_tile(num_rows) if num_rows <= TILE_ROWS else tile_4 for num_rows in (5, 6))
+
+
+@kernel
+def tile_rows(like, num_rows, x, x_stride, w, depth, out, out_stride, add):
+    """One tile of 1 to `TILE_ROWS` rows; addresses and byte strides as in `tile`."""
+    if num_rows == 1:
+        tile_1(like, x, x_stride, w, depth, out, out_stride, add)
+    elif num_rows == 2:
+        tile_2(like, x, x_stride, w, depth, out, out_stride, add)
+    elif num_rows == 3:
+        tile_3(like, x, x_stride, w, depth, out, out_stride, add)
+    elif num_rows == 4:
+        tile_4(like, x, x_stride, w, depth, out, out_stride, add)
+    elif num_rows == 5:
+        tile_5(like, x, x_stride, w, depth, out, out_stride, add)
+    elif num_rows == 6:
+        tile_6(like, x, x_stride, w, depth, out, out_stride, add)
+
+
+@kernel
+def tile_all(like, num_rows, x, x_stride, w, depth, out, out_stride, add):
+    """Any number of rows against one panel, spread evenly over the tiles."""
+    num_tiles = (num_rows + TILE_ROWS - 1) // TILE_ROWS
+    first = 0
+    for i in range(num_tiles):
+        stop = (i + 1) * num_rows // num_tiles
+        x_tile, out_tile = x + first * x_stride, out + first * out_stride
+        tile_rows(like, stop - first, x_tile, x_stride, w, depth, out_tile, out_stride, add)
+        first = stop
