@@ -43,7 +43,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/soak", description="A server under clients that misbehave.")
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--model", default=DEFAULT_MODEL)
-    parser.add_argument("--serve-args", default="--stages 2 --threads 1 --kv-memory 48MiB --max-queue 32", help="for the server")
+    parser.add_argument(
+        "--serve-args", default="--stages 2 --threads 1 --kv-memory 48MiB --max-queue 32", help="for the server"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write the JSON here instead of to stdout")
     args = parser.parse_args()

@@ -132,6 +132,7 @@ async def send_garbage(target: Target, draw: random.Random) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(5.0):
                 await reader.read(4096)
+    await asyncio.sleep(draw.uniform(0.0, 0.3))
 
 
 async def hold_connections(target: Target, draw: random.Random) -> None:
@@ -167,6 +168,7 @@ async def ask_nonsense(target: Target, draw: random.Random) -> None:
     name, path, body = draw.choice(_nonsense(target.model))
     async with target.session.post(f"{target.url}{path}", data=body) as response:
         await _expect_4xx(target, response, name)
+    await asyncio.sleep(draw.uniform(0.0, 0.3))
 
 
 async def look_around(target: Target, draw: random.Random) -> None:
@@ -176,6 +178,7 @@ async def look_around(target: Target, draw: random.Random) -> None:
         await response.read()
         if response.status != 200:
             target.tally.problem(f"GET {path} answered {response.status}")
+    await asyncio.sleep(draw.uniform(0.0, 0.3))
 
 
 CLIENTS: dict[Client, int] = {
