@@ -38,6 +38,11 @@ async def stats(request: web.Request) -> web.Response:
     return _json(request.app[CONTEXT].engine.stats())
 
 
+async def audit(request: web.Request) -> web.Response:
+    """Every structure's own integrity check, on the head and on all workers."""
+    return _json(await request.app[CONTEXT].engine.audit())
+
+
 async def page(request: web.Request) -> web.Response:
     return web.Response(text=PAGE, content_type="text/html", charset="utf-8", headers=_PAGE_HEADERS)
 

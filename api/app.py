@@ -48,14 +48,25 @@ def build_app(engine: Engine, text: Text, settings: ApiSettings) -> web.Applicat
     app.router.add_get("/admin/layout", admin.layout)
     app.router.add_get("/admin/workers", admin.workers)
     app.router.add_get("/admin/stats", admin.stats)
+    app.router.add_post("/admin/audit", admin.audit)
     app.router.add_get("/", admin.page)
     return app
 
 
-def make_runner(app: web.Application, *, keepalive_timeout_s: float = 75.0) -> web.AppRunner:
-    """A runner that cancels the handler of a client that goes away. The access log is off."""
+def make_runner(
+    app: web.Application, *, keepalive_timeout_s: float = 75.0, shutdown_timeout_s: float = 2.0
+) -> web.AppRunner:
+    """A runner that cancels the handler of a client that goes away. The access log is off.
+
+    `shutdown_timeout_s` is what handlers have left at the cleanup; the draining of requests is over by then.
+    """
     return web.AppRunner(
-        app, handler_cancellation=True, access_log=None, keepalive_timeout=keepalive_timeout_s, handle_signals=False
+        app,
+        handler_cancellation=True,
+        access_log=None,
+        keepalive_timeout=keepalive_timeout_s,
+        shutdown_timeout=shutdown_timeout_s,
+        handle_signals=False,
     )
 
 
