@@ -190,6 +190,10 @@ class BlockPool:
         """The referenced blocks, ascending. O(num ids)."""
         return [block for block, count in enumerate(self._references) if count > 0]
 
+    def retired(self) -> list[BlockId]:
+        """Ids that a shrink took away, ascending: nobody may read or write them, their pages can go."""
+        return sorted(self._retired)
+
     def universe(self) -> list[BlockId]:
         """Every id that the pool may hand out, ascending: what a worker has to keep pages for. O(num ids)."""
         return [block for block, count in enumerate(self._references) if count != _RETIRED]

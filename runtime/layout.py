@@ -26,7 +26,7 @@ class Layout(msgspec.Struct, frozen=True, array_like=True):
     """An ordered chain of segments that covers ``[0, num_layers)`` exactly.
 
     Raises:
-        ValueError: when the segments leave a gap, overlap, stop short, or an inner segment is empty.
+        ValueError: when the segments leave a gap, overlap, stop short, an inner segment is empty, or a worker follows itself.
     """
 
     epoch: Epoch
@@ -44,6 +44,8 @@ class Layout(msgspec.Struct, frozen=True, array_like=True):
                 )
             if not len(segment.layers) and 0 < hop < len(self.segments) - 1:
                 raise ValueError(f"segment {hop} on {segment.worker} holds no layer; only the first or last may")
+            if hop and self.segments[hop - 1].worker == segment.worker:
+                raise ValueError(f"segments {hop - 1} and {hop} are both on {segment.worker}; make them one")
             expected = segment.layers.stop
         if expected != self.num_layers:
             raise ValueError(f"the layout covers {expected} layers, the model has {self.num_layers}")
@@ -75,6 +77,10 @@ class Layout(msgspec.Struct, frozen=True, array_like=True):
                 return segment.worker
         raise ValueError(f"layer {layer} is outside [0, {self.num_layers})")
 
+    def owners(self) -> tuple[WorkerName, ...]:
+        """The owner of every layer, ascending."""
+        return tuple(s.worker for s in self.segments for _ in s.layers)
+
     def counts(self) -> tuple[int, ...]:
         return tuple(len(segment.layers) for segment in self.segments)
 
@@ -92,6 +98,17 @@ def layout_from_counts(epoch: Epoch, workers: Sequence[WorkerName], counts: Sequ
         segments.append(Segment(worker, LayerRange(start, start + count)))
         start += count
     return Layout(epoch=epoch, num_layers=start, segments=tuple(segments))
+
+
+def layout_from_owners(epoch: Epoch, owners: Sequence[WorkerName]) -> Layout:
+    """The chain in which ``owners[i]`` serves layer i: one segment per run of layers with one owner."""
+    segments: list[Segment] = []
+    for layer, owner in enumerate(owners):
+        if segments and segments[-1].worker == owner:
+            segments[-1] = Segment(owner, LayerRange(segments[-1].layers.start, layer + 1))
+        else:
+            segments.append(Segment(owner, LayerRange(layer, layer + 1)))
+    return Layout(epoch, len(owners), tuple(segments))
 
 
 class Move(msgspec.Struct, frozen=True, array_like=True):

@@ -1,20 +1,27 @@
-"""Bringing a layout's units into memory: reuse what is held, read what is missing, size the page pool, warm up.
+"""A worker's units in memory: read what is missing, drop what is not needed, size the page pool, warm up.
 
-Units are loaded one at a time, so the peak is the worker's units plus the one being read. What the new layout does not
-need is dropped before anything is read.
+Units are loaded one at a time, so the peak is the worker's units plus the one being read. A *shadow* is loaded by a
+thread of its own while steps run: at the lowest priority the system has, with pauses between units, and warmed up
+on pages that nobody else uses. Its units stand beside the others as soon as they are built; nothing runs on them before
+the flip. Only one thread builds at a time.
 """
 
 import logging
-from collections.abc import Callable
-from typing import Literal, TypeAlias
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
-from kvstore.ids import WorkerName
 from kvstore.page_pool import PagePool
+from runtime import sampling
 from runtime.batch import LayerKV, StepBatch
 from runtime.device import DeviceInfo
+from runtime.member import UnitKey
 from runtime.messages import Load
 from runtime.model.builder import UnitBuilder
 from runtime.model.config import inspect_model
@@ -23,128 +30,240 @@ from runtime.stage import Units
 
 log = logging.getLogger("midflight.worker")
 
-UnitKey: TypeAlias = int | Literal["embedding", "lm_head"]
-Progress: TypeAlias = Callable[[int, int, str], None]
-
 MIN_FREE_BYTES = 512 << 20
-"""Left alone when the pool follows the memory that is free."""
+"""Left alone when the pool follows the memory that is free, and when a shadow is loaded."""
 _WARM_UP_ROWS = (1, 2, 3, 4, 8, 16)
 _WARM_UP_CHUNK = 64
+_SHADOW_REST = 2.0
+"""A shadow's loader rests this many times as long as it worked, unless the worker is idle."""
+
+OnShadow = Callable[[int, float, Exception | None], None]
 
 
 class Loader:
-    """Keeps the units of one worker between layouts (and between heads)."""
+    """The units of one worker (`runtime.member.UnitStore`). `on_shadow` is called in the shadow's thread."""
 
     def __init__(self, device: DeviceInfo) -> None:
+        self.units = Units({})
+        self.weight_bytes = 0
+        self.implementation = ""
+        self.on_shadow: OnShadow = lambda transition, seconds, error: None
         self._device = device
         self._builder: UnitBuilder | None = None
         self._source: tuple[str, str, str, str] | None = None
-        self._units: dict[UnitKey, object] = {}
-        self._pool: PagePool | None = None
-        self.implementation = ""
-        self.weight_bytes = 0
+        self._spec: ModelSpec | None = None
+        self._lock = threading.Lock()
+        self._shadow: threading.Thread | None = None
+        self._shadow_token = 0
+        self._process = psutil.Process()
 
-    def load(self, load: Load, worker: WorkerName, progress: Progress) -> tuple[Units, PagePool]:
-        """Hold exactly the units that `load.layout` gives to `worker`, with an empty page pool.
+    # -- at once --------------------------------------------------------------------------------------------
+
+    def load(
+        self, load: Load, keys: Sequence[UnitKey], num_layers: int, progress: Callable[[int, str], None]
+    ) -> PagePool:
+        """Hold exactly `keys`, and make an empty pool.
 
         Raises:
             ModelError: when the model cannot be read.
             MemoryError, RuntimeError: when it does not fit.
         """
-        layout = load.layout
-        wanted: list[UnitKey] = list(layout.layers_of(worker))
-        if layout.embedding_worker == worker:
-            wanted.insert(0, "embedding")
-        if layout.lm_head_worker == worker:
-            wanted.append("lm_head")
-        self._pool = None  # before the weights: the old pages are of no use to anybody
-        spec = inspect_model(
-            load.model, dtype=load.dtype, load_format=load.load_format, max_context=load.max_context or None
-        )
-        self._prepare(load, spec, set(wanted))
-        builder = self._builder
-        assert builder is not None
-        for count, key in enumerate(wanted):
-            if key not in self._units:
-                self._units[key] = _build(builder, key)
-            progress(count + 1, len(wanted), "reading weights")
-        self.weight_bytes = sum(getattr(unit, "nbytes", 0) for unit in self._units.values())
-        progress(len(wanted), len(wanted), "warming up")
-        pool = self._make_pool(load, spec, layout.layers_of(worker))
-        units = Units(
-            layers={key: self._units[key] for key in wanted if isinstance(key, int)},  # type: ignore[misc]
-            embedding=self._units.get("embedding"),  # type: ignore[arg-type]
-            lm_head=self._units.get("lm_head"),  # type: ignore[arg-type]
-        )
-        warm_up(units, pool, spec, self._device.device)
-        self._pool = pool
-        return units, pool
+        spec = self._open(load)
+        self.retain(keys)
+        for count, key in enumerate(keys):
+            if self._get(key) is None:
+                self._put(key, self._build(key))
+            progress(count + 1, "reading weights")
+        self._count_bytes()
+        progress(len(keys), "warming up")
+        warm_up(self.units, keys, spec, self._device.device)
+        return self.make_pool(load, num_layers)
 
-    def _prepare(self, load: Load, spec: ModelSpec, wanted: set[UnitKey]) -> None:
-        source = (load.model, load.load_format, spec.dtype, load.implementation)
-        if source != self._source:
-            self._units.clear()
-            self._builder = UnitBuilder(spec, device=str(self._device.device), implementation=load.implementation)
-            self._source = source
-            self.implementation = self._builder.implementation
-        for key in [key for key in self._units if key not in wanted]:
-            del self._units[key]
+    def make_pool(self, load: Load, num_layers: int) -> PagePool:
+        """A pool as large as was asked for, or as the free memory allows.
 
-    def _make_pool(self, load: Load, spec: ModelSpec, layers: tuple[int, ...]) -> PagePool:
-        dtype = getattr(torch, spec.dtype)
+        Raises:
+            MemoryError: when not even one block of `num_layers` layers fits.
+        """
+        spec = self._open(load)
         page_bytes = load.block_size * spec.kv_bytes_per_token_layer()
         budget = load.kv_bytes
         if not budget:
             _, free = self._device.memory()
             budget = int((free - MIN_FREE_BYTES) * load.memory_share)
-        num_pages = budget // page_bytes if layers else 1
-        if num_pages < max(1, len(layers)):
+        num_pages = budget // page_bytes
+        if num_pages < max(1, num_layers):
             raise MemoryError(
                 f"{budget:,} bytes of KV memory hold {max(0, num_pages)} pages of {page_bytes:,} bytes; one block of "
-                f"{len(layers)} layers needs {len(layers)}. Raise --kv-memory or free memory on this host."
+                f"{num_layers} layers needs {num_layers}. Raise --kv-memory or free memory on this host."
             )
-        pool = PagePool(
-            num_pages, load.block_size, spec.num_kv_heads, spec.head_dim, dtype=dtype, device=self._device.device
+        dtype = getattr(torch, spec.dtype)
+        return PagePool(num_pages, load.block_size, spec.num_kv_heads, spec.head_dim, dtype, self._device.device)
+
+    def retain(self, keys: Iterable[UnitKey]) -> None:
+        keep = set(keys)
+        with self._lock:
+            for key in [key for key in self.units.layers if key not in keep]:
+                del self.units.layers[key]
+            if "embedding" not in keep:
+                self.units.embedding = None
+            if "lm_head" not in keep:
+                self.units.lm_head = None
+        self._count_bytes()
+
+    def rss(self) -> int:
+        return self._process.memory_info().rss
+
+    # -- in the background ----------------------------------------------------------------------------------
+
+    def shadow(self, load: Load, keys: Sequence[UnitKey], transition: int, is_idle: bool) -> None:
+        self.cancel_shadow()
+        with self._lock:
+            self._shadow_token += 1
+            token = self._shadow_token
+        self._shadow = threading.Thread(
+            target=self._load_shadow, args=(load, keys, transition, is_idle, token), name="shadow", daemon=True
         )
-        pool.hold(layers)
-        return pool
+        self._shadow.start()
+
+    def cancel_shadow(self) -> None:
+        """Stop a shadow's loading; waits for the unit being built."""
+        with self._lock:
+            self._shadow_token += 1
+        thread, self._shadow = self._shadow, None
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def _load_shadow(self, load: Load, keys: Sequence[UnitKey], transition: int, is_idle: bool, token: int) -> None:
+        started_s = time.perf_counter()
+        if not is_idle:
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        try:
+            spec = self._open(load)
+            missing = [key for key in keys if self._get(key) is None]
+            self._check_room(spec, missing)
+            for key in missing:
+                if not self._add_to_shadow(key, spec, is_idle, token):
+                    return
+            self._count_bytes()
+            if is_idle:
+                warm_up(self.units, keys, spec, self._device.device)
+            error = None
+        except Exception as problem:
+            log.exception("loading the shadow of transition %d failed", transition)
+            error = problem
+        if token == self._shadow_token:
+            self.on_shadow(transition, time.perf_counter() - started_s, error)
+
+    def _add_to_shadow(self, key: UnitKey, spec: ModelSpec, is_idle: bool, token: int) -> bool:
+        began_s = time.perf_counter()
+        unit = self._build(key)
+        with self._lock:
+            if token != self._shadow_token:
+                return False
+            self._set(key, unit)
+        if not is_idle:
+            warm_up(self.units, [key], spec, self._device.device, rows=(1, 4))
+            time.sleep(_SHADOW_REST * (time.perf_counter() - began_s))
+        return True
+
+    def _check_room(self, spec: ModelSpec, missing: Sequence[UnitKey]) -> None:
+        needed = sum(_unit_bytes(spec, key) for key in missing)
+        _, free = self._device.memory()
+        if needed + MIN_FREE_BYTES > free:
+            raise MemoryError(
+                f"{len(missing)} arriving units need {needed:,} bytes, {max(0, free - MIN_FREE_BYTES):,} are free "
+                f"(and {MIN_FREE_BYTES:,} are kept); move fewer layers, or restart with a smaller --kv-memory"
+            )
+
+    # -- units ----------------------------------------------------------------------------------------------
+
+    def _open(self, load: Load) -> ModelSpec:
+        """The spec of the model, and a builder for it; units of another model are dropped."""
+        source = (load.model, load.load_format, load.dtype, load.implementation)
+        if source != self._source or self._spec is None:
+            with self._lock:
+                self.units.layers.clear()
+                self.units.embedding = self.units.lm_head = None
+            self._spec = inspect_model(
+                load.model, dtype=load.dtype, load_format=load.load_format, max_context=load.max_context or None
+            )
+            device = str(self._device.device)
+            self._builder = UnitBuilder(self._spec, device=device, implementation=load.implementation)  # type: ignore[arg-type]
+            self.implementation = self._builder.implementation
+            self._source = source
+        return self._spec
+
+    def _build(self, key: UnitKey) -> Any:
+        assert self._builder is not None
+        if key == "embedding":
+            return self._builder.embedding()
+        if key == "lm_head":
+            return self._builder.lm_head()
+        assert isinstance(key, int)
+        return self._builder.layer(key)
+
+    def _get(self, key: UnitKey) -> Any:
+        if isinstance(key, int):
+            return self.units.layers.get(key)
+        return getattr(self.units, key)
+
+    def _put(self, key: UnitKey, unit: Any) -> None:
+        with self._lock:
+            self._set(key, unit)
+
+    def _set(self, key: UnitKey, unit: Any) -> None:
+        if isinstance(key, int):
+            self.units.layers[key] = unit
+        else:
+            setattr(self.units, key, unit)
+
+    def _count_bytes(self) -> None:
+        with self._lock:
+            held = [*self.units.layers.values(), self.units.embedding, self.units.lm_head]
+        self.weight_bytes = sum(getattr(unit, "nbytes", 0) for unit in held if unit is not None)
 
 
-def warm_up(units: Units, pool: PagePool, spec: ModelSpec, device: torch.device) -> None:
-    """Run every unit on a few shapes, so that no kernel is compiled or planned inside a request.
+def warm_up(
+    units: Units,
+    keys: Sequence[UnitKey],
+    spec: ModelSpec,
+    device: torch.device,
+    rows: Sequence[int] = _WARM_UP_ROWS,
+) -> None:
+    """Run the units `keys` on a few shapes, so that no kernel is compiled or planned inside a request.
 
-    The pages that this takes are given back. A pool too small for a shape skips it.
+    It has pages of its own, so it may run beside a stage that serves.
     """
+    if "lm_head" in keys:
+        sampling.warm_up()
     dtype = getattr(torch, spec.dtype)
-    layers = sorted(units.layers)
-    for rows, length in [*((rows, 1) for rows in _WARM_UP_ROWS), (1, _WARM_UP_CHUNK)]:
-        blocks_per_row = -(-length // pool.block_size)
-        if rows * blocks_per_row * max(1, len(layers)) > pool.num_pages:
-            continue
-        tables = np.arange(rows * blocks_per_row, dtype=np.int32).reshape(rows, blocks_per_row)
+    layers = [key for key in keys if isinstance(key, int)]
+    block_size = 16
+    num_blocks = max(*rows, _WARM_UP_CHUNK // block_size)
+    pool = PagePool(num_blocks, block_size, spec.num_kv_heads, spec.head_dim, dtype, device)
+    for count, length in [*((count, 1) for count in rows), (1, _WARM_UP_CHUNK)]:
+        tables = np.arange(count * -(-length // block_size), dtype=np.int32).reshape(count, -1)
         batch = StepBatch(
-            positions=torch.arange(length, device=device).repeat(rows),
-            query_starts=np.arange(rows + 1, dtype=np.int32) * length,
-            context_lens=np.full(rows, length, dtype=np.int32),
+            positions=torch.arange(length, device=device).repeat(count),
+            query_starts=np.arange(count + 1, dtype=np.int32) * length,
+            context_lens=np.full(count, length, dtype=np.int32),
             block_tables=tables,
         )
         with torch.inference_mode():
-            hidden = torch.zeros(rows * length, spec.hidden_size, dtype=dtype, device=device)
-            if units.embedding is not None:
-                hidden = units.embedding(torch.zeros(rows * length, dtype=torch.int64, device=device))
-            if layers:
-                pool.ensure(tables.ravel())
+            hidden = torch.zeros(count * length, spec.hidden_size, dtype=dtype, device=device)
+            if "embedding" in keys and units.embedding is not None:
+                hidden = units.embedding(torch.zeros(count * length, dtype=torch.int64, device=device))
             for layer in layers:
+                pool.hold([layer])
+                pool.ensure(tables.ravel())
                 hidden = units.layers[layer](hidden, batch, LayerKV(layer, pool.data, pool.page_of(layer)))
-            if units.lm_head is not None:
-                units.lm_head(hidden[:rows])
-    if layers:
-        pool.retain_only(np.empty(0, dtype=np.int32))
+                pool.drop([layer])
+            if "lm_head" in keys and units.lm_head is not None:
+                units.lm_head(hidden[:count])
 
 
-def _build(builder: UnitBuilder, key: UnitKey) -> object:
-    if key == "embedding":
-        return builder.embedding()
-    if key == "lm_head":
-        return builder.lm_head()
-    return builder.layer(key)
+def _unit_bytes(spec: ModelSpec, key: UnitKey) -> int:
+    if isinstance(key, int):
+        return spec.layer_bytes[key]
+    return spec.embedding_bytes if key == "embedding" else spec.lm_head_bytes

@@ -16,7 +16,7 @@ from typing import TypeAlias
 import msgspec
 
 from kvstore.ids import BlockId, Epoch, SequenceId, WorkerName
-from runtime.layout import Layout
+from runtime.layout import Layout, Move
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
@@ -161,7 +161,83 @@ class Audit(msgspec.Struct, frozen=True, array_like=True, tag=5):
     newest: SequenceId
 
 
-ToWorker: TypeAlias = Welcome | Load | Step | Shutdown | Audit
+class Prepare(msgspec.Struct, frozen=True, array_like=True, tag=6):
+    """A transition begins. Give back the pages of `retired_blocks`, get ready for `load.layout`, answer `Prepared`.
+
+    A worker that gains units loads them in the background as a shadow and answers `ShadowReady`. One that loses layers
+    mirrors, from the step that its answer names, the rows of these layers to their targets. With `mirror` false
+    (nothing will be copied) it does not.
+    """
+
+    transition: int
+    source_epoch: Epoch
+    load: Load
+    moves: tuple[Move, ...]
+    retired_blocks: list[BlockId]
+    mirror: bool = True
+
+
+class Copy(msgspec.Struct, frozen=True, array_like=True, tag=7):
+    """Send the snapshot of `blocks`, in this order, for every move of which you are the source.
+
+    `bytes_per_s` bounds it while steps run here; an idle worker copies as fast as it can.
+    """
+
+    transition: int
+    blocks: list[BlockId]
+    bytes_per_s: int
+
+
+class Open(msgspec.Struct, frozen=True, array_like=True, tag=8):
+    """Steps of the next epoch may run. ``starts[i]`` is the step with which the mirror of move i began."""
+
+    transition: int
+    starts: list[int]
+
+
+class Retire(msgspec.Struct, frozen=True, array_like=True, tag=9):
+    """The transition is committed: forget the old epoch, drop what the new layout does not need, answer `Retired`."""
+
+    transition: int
+
+
+class Cancel(msgspec.Struct, frozen=True, array_like=True, tag=10):
+    """The transition is off: drop the shadow and its pages, stop mirroring, answer `Retired`."""
+
+    transition: int
+
+
+class Mirror(msgspec.Struct, frozen=True, array_like=True, tag=11):
+    """From source to target: the rows that step `ordinal` wrote in the layers of move `move`.
+
+    `blocks` and `offsets` are int32 arrays as bytes, one entry per row; beside it travels
+    ``[num_layers, T, 2, num_kv_heads, head_dim]``, or nothing when the step wrote nothing.
+    """
+
+    transition: int
+    move: int
+    ordinal: int
+    blocks: bytes
+    offsets: bytes
+    checksum: int
+
+
+class Pages(msgspec.Struct, frozen=True, array_like=True, tag=12):
+    """From source to target: a piece of the snapshot, the blocks from index `first` of the list that `Copy` gave.
+
+    Beside it travels ``[num_layers, num_blocks, 2, block_size, num_kv_heads, head_dim]``.
+    """
+
+    transition: int
+    move: int
+    first: int
+    blocks: bytes
+    checksum: int
+
+
+ToWorker: TypeAlias = (
+    Welcome | Load | Step | Shutdown | Audit | Prepare | Copy | Open | Retire | Cancel | Mirror | Pages
+)
 
 
 # -- worker to head -----------------------------------------------------------------------------------------
@@ -258,7 +334,74 @@ class Audited(msgspec.Struct, frozen=True, array_like=True, tag=40):
     problems: list[str]
 
 
-ToHead: TypeAlias = Join | Heartbeat | LoadProgress | Loaded | LoadFailed | StepResult | StepFailed | Leave | Audited
+class Prepared(msgspec.Struct, frozen=True, array_like=True, tag=41):
+    """`starts` pairs each move of which the worker is the source with the first step that it mirrors."""
+
+    worker: WorkerName
+    transition: int
+    starts: list[tuple[int, int]]
+    num_pages: int
+    page_bytes: int
+
+
+class ShadowReady(msgspec.Struct, frozen=True, array_like=True, tag=42):
+    """All units that the next layout gives to this worker are loaded and warm."""
+
+    worker: WorkerName
+    transition: int
+    weight_bytes: int
+    seconds: float
+
+
+class TransitionFailed(msgspec.Struct, frozen=True, array_like=True, tag=43):
+    worker: WorkerName
+    transition: int
+    error: str
+
+
+class Copied(msgspec.Struct, frozen=True, array_like=True, tag=44):
+    """From a target: the first `count` blocks of the snapshot of `move` are in place."""
+
+    worker: WorkerName
+    transition: int
+    move: int
+    count: int
+    num_bytes: int
+
+
+class Retired(msgspec.Struct, frozen=True, array_like=True, tag=45):
+    """The answer to `Retire` and `Cancel`: what this worker saw of the transition.
+
+    `pauses_us` has, for each flipped sequence, the time between its last forward in the old epoch and its first in
+    the new one on this worker, where it had both.
+    """
+
+    worker: WorkerName
+    transition: int
+    row_bytes: int
+    page_bytes: int
+    num_pages: int
+    fence_waits: int
+    fence_wait_us: int
+    pauses_us: list[int]
+
+
+ToHead: TypeAlias = (
+    Join
+    | Heartbeat
+    | LoadProgress
+    | Loaded
+    | LoadFailed
+    | StepResult
+    | StepFailed
+    | Leave
+    | Audited
+    | Prepared
+    | ShadowReady
+    | TransitionFailed
+    | Copied
+    | Retired
+)
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode

@@ -49,9 +49,10 @@ class Stage:
         self.state = StageState(pool.block_size, len(hops))
         self._units = units
         self._device = device
-        self._last_hop = layout.num_hops - 1
         self._batches: dict[int, StepBatch] = {}
         self._final_hop_here = hops[-1]
+        self.planned: PlannedBatch | None = None
+        """What `run` ran last."""
 
     def run(self, plan: StepPlan, hop: int, hidden: torch.Tensor | None) -> torch.Tensor:
         """The hidden state that leaves hop `hop`, ``[T, hidden]``. `hidden` is None at hop 0.
@@ -72,12 +73,13 @@ class Stage:
         for layer in self.layout.segments[hop].layers:
             kv = LayerKV(layer, self.pool.data, self.pool.page_of(layer))
             hidden = self._units.layers[layer](hidden, batch, kv)
-        self._planned = planned
+        self.planned = planned
         return hidden
 
     def sample(self, hidden: torch.Tensor) -> Sampled:
         """The tokens of the step that `run` has just finished at the last hop; only sampled rows meet the LM head."""
-        planned, lm_head = self._planned, self._units.lm_head
+        planned, lm_head = self.planned, self._units.lm_head
+        assert planned is not None, "run first"
         assert lm_head is not None, "the last hop holds the LM head"
         rows, starts = planned.plan.rows, planned.query_starts
         chosen = [index for index, row in enumerate(rows) if row.sample]
@@ -107,8 +109,8 @@ class Stage:
         if any(state.sampling.logprobs >= 0 for _, state in chosen):
             found.logprobs = output.logprobs
         found.failed = [chosen[index][0].sequence for index in output.failed]
-        for token, row in zip(output.tokens, sampling_rows, strict=True):
-            if row.history is not None:
+        for index, (token, row) in enumerate(zip(output.tokens, sampling_rows, strict=True)):
+            if row.history is not None and index not in output.failed:
                 row.history.add(token)
 
 

@@ -62,6 +62,11 @@ class PlannedBatch:
     new_blocks: list[BlockId] = field(default_factory=list)
     """Blocks that this worker may meet for the first time."""
 
+    def slots(self, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where the step writes its KV rows: block ids and offsets within them, int64 ``[T]`` each."""
+        rows = np.repeat(np.arange(len(self.context_lens)), np.diff(self.query_starts))
+        return self.block_tables[rows, self.positions // block_size].astype(np.int64), self.positions % block_size
+
 
 class StepOrder(Generic[T]):
     """Gives the steps of one epoch at one hop back in the order of their ordinals, whatever order they arrive in."""
@@ -77,8 +82,17 @@ class StepOrder(Generic[T]):
         self._early[ordinal] = step
         return True
 
+    @property
+    def next_ordinal(self) -> int:
+        """The step that is due."""
+        return self._next_ordinal
+
+    def peek(self) -> T | None:
+        """The step that is due, or None while it has not arrived; it stays due."""
+        return self._early.get(self._next_ordinal)
+
     def pop(self) -> T | None:
-        """The step that is due, or None while it has not arrived."""
+        """Take the step that is due, or None while it has not arrived."""
         step = self._early.pop(self._next_ordinal, None)
         if step is not None:
             self._next_ordinal += 1

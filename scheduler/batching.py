@@ -384,11 +384,12 @@ class Batcher:
     def _flip(self, sequence: Sequence, step: StepBuilder) -> None:
         """The sequence's next step is of the next epoch: it begins anew there, with all its blocks and tokens."""
         assert self._opening is not None
-        assert step.epoch == self._opening.epoch
+        epoch = self._opening.epoch
+        assert step.epoch == epoch
         step.fence = max(step.fence, sequence.last_ordinal)
-        self._directory.flip(sequence.id, step.epoch)
+        self._directory.flip(sequence.id, epoch)
         self._released[sequence.epoch].append(sequence.id)
-        sequence.epoch, sequence.begun = step.epoch, False
+        sequence.epoch, sequence.begun = epoch, False
         self._opening.num_flipped += 1
 
     def _admit(self, sequence: Sequence, epoch: Epoch) -> bool:

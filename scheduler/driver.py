@@ -35,7 +35,7 @@ from scheduler.state import (
     PeerDown,
     Report,
     SchedulerState,
-    SendLoad,
+    Send,
     SendStep,
     Submit,
     Tick,
@@ -178,16 +178,15 @@ class Driver:
         stages = []
         for segment in state.layout.segments if state.layout else ():
             worker = state.members.workers.get(segment.worker)
-            loaded = worker.loaded if worker else None
             stages.append(
                 {
                     "worker": segment.worker,
                     "layers": [segment.layers.start, segment.layers.stop],
                     "device": worker.info.device if worker else None,
                     "device_name": worker.info.device_name if worker else None,
-                    "weight_bytes": loaded.weight_bytes if loaded else None,
-                    "kv_pages": loaded.num_pages if loaded else None,
-                    "implementation": loaded.implementation if loaded else None,
+                    "weight_bytes": worker.weight_bytes if worker else None,
+                    "kv_pages": worker.num_pages if worker else None,
+                    "implementation": worker.implementation if worker else None,
                 }
             )
         return {
@@ -196,7 +195,7 @@ class Driver:
             "num_layers": state.cluster.spec.num_layers,
             "status": state.status,
             "stages": stages,
-            "transition": None,
+            "transition": state.reconfiguration.view(),
         }
 
     def workers_view(self) -> list[dict[str, Any]]:
@@ -281,10 +280,9 @@ class Driver:
                 assert door is not None
                 payload = encode(Step(0, encode(effect.plan), []))
                 door.send(effect.worker, payload, on_error=self._on_send_error(effect.worker))
-            case SendLoad():
+            case Send():
                 assert door is not None
-                door.send(effect.worker, encode(effect.load), on_error=self._on_send_error(effect.worker))
-                self.on_change()
+                door.send(effect.worker, encode(effect.message), on_error=self._on_send_error(effect.worker))
             case EvictWorker():
                 assert door is not None
                 door.evict(effect.worker)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from kvstore.ids import Epoch, WorkerName
-from runtime.messages import Join, Loaded
+from runtime.messages import Join
 
 WorkerStatus: TypeAlias = Literal["idle", "loading", "ready"]
 
@@ -20,6 +20,8 @@ _NEXT: dict[tuple[WorkerStatus, str], WorkerStatus] = {
     ("ready", "free"): "idle",
     ("loading", "free"): "idle",
     ("idle", "free"): "idle",
+    ("idle", "adopt"): "ready",
+    ("ready", "adopt"): "ready",
 }
 
 
@@ -34,7 +36,10 @@ class Worker:
     units_loaded: int = 0
     units_total: int = 0
     phase: str = ""
-    loaded: Loaded | None = None
+    weight_bytes: int = 0
+    num_pages: int = 0
+    """Of its page pool; 0 while it has none."""
+    implementation: str = ""
     rss: int = 0
     pages_used: int = 0
     num_sequences: int = 0

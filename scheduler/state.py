@@ -10,7 +10,9 @@ again and their streams continue where they stopped.
              |                        a worker is lost          a worker is lost
              +-------- recovering <----------+  +---- recovering <----+
 
-What is never true: a step of an older epoch changes anything; two layouts serve (until transitions exist).
+While it serves, a `Reconfiguration` may take it from one layout to the next without leaving "serving".
+
+What is never true: a result of an epoch that is neither the present one nor, in a transition, the next changes anything.
 """
 
 from dataclasses import dataclass, field
@@ -21,6 +23,8 @@ from kvstore.directory import Directory
 from kvstore.ids import SequenceId, WorkerName
 from runtime.layout import Layout, layout_from_counts
 from runtime.messages import (
+    Audited,
+    Copied,
     Heartbeat,
     HopTiming,
     Join,
@@ -29,14 +33,21 @@ from runtime.messages import (
     Loaded,
     LoadFailed,
     LoadProgress,
+    Prepared,
+    Retired,
+    ShadowReady,
     StepFailed,
     StepPlan,
     StepResult,
+    ToHead,
+    ToWorker,
+    TransitionFailed,
 )
 from runtime.model.spec import ModelSpec
 from scheduler.balance import CPU_CORE, GPU, balanced_counts, unit_costs
 from scheduler.batching import Batcher, BatchingConfig
 from scheduler.membership import Membership
+from scheduler.reconfiguration import Change, Reconfiguration, Refused
 from scheduler.request import AdmissionError, FinishReason, Request, StageStats, TokenOutput
 
 # -- events ---------------------------------------------------------------------------------------------------
@@ -59,7 +70,7 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class FromWorker:
-    message: Join | Heartbeat | LoadProgress | Loaded | LoadFailed | StepResult | StepFailed | Leave
+    message: ToHead
     now_s: float
 
 
@@ -82,7 +93,22 @@ class Drain:
     """Take nothing new; let what runs end."""
 
 
-Event: TypeAlias = Submit | Cancel | FromWorker | PeerDown | Tick | Drain
+@dataclass(frozen=True, slots=True)
+class ChangeLayout:
+    """Go from the present layout to this one. The epoch of `change.layout` is not looked at."""
+
+    change: Change
+    queue: bool
+    now_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class AbortChange:
+    change: int
+    now_s: float
+
+
+Event: TypeAlias = Submit | Cancel | FromWorker | PeerDown | Tick | Drain | ChangeLayout | AbortChange
 
 # -- effects --------------------------------------------------------------------------------------------------
 
@@ -94,9 +120,11 @@ class SendStep:
 
 
 @dataclass(frozen=True, slots=True)
-class SendLoad:
+class Send:
+    """Any message but a step."""
+
     worker: WorkerName
-    load: Load
+    message: ToWorker
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +149,7 @@ class Report:
     text: str
 
 
-Effect: TypeAlias = SendStep | SendLoad | Emit | EvictWorker | Report
+Effect: TypeAlias = SendStep | Send | Emit | EvictWorker | Report
 
 # -- state ----------------------------------------------------------------------------------------------------
 
@@ -168,24 +196,31 @@ class SchedulerState:
     num_blocks: int = 0
     now_s: float = 0.0
     """Of the last event that had a time."""
-    hop_sums: list[HopSums] = field(default_factory=list)
+    layouts: dict[int, Layout] = field(default_factory=dict)
+    """By epoch: the one that serves and, while sequences flip, the next."""
+    hop_sums: dict[int, list[HopSums]] = field(default_factory=dict)
     batcher: Batcher = field(init=False)
     pool: BlockPool = field(init=False)
     directory: Directory = field(init=False)
+    reconfiguration: Reconfiguration = field(init=False)
+    _last_epoch: int = 0
     _recovering_since_s: float = 0.0
+    _effects: list[Effect] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.pool = BlockPool(0, self.batching.block_size)
         self.directory = Directory()
         self.batcher = Batcher(self.batching, self.pool, self.directory)
+        self.reconfiguration = Reconfiguration(self)
 
     def step(self, event: Event) -> list[Effect]:
         """Apply one event; the effects are to be carried out in their order, steps first: the pipeline waits for them.
 
         Raises:
             AdmissionError: on `Submit`, when the request cannot be taken. Nothing has changed then.
+            Refused: on `ChangeLayout`, when the change cannot be made. Nothing has changed then.
         """
-        effects: list[Effect] = []
+        effects = self._effects = []
         if not isinstance(event, (Cancel, Drain)):
             self.now_s = event.now_s
         match event:
@@ -201,8 +236,14 @@ class SchedulerState:
                 self._tick(event.now_s, effects)
             case Drain():
                 self.draining = True
+            case ChangeLayout():
+                self._change_layout(event)
+            case AbortChange():
+                self.reconfiguration.cancel(event.change, "the operator aborted it")
             case _:
                 assert_never(event)
+        if self.status == "serving":
+            self.reconfiguration.advance()
         return [*self._next_steps(), *effects]
 
     def check_integrity(self) -> None:
@@ -214,6 +255,7 @@ class SchedulerState:
     def stage_stats(self) -> list[StageStats]:
         if self.layout is None:
             return []
+        sums_of = self.hop_sums[self.layout.epoch]
         return [
             StageStats(
                 segment.worker,
@@ -224,7 +266,7 @@ class SchedulerState:
                 sums.compute_us / 1e6,
                 sums.sample_us / 1e6,
             )
-            for hop, (segment, sums) in enumerate(zip(self.layout.segments, self.hop_sums, strict=True))
+            for hop, (segment, sums) in enumerate(zip(self.layout.segments, sums_of, strict=True))
         ]
 
     # -- requests -----------------------------------------------------------------------------------------
@@ -265,7 +307,8 @@ class SchedulerState:
                     worker.phase = message.phase
             case Loaded():
                 if message.epoch == worker.epoch and worker.status == "loading":
-                    worker.loaded = message
+                    worker.weight_bytes, worker.num_pages = message.weight_bytes, message.num_pages
+                    worker.implementation = message.implementation
                     worker.units_loaded = worker.units_total
                     worker.advance("loaded")
                     self._try_serve(effects)
@@ -277,6 +320,19 @@ class SchedulerState:
                 self._lose(message.worker, f"step {message.ordinal} failed: {message.error}", now_s, effects)
             case Leave():
                 self._lose(message.worker, f"it leaves: {message.reason}", now_s, effects)
+            case Prepared():
+                self.reconfiguration.prepared(message)
+            case ShadowReady():
+                self.reconfiguration.shadow_ready(message)
+            case Copied():
+                self.reconfiguration.copied(message)
+            case TransitionFailed():
+                if not self.reconfiguration.failed(message.worker, message.transition, message.error):
+                    self._lose(message.worker, f"its part of a transition failed: {message.error}", now_s, effects)
+            case Retired():
+                self.reconfiguration.retired(message)
+            case Audited():
+                pass  # a reply, which the driver has taken
             case _:
                 assert_never(message)
 
@@ -285,14 +341,22 @@ class SchedulerState:
             return
         effects.append(EvictWorker(name, reason))
         effects.append(Report("warning", f"worker {name} is lost: {reason}"))
-        if self.layout is None or name not in self.layout.workers or self.status == "failed":
+        if self.status == "serving" and self.reconfiguration.lost(name):
+            return
+        if self.layout is None or self.status == "failed":
+            return
+        if self.status != "serving" and name not in self.layout.workers:
             return
         if self.status == "serving":
             self.batcher.close_epoch()
-            self.directory.close_epoch(self.epoch)
+            for epoch in self.directory.epochs:
+                self.directory.close_epoch(epoch)
+            self.reconfiguration.broken(f"worker {name} was lost ({reason})")
         self.status = "recovering"
         self.detail = f"worker {name} is lost ({reason})"
         self.layout = None
+        self.layouts.clear()
+        self.hop_sums.clear()
         self._recovering_since_s = now_s
         for worker in self.members.workers.values():
             worker.advance("free")
@@ -317,18 +381,18 @@ class SchedulerState:
             if self.status != "recovering" or not names or waited_s < self.cluster.rejoin_timeout_s:
                 return
         names = names[: self.cluster.num_stages]
-        self.epoch += 1
+        self.epoch = self.new_epoch()
         self.layout = layout_from_counts(self.epoch, names, self._counts(len(names)))
-        self.hop_sums = [HopSums() for _ in self.layout.segments]
+        self.open_layout(self.layout)
         if self.status == "waiting_for_workers":
             self.status = "loading"
         effects.append(Report("info", f"loading layout {_describe(self.layout)} (epoch {self.epoch})"))
         for name in self.layout.workers:
             worker = self.members.workers[name]
             worker.advance("load")
-            worker.epoch, worker.loaded = self.epoch, None
+            worker.epoch, worker.num_pages = self.epoch, 0
             worker.units_loaded, worker.units_total = 0, self._num_units(name)
-            effects.append(SendLoad(name, self._load_message(name)))
+            effects.append(Send(name, self.load_message(self.layout, name)))
 
     def _counts(self, num_stages: int) -> tuple[int, ...]:
         if self.cluster.layers is not None and len(self.cluster.layers) == num_stages:
@@ -341,17 +405,16 @@ class SchedulerState:
         ends = (self.layout.embedding_worker == name) + (self.layout.lm_head_worker == name)
         return len(self.layout.layers_of(name)) + ends
 
-    def _load_message(self, name: WorkerName) -> Load:
-        assert self.layout is not None
+    def load_message(self, layout: Layout, worker: WorkerName) -> Load:
         cluster, spec = self.cluster, self.cluster.spec
         return Load(
-            layout=self.layout,
+            layout=layout,
             model=spec.folder,
             load_format=spec.load_format,
             dtype=spec.dtype,
             block_size=self.batching.block_size,
             kv_bytes=cluster.kv_bytes,
-            memory_share=cluster.memory_fraction / self.members.same_host(name),
+            memory_share=cluster.memory_fraction / self.members.same_host(worker),
             max_context=spec.max_context,
             implementation=cluster.implementation,
         )
@@ -376,31 +439,84 @@ class SchedulerState:
 
     def _blocks_of(self, name: WorkerName, layout: Layout) -> int:
         """Blocks that fit into a worker's pages. One that holds no layer (only an end unit) limits nothing."""
-        loaded = self.members.workers[name].loaded
-        assert loaded is not None
         num_layers = len(layout.layers_of(name))
-        return loaded.num_pages // num_layers if num_layers else 1 << 40
+        return self.members.workers[name].num_pages // num_layers if num_layers else 1 << 40
+
+    # -- changing it (what `Reconfiguration` calls) -------------------------------------------------------
+
+    def _change_layout(self, event: ChangeLayout) -> None:
+        change = event.change
+        if self.status != "serving" or self.draining:
+            raise Refused(
+                f"the server is {'draining' if self.draining else self.status}; a layout changes while it serves"
+            )
+        if change.layout.num_layers != self.cluster.spec.num_layers:
+            raise Refused(f"the layout has {change.layout.num_layers} layers, the model {self.cluster.spec.num_layers}")
+        for name in change.layout.workers:
+            if name not in self.members.workers:
+                raise Refused(f"there is no worker {name}; there are {', '.join(self.members.in_order())}")
+        self.reconfiguration.request(change, queue=event.queue)
+
+    def new_epoch(self) -> int:
+        self._last_epoch += 1
+        return self._last_epoch
+
+    def send(self, worker: WorkerName, message: ToWorker) -> None:
+        self._effects.append(Send(worker, message))
+
+    def note(self, text: str) -> None:
+        self._effects.append(Report("info", text))
+
+    def open_layout(self, layout: Layout) -> None:
+        """Steps of this layout's epoch may be formed."""
+        self.layouts[layout.epoch] = layout
+        self.hop_sums[layout.epoch] = [HopSums() for _ in layout.segments]
+        if self.status == "serving":
+            self.directory.open_epoch(layout.epoch, tuple((s.worker, s.layers) for s in layout.segments))
+
+    def adopt_layout(self, layout: Layout) -> None:
+        """Nothing runs in the present layout any more; this one takes its place."""
+        assert self.layout is not None
+        old = self.layout
+        self.directory.close_epoch(old.epoch)
+        del self.layouts[old.epoch], self.hop_sums[old.epoch]
+        self.layout, self.epoch = layout, layout.epoch
+        for name in layout.workers:
+            worker = self.members.workers[name]
+            worker.advance("adopt")
+            worker.epoch = layout.epoch
+            worker.units_loaded = worker.units_total = self._num_units(name)
+        for name in old.workers:
+            if name not in layout.workers and name in self.members.workers:
+                self.members.workers[name].advance("free")
+
+    def set_capacity(self, num_blocks: int) -> None:
+        self.pool.resize(num_blocks)
+        self.num_blocks = num_blocks
+        self.batcher.set_capacity(num_blocks, self.cluster.spec.max_context)
+
+    def max_context_tokens(self) -> int:
+        """Tokens that the largest accepted request may reach."""
+        return self.batcher.longest_request()
 
     # -- steps --------------------------------------------------------------------------------------------
 
     def _next_steps(self) -> list[SendStep]:
         sends: list[SendStep] = []
         if self.status == "serving":
-            assert self.layout is not None
-            first = self.layout.embedding_worker
             while (plan := self.batcher.next_step(self.now_s)) is not None:
-                sends.append(SendStep(first, plan))
+                sends.append(SendStep(self.layouts[plan.epoch].embedding_worker, plan))
         return sends
 
     def _step_result(self, result: StepResult, now_s: float, effects: list[Effect]) -> None:
         effects.extend(Emit(sequence, output) for sequence, output in self.batcher.complete(result))
-        if result.epoch == self.epoch:
-            for hop, timing in enumerate(result.timings):
-                self._add_timing(hop, timing)
+        sums_of = self.hop_sums.get(result.epoch)
+        if sums_of is not None:
+            for sums, timing in zip(sums_of, result.timings, strict=True):
+                self._add_timing(sums, timing)
                 self.members.seen(timing.worker, now_s)
 
-    def _add_timing(self, hop: int, timing: HopTiming) -> None:
-        sums = self.hop_sums[hop]
+    def _add_timing(self, sums: HopSums, timing: HopTiming) -> None:
         sums.steps += 1
         sums.idle_us += timing.idle_us
         sums.queued_us += timing.queued_us

@@ -38,7 +38,7 @@ from scheduler.state import (
     PeerDown,
     Report,
     SchedulerState,
-    SendLoad,
+    Send,
     SendStep,
     Submit,
     Tick,
@@ -130,8 +130,9 @@ class SimCluster:
                 case SendStep():
                     plan = encode(effect.plan)
                     self._transmit(effect.worker, lambda w, plan=plan: self._step(w, 0, plan, []))
-                case SendLoad():
-                    self._transmit(effect.worker, lambda w, load=effect.load: self._load(w, load))
+                case Send():
+                    assert isinstance(effect.message, Load)
+                    self._transmit(effect.worker, lambda w, load=effect.message: self._load(w, load))
                 case Emit():
                     self._emit(effect.sequence, effect.output)
                 case EvictWorker() | Report():

@@ -1,0 +1,186 @@
+"""A worker's part in one transition: what it sends away, what it receives, and when a step must wait.
+
+All of it is driven by `runtime.member.Member` on one thread. The snapshot is read in slices between steps, each as large
+as a millisecond allows, and paced: while steps run the source keeps to the rate that the head gave it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from kvstore.ids import Epoch, SequenceId, WorkerName
+from kvstore.page_pool import PagePool
+from kvstore.transfers import Incoming, Outgoing, checksum
+from runtime.layout import Layout, Move
+from runtime.messages import Mirror, Pages, Prepare, StepPlan
+from runtime.stage_state import PlannedBatch
+
+SLICE_BYTES = 1 << 20
+IDLE_BYTES_PER_S = 800_000_000
+BUSY_WINDOW_S = 0.1
+MAX_PAUSES = 4096
+
+SendPeer = Callable[[WorkerName, Mirror | Pages, tuple[torch.Tensor, ...]], None]
+
+
+@dataclass(slots=True)
+class _Source:
+    """One move away from here."""
+
+    index: int
+    move: Move
+    outgoing: Outgoing
+    hop: int
+    start: int
+
+
+@dataclass(slots=True)
+class _CopyJob:
+    """The snapshot that remains to be sent for one move."""
+
+    source: _Source
+    blocks: np.ndarray
+    blocks_per_slice: int
+    next: int = 0
+
+
+@dataclass(slots=True)
+class Handover:
+    """The state of one transition on one worker."""
+
+    transition: int
+    source_epoch: Epoch
+    layout: Layout
+    sources: list[_Source] = field(default_factory=list)
+    incoming: dict[int, Incoming] = field(default_factory=dict)
+    is_open: bool = False
+    fence_waits: int = 0
+    fence_wait_s: float = 0.0
+    pauses_s: list[float] = field(default_factory=list)
+    _jobs: list[_CopyJob] = field(default_factory=list)
+    _bytes_per_s: int = IDLE_BYTES_PER_S
+    _next_slice_s: float = 0.0
+    _last_step_s: float = -1e9
+    _last_run: dict[SequenceId, float] = field(default_factory=dict)
+    _counts: dict[int, int] = field(default_factory=dict)
+    _early_pages: dict[int, dict[int, int]] = field(default_factory=dict)
+
+    # -- beginning ------------------------------------------------------------------------------------------
+
+    def begin(
+        self, prepare: Prepare, worker: WorkerName, pool: PagePool | None, old: Layout | None, starts: dict[int, int]
+    ) -> None:
+        """Take up the ends of all moves from and to `worker`; ``starts[hop]`` is the step due at a hop of `old`."""
+        for index, move in enumerate(prepare.moves):
+            if move.target == worker:
+                assert pool is not None
+                self.incoming[index] = Incoming(pool, tuple(move.layers))
+            if move.source == worker and prepare.mirror:
+                assert pool is not None
+                assert old is not None
+                hop = next(h for h, s in enumerate(old.segments) if move.layers.start in s.layers)
+                self.sources.append(_Source(index, move, Outgoing(pool, tuple(move.layers)), hop, starts[hop]))
+
+    def open(self, starts: list[int]) -> None:
+        """The mirror's starts are known: the fence can be judged, steps of the next epoch may run."""
+        for index, incoming in self.incoming.items():
+            incoming.begin(starts[index])
+        self.is_open = True
+
+    # -- steps ----------------------------------------------------------------------------------------------
+
+    def may_run(self, plan: StepPlan) -> bool:
+        """Whether a step of the next epoch can read everything that it depends on."""
+        return self.is_open and all(incoming.is_complete_through(plan.fence) for incoming in self.incoming.values())
+
+    def ran(
+        self, plan: StepPlan, planned: PlannedBatch, hop: int, begun_s: float, ended_s: float, send: SendPeer
+    ) -> None:
+        """A step has run here: mirror what it wrote, or note that what it wrote is newer than any snapshot."""
+        self._last_step_s = ended_s
+        if plan.epoch == self.source_epoch:
+            for row in plan.rows:
+                self._last_run[row.sequence] = ended_s
+            self._mirror(plan, planned, hop, send)
+            return
+        for row in plan.rows:
+            last_s = self._last_run.pop(row.sequence, None) if row.begin is not None else None
+            if last_s is not None and len(self.pauses_s) < MAX_PAUSES:
+                self.pauses_s.append(begun_s - last_s)
+        if self.incoming:
+            blocks, offsets = planned.slots(self._block_size())
+            for incoming in self.incoming.values():
+                incoming.mark_newer(blocks, offsets)
+
+    def _mirror(self, plan: StepPlan, planned: PlannedBatch, hop: int, send: SendPeer) -> None:
+        due = [source for source in self.sources if source.hop == hop and plan.ordinal >= source.start]
+        if not due:
+            return
+        blocks, offsets = planned.slots(due[0].outgoing.block_size)
+        blocks_raw, offsets_raw = blocks.astype(np.int32).tobytes(), offsets.astype(np.int32).tobytes()
+        for source in due:
+            rows = source.outgoing.rows(blocks, offsets)
+            message = Mirror(self.transition, source.index, plan.ordinal, blocks_raw, offsets_raw, checksum(rows))
+            send(source.move.target, message, (rows,))
+
+    def _block_size(self) -> int:
+        return next(iter(self.incoming.values())).block_size
+
+    # -- what arrives ---------------------------------------------------------------------------------------
+
+    def mirror(self, message: Mirror, tensors: list[torch.Tensor]) -> None:
+        """Take mirrored rows. Raises `TransferError` when they are damaged."""
+        incoming = self.incoming[message.move]
+        incoming.apply_rows(
+            message.ordinal,
+            np.frombuffer(message.blocks, dtype=np.int32).astype(np.int64),
+            np.frombuffer(message.offsets, dtype=np.int32).astype(np.int64),
+            tensors[0] if tensors else None,
+            message.checksum,
+        )
+
+    def pages(self, message: Pages, tensors: list[torch.Tensor]) -> int:
+        """Take a piece of the snapshot; how many blocks of the move, from the first on, are in place now."""
+        incoming = self.incoming[message.move]
+        blocks = np.frombuffer(message.blocks, dtype=np.int32).astype(np.int64)
+        incoming.apply_pages(blocks, tensors[0], message.checksum)
+        early = self._early_pages.setdefault(message.move, {})
+        early[message.first] = len(blocks)
+        count = self._counts.get(message.move, 0)
+        while count in early:
+            count += early.pop(count)
+        self._counts[message.move] = count
+        return count
+
+    # -- the snapshot ---------------------------------------------------------------------------------------
+
+    def copy(self, blocks: list[int], bytes_per_s: int) -> None:
+        """Begin to send the snapshot of `blocks` for every move away from here."""
+        self._bytes_per_s = bytes_per_s
+        for source in self.sources:
+            per_slice = max(1, SLICE_BYTES // source.outgoing.bytes_per_block)
+            self._jobs.append(_CopyJob(source, np.asarray(blocks, dtype=np.int64), per_slice))
+
+    def wait_s(self, now_s: float) -> float | None:
+        """Seconds until the next slice is due; None when nothing remains."""
+        return max(0.0, self._next_slice_s - now_s) if self._jobs else None
+
+    def send_slice(self, now_s: float, send: SendPeer) -> None:
+        """Send the next slice of the snapshot."""
+        job = self._jobs[0]
+        blocks = job.blocks[job.next : job.next + job.blocks_per_slice]
+        pages = job.source.outgoing.pages(blocks)
+        raw = blocks.astype(np.int32).tobytes()
+        send(job.source.move.target, Pages(self.transition, job.source.index, job.next, raw, checksum(pages)), (pages,))
+        job.next += len(blocks)
+        if job.next >= len(job.blocks):
+            self._jobs.pop(0)
+        busy = now_s - self._last_step_s < BUSY_WINDOW_S
+        rate = self._bytes_per_s if busy else IDLE_BYTES_PER_S
+        self._next_slice_s = max(now_s, self._next_slice_s) + pages.nbytes / rate
+
+    def totals(self) -> tuple[int, int]:
+        """Bytes received here: mirrored rows, snapshot pages."""
+        return sum(i.row_bytes for i in self.incoming.values()), sum(i.page_bytes for i in self.incoming.values())

@@ -1,0 +1,421 @@
+"""What a worker does with each message: the layouts it serves, the order of its steps, its part in a transition.
+
+A `Member` has no threads, no clock and no sockets: `runtime.worker` feeds it and carries its messages, and so does the
+simulator. Usually it serves one epoch; during a transition two, over the same units and the same page pool.
+
+Steps of an epoch run in the order of their ordinals at each hop. A step of an epoch that is not here is stale: counted and
+dropped. A step of the next epoch waits while its fence is not met; steps of the old epoch go on meanwhile.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol, TypeAlias
+
+import torch
+
+from kvstore.ids import Epoch, WorkerName
+from kvstore.page_pool import PagePool
+from kvstore.transfers import TransferError
+from runtime.handover import Handover
+from runtime.layout import Layout
+from runtime.messages import (
+    Audit,
+    Audited,
+    Cancel,
+    Copied,
+    Copy,
+    HopTiming,
+    Load,
+    Loaded,
+    LoadFailed,
+    LoadProgress,
+    Mirror,
+    Open,
+    Pages,
+    Prepare,
+    Prepared,
+    Retire,
+    Retired,
+    ShadowReady,
+    Step,
+    StepPlan,
+    StepResult,
+    ToHead,
+    TransitionFailed,
+    decode_plan,
+)
+from runtime.stage import Stage, Units
+from runtime.stage_state import StepOrder
+
+log = logging.getLogger("midflight.worker")
+
+UnitKey: TypeAlias = int | str
+"""A layer's index, "embedding" or "lm_head"."""
+Tensors: TypeAlias = Sequence[torch.Tensor]
+MAX_EARLY_MESSAGES = 10_000
+
+
+class UnitStore(Protocol):
+    """Where units come from. One per worker; it outlives layouts and heads."""
+
+    units: Units
+    weight_bytes: int
+    implementation: str
+
+    def load(
+        self, load: Load, keys: Sequence[UnitKey], num_layers: int, progress: Callable[[int, str], None]
+    ) -> PagePool:
+        """Hold exactly `keys`, now, and make an empty pool for `num_layers` layers."""
+        ...
+
+    def make_pool(self, load: Load, num_layers: int) -> PagePool: ...
+
+    def shadow(self, load: Load, keys: Sequence[UnitKey], transition: int, is_idle: bool) -> None:
+        """Load those of `keys` that are missing, in the background; `Member.shadow_built` is called in the end."""
+        ...
+
+    def cancel_shadow(self) -> None: ...
+
+    def retain(self, keys: Iterable[UnitKey]) -> None:
+        """Drop all other units."""
+        ...
+
+    def rss(self) -> int: ...
+
+
+class Outbox(Protocol):
+    """Where messages go. Neither call waits for anybody."""
+
+    def to_head(self, message: ToHead) -> None: ...
+
+    def to_peer(self, worker: WorkerName, message: Step | Mirror | Pages, tensors: Tensors) -> None: ...
+
+
+_Due: TypeAlias = tuple[Step, StepPlan, Tensors, float]
+
+
+class Member:
+    """One worker's state. Every method runs on one thread; `clock` gives seconds."""
+
+    def __init__(
+        self, name: WorkerName, device: torch.device, store: UnitStore, outbox: Outbox, clock: Callable[[], float]
+    ) -> None:
+        self._name = name
+        self._device = device
+        self._store = store
+        self._outbox = outbox
+        self._clock = clock
+        self._pool: PagePool | None = None
+        self._stages: dict[Epoch, Stage] = {}
+        self._order: dict[tuple[Epoch, int], StepOrder[_Due]] = {}
+        self._handover: Handover | None = None
+        self._early: list[tuple[Mirror | Pages, Tensors]] = []
+        self._last_transition = 0
+        self._blocked_since_s: float | None = None
+        self._idle_since_s = clock()
+        self.num_stale = 0
+
+    @property
+    def num_sequences(self) -> int:
+        return sum(stage.state.num_sequences for stage in self._stages.values())
+
+    @property
+    def pages_used(self) -> int:
+        return self._pool.num_used if self._pool is not None else 0
+
+    # -- one layout from scratch ----------------------------------------------------------------------------
+
+    def load(self, load: Load) -> None:
+        """Drop what the new layout does not need, load what it does, start with empty KV. Blocks until it is done."""
+        layout = load.layout
+        if layout.epoch <= max(self._stages, default=-1):
+            self.num_stale += 1
+            return
+        self._store.cancel_shadow()
+        self._stages.clear()
+        self._order.clear()
+        self._handover, self._pool = None, None
+        self._early.clear()
+        keys = unit_keys(layout, self._name)
+
+        def progress(units_loaded: int, phase: str) -> None:
+            self._outbox.to_head(LoadProgress(self._name, layout.epoch, units_loaded, len(keys), phase))
+
+        started_s = self._clock()
+        try:
+            self._pool = pool = self._store.load(load, keys, len(layout.layers_of(self._name)), progress)
+            pool.hold(layout.layers_of(self._name))
+        except Exception as error:
+            log.exception("loading failed")
+            self._outbox.to_head(LoadFailed(self._name, layout.epoch, f"{type(error).__name__}: {error}"))
+            return
+        self._stages[layout.epoch] = Stage(layout, self._name, self._store.units, pool, self._device)
+        self._idle_since_s = self._clock()
+        self._outbox.to_head(
+            Loaded(
+                worker=self._name,
+                epoch=layout.epoch,
+                weight_bytes=self._store.weight_bytes,
+                num_pages=pool.num_pages,
+                page_bytes=pool.page_bytes,
+                seconds=self._clock() - started_s,
+                implementation=self._store.implementation,
+            )
+        )
+
+    # -- steps ----------------------------------------------------------------------------------------------
+
+    def step(self, step: Step, tensors: Tensors, arrived_s: float) -> None:
+        """Take a step that arrived and run what is due.
+
+        Raises:
+            StepError: a step could not be run; this process should end.
+        """
+        plan = decode_plan(step.plan)
+        if plan.epoch not in self._stages:
+            self.num_stale += 1
+            return
+        order = self._order.setdefault((plan.epoch, step.hop), StepOrder())
+        if not order.push(plan.ordinal, (step, plan, tensors, arrived_s)):
+            self.num_stale += 1
+            return
+        self._run_due(plan.epoch, step.hop)
+
+    def _run_due(self, epoch: Epoch, hop: int) -> None:
+        order = self._order[epoch, hop]
+        while (due := order.peek()) is not None:
+            handover = self._handover
+            if handover is not None and epoch > handover.source_epoch and not handover.may_run(due[1]):
+                if self._blocked_since_s is None:
+                    self._blocked_since_s = self._clock()
+                return
+            order.pop()
+            try:
+                self._run(*due)
+            except Exception as error:
+                raise StepError(due[1].epoch, due[1].ordinal, error) from error
+
+    def _unblock(self) -> None:
+        """Something arrived that steps of the next epoch may have waited for."""
+        handover = self._handover
+        if handover is None or not handover.is_open:
+            return
+        for epoch, hop in list(self._order):
+            if epoch > handover.source_epoch:
+                self._run_due(epoch, hop)
+
+    def _run(self, step: Step, plan: StepPlan, tensors: Tensors, arrived_s: float) -> None:
+        stage, hop = self._stages[plan.epoch], step.hop
+        begun_s = self._clock()
+        if (
+            self._blocked_since_s is not None
+            and self._handover is not None
+            and plan.epoch > self._handover.source_epoch
+        ):
+            self._handover.fence_waits += 1
+            self._handover.fence_wait_s += begun_s - self._blocked_since_s
+            self._blocked_since_s = None
+        with torch.inference_mode():
+            hidden = stage.run(plan, hop, tensors[0] if len(tensors) else None)
+            computed_s = self._clock()
+            sampled = stage.sample(hidden) if hop == stage.layout.num_hops - 1 else None
+        ended_s = self._clock()
+        timing = HopTiming(
+            worker=self._name,
+            idle_us=max(0, int(1e6 * (arrived_s - self._idle_since_s))),
+            queued_us=max(0, int(1e6 * (begun_s - arrived_s))),
+            compute_us=int(1e6 * (computed_s - begun_s)),
+            sample_us=int(1e6 * (ended_s - computed_s)),
+        )
+        timings = [*step.timings, timing]
+        if sampled is None:
+            following = stage.layout.segments[hop + 1].worker
+            self._outbox.to_peer(following, Step(hop + 1, step.plan, timings), (hidden,))
+        else:
+            self._outbox.to_head(
+                StepResult(
+                    epoch=plan.epoch,
+                    ordinal=plan.ordinal,
+                    microbatch=plan.microbatch,
+                    tokens=sampled.tokens,
+                    logprobs=sampled.logprobs,
+                    prompt_logprobs=sampled.prompt_logprobs,
+                    timings=timings,
+                    failed=sampled.failed,
+                )
+            )
+        if self._handover is not None:
+            assert stage.planned is not None
+            self._handover.ran(plan, stage.planned, hop, begun_s, ended_s, self._outbox.to_peer)
+        self._idle_since_s = self._clock()
+
+    # -- a transition ---------------------------------------------------------------------------------------
+
+    def prepare(self, prepare: Prepare) -> None:
+        """Begin a transition: room for the arriving layers, the mirror of the leaving ones, the shadow's loading."""
+        if prepare.transition <= self._last_transition:
+            return
+        self._last_transition = prepare.transition
+        layout, load = prepare.load.layout, prepare.load
+        old = self._stages.get(prepare.source_epoch)
+        mine = layout.layers_of(self._name)
+        try:
+            if self._pool is None:
+                self._pool = self._store.make_pool(load, max(1, len(mine)))
+            if prepare.retired_blocks:
+                self._pool.release_blocks(prepare.retired_blocks)
+            self._pool.hold(mine)
+        except Exception as error:
+            log.exception("preparing transition %d failed", prepare.transition)
+            self._outbox.to_head(TransitionFailed(self._name, prepare.transition, f"{type(error).__name__}: {error}"))
+            return
+        self._handover = handover = Handover(prepare.transition, prepare.source_epoch, layout)
+        starts: dict[int, int] = {}
+        if old is not None:
+            for hop, segment in enumerate(old.layout.segments):
+                if segment.worker == self._name:
+                    order = self._order.get((prepare.source_epoch, hop))
+                    starts[hop] = order.next_ordinal if order is not None else 0
+        handover.begin(prepare, self._name, self._pool, old.layout if old else None, starts)
+        if self._name in layout.workers:
+            self._stages[layout.epoch] = Stage(layout, self._name, self._store.units, self._pool, self._device)
+        self._outbox.to_head(
+            Prepared(
+                worker=self._name,
+                transition=prepare.transition,
+                starts=[(source.index, source.start) for source in handover.sources],
+                num_pages=self._pool.num_pages,
+                page_bytes=self._pool.page_bytes,
+            )
+        )
+        early, self._early = self._early, []
+        for message, tensors in early:
+            self.arrive(message, tensors)
+        keys = unit_keys(layout, self._name)
+        self._store.shadow(load, keys, prepare.transition, is_idle=old is None)
+
+    def shadow_built(self, transition: int, seconds: float, error: Exception | None) -> None:
+        """The store has loaded the shadow of `transition`, or failed to."""
+        if self._handover is None or self._handover.transition != transition:
+            return
+        if error is not None:
+            self._outbox.to_head(TransitionFailed(self._name, transition, f"{type(error).__name__}: {error}"))
+        else:
+            self._outbox.to_head(ShadowReady(self._name, transition, self._store.weight_bytes, seconds))
+
+    def copy(self, copy: Copy) -> None:
+        if self._handover is not None and self._handover.transition == copy.transition:
+            self._handover.copy(copy.blocks, copy.bytes_per_s)
+
+    def open(self, message: Open) -> None:
+        if self._handover is not None and self._handover.transition == message.transition:
+            self._handover.open(message.starts)
+            self._unblock()
+
+    def arrive(self, message: Mirror | Pages, tensors: Tensors) -> None:
+        """KV from a peer. What comes before its `Prepare` is kept until then; what comes too late is dropped."""
+        handover = self._handover
+        if message.transition > self._last_transition:
+            assert len(self._early) < MAX_EARLY_MESSAGES, "peers send KV for a transition that the head never prepared"
+            self._early.append((message, tensors))
+            return
+        if handover is None or handover.transition != message.transition or message.move not in handover.incoming:
+            self.num_stale += 1
+            return
+        try:
+            if isinstance(message, Mirror):
+                handover.mirror(message, list(tensors))
+                self._unblock()
+            else:
+                count = handover.pages(message, list(tensors))
+                _, num_bytes = handover.totals()
+                copied = Copied(self._name, message.transition, message.move, count, num_bytes)
+                self._outbox.to_head(copied)
+        except TransferError as error:
+            self._outbox.to_head(TransitionFailed(self._name, message.transition, str(error)))
+
+    def retire(self, message: Retire | Cancel) -> None:
+        """The transition has ended: keep what its outcome needs, and report."""
+        handover = self._handover
+        if handover is None or handover.transition != message.transition:
+            return
+        committed = isinstance(message, Retire)
+        gone = handover.source_epoch if committed else handover.layout.epoch
+        self._handover, self._blocked_since_s = None, None
+        self._store.cancel_shadow()
+        self._stages.pop(gone, None)
+        for key in [key for key in self._order if key[0] == gone]:
+            del self._order[key]
+        keys: list[UnitKey] = []
+        for stage in self._stages.values():
+            keys += unit_keys(stage.layout, self._name)
+        if self._pool is not None:
+            self._pool.drop([layer for layer in self._pool.layers if layer not in keys])
+        self._store.retain(keys)
+        row_bytes, page_bytes = handover.totals()
+        if not self._stages:
+            self._pool = None
+        num_pages = self._pool.num_pages if self._pool is not None else 0
+        self._outbox.to_head(
+            Retired(
+                worker=self._name,
+                transition=handover.transition,
+                row_bytes=row_bytes,
+                page_bytes=page_bytes,
+                num_pages=num_pages,
+                fence_waits=handover.fence_waits,
+                fence_wait_us=int(1e6 * handover.fence_wait_s),
+                pauses_us=[int(1e6 * pause) for pause in handover.pauses_s],
+            )
+        )
+
+    # -- in the background ----------------------------------------------------------------------------------
+
+    def background_wait_s(self) -> float | None:
+        """Seconds until `background` has something to do; None when it has nothing."""
+        return self._handover.wait_s(self._clock()) if self._handover is not None else None
+
+    def background(self) -> None:
+        """Do one slice of what can be done between steps."""
+        if self._handover is not None and self._handover.wait_s(self._clock()) == 0.0:
+            self._handover.send_slice(self._clock(), self._outbox.to_peer)
+
+    def audit(self, audit: Audit) -> Audited:
+        problems: list[str] = []
+        for stage in self._stages.values():
+            stage.state.retain_only(audit.live_sequences, audit.newest)
+            try:
+                stage.check_integrity()
+            except AssertionError as error:
+                problems.append(str(error))
+        if self._handover is None and self._pool is not None:
+            held = {layer for stage in self._stages.values() for layer in stage.layout.layers_of(self._name)}
+            if set(self._pool.layers) != held:
+                problems.append(f"pages are held for layers {self._pool.layers}, the layout gives {sorted(held)}")
+        return Audited(
+            worker=self._name,
+            num_sequences=self.num_sequences,
+            pages_used=self.pages_used,
+            rss=self._store.rss(),
+            problems=problems,
+        )
+
+
+class StepError(Exception):
+    """A step could not be run. The worker tells the head and ends; there is no state worth saving."""
+
+    def __init__(self, epoch: Epoch, ordinal: int, cause: Exception) -> None:
+        super().__init__(f"step {ordinal} of epoch {epoch}: {type(cause).__name__}: {cause}")
+        self.epoch = epoch
+        self.ordinal = ordinal
+
+
+def unit_keys(layout: Layout, worker: WorkerName) -> list[UnitKey]:
+    """The units that `layout` gives to `worker`, in the order of the model."""
+    keys: list[UnitKey] = list(layout.layers_of(worker))
+    if worker in layout.workers:
+        if layout.embedding_worker == worker:
+            keys.insert(0, "embedding")
+        if layout.lm_head_worker == worker:
+            keys.append("lm_head")
+    return keys

@@ -1,0 +1,539 @@
+"""From one layout to another while it serves: the protocol's head side. Pure.
+
+On the wire a transition is known by the epoch it leads to; towards the operator, by the id of the change, which may take
+several of them.
+
+`Reconfiguration` owns at most one change at a time and a short queue of later ones. A change is one transition, or, when
+its KV does not fit beside what stays, several in a row (hops). It is told what the workers answer, and after every
+event it is asked to `advance`: each phase looks whether what it waits for is there (`scheduler.transition`).
+
+The strategies share all of it and differ in three places: what happens before `prepare` (`stop-copy` holds all steps,
+`drain` waits for running requests to end), whether KV is copied at all (`live` and `stop-copy`), and what happens to
+sequences at the flip (`recompute` preempts them).
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from kvstore.block_pool import BlockPool
+from kvstore.directory import Directory
+from kvstore.ids import Epoch, WorkerName
+from runtime.layout import Layout, Move, moves_between
+from runtime.messages import Cancel, Copied, Copy, Load, Open, Prepare, Prepared, Retire, Retired, ShadowReady, ToWorker
+from scheduler.batching import Batcher
+from scheduler.lanes import Opening
+from scheduler.membership import Membership
+from scheduler.transition import NEXT_PHASES, Phase, Report, Snapshot, Strategy, describe, split_into_hops
+
+MAX_QUEUED = 16
+MAX_REPORTS = 64
+NO_LIMIT = 1 << 62
+
+
+class Refused(Exception):
+    """A change that cannot be made; nothing has changed. The message says why and what would work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What was asked for."""
+
+    id: int
+    layout: Layout
+    strategy: Strategy
+    deadline_s: float
+    """Seconds from its start after which it is aborted, if nothing has flipped by then."""
+    bytes_per_s: int
+
+
+class Head(Protocol):
+    """What a transition needs of the rest of the head."""
+
+    members: Membership
+    batcher: Batcher
+    pool: BlockPool
+    directory: Directory
+    layout: Layout | None
+    now_s: float
+
+    def new_epoch(self) -> Epoch: ...
+
+    def load_message(self, layout: Layout, worker: WorkerName) -> Load: ...
+
+    def send(self, worker: WorkerName, message: ToWorker) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def open_layout(self, layout: Layout) -> None: ...
+
+    def adopt_layout(self, layout: Layout) -> None: ...
+
+    def set_capacity(self, num_blocks: int) -> None: ...
+
+    def max_context_tokens(self) -> int: ...
+
+
+@dataclass(slots=True)
+class _Transition:
+    """One hop of a change."""
+
+    change: Change
+    report: Report
+    old: Layout
+    new: Layout
+    moves: tuple[Move, ...]
+    later: deque[Layout]
+    phase: Phase
+    began_s: float
+    entered_s: float
+    workers: tuple[WorkerName, ...]
+    fly_through: int = -1
+    awaiting: set[WorkerName] = field(default_factory=set)
+    not_warm: set[WorkerName] = field(default_factory=set)
+    starts: dict[int, int] = field(default_factory=dict)
+    num_pages: dict[WorkerName, int] = field(default_factory=dict)
+    snapshot: Snapshot | None = None
+    opening: Opening | None = None
+    pauses_us: list[int] = field(default_factory=list)
+    why: str = ""
+    weights_before: dict[WorkerName, int] = field(default_factory=dict)
+    recomputed_before: int = 0
+
+    @property
+    def copies(self) -> bool:
+        return self.change.strategy in ("live", "stop-copy")
+
+    def enter(self, phase: Phase, now_s: float) -> None:
+        assert phase in NEXT_PHASES[self.phase], f"transition {self.change.id} cannot go from {self.phase} to {phase}"
+        spent = self.report.phases_s
+        spent[self.phase] = spent.get(self.phase, 0.0) + now_s - self.entered_s
+        self.phase, self.entered_s = phase, now_s
+
+
+class Reconfiguration:
+    """The changes of layout: the one under way, those that wait, and the reports of the last ones."""
+
+    def __init__(self, head: Head) -> None:
+        self._head = head
+        self._now: _Transition | None = None
+        self._queue: deque[Change] = deque()
+        self.reports: dict[int, Report] = {}
+        self.num_outcomes: dict[str, int] = {}
+
+    @property
+    def is_active(self) -> bool:
+        return self._now is not None
+
+    @property
+    def target(self) -> Layout | None:
+        return self._now.new if self._now is not None else None
+
+    def view(self) -> dict[str, object] | None:
+        """The transition under way, for ``GET /admin/layout``."""
+        now = self._now
+        if now is None:
+            return None
+        snapshot, opening = now.snapshot, now.opening
+        return {
+            "id": now.change.id,
+            "strategy": now.change.strategy,
+            "phase": now.phase,
+            "target": now.report.target,
+            "hop": now.report.num_hops - len(now.later),
+            "num_hops": now.report.num_hops,
+            "loading": sorted(now.not_warm),
+            "snapshot_blocks": snapshot.num_blocks if snapshot else 0,
+            "snapshot_blocks_arrived": snapshot.num_arrived if snapshot else 0,
+            "sequences_flipped": now.report.sequences_flipped + (opening.num_flipped if opening else 0),
+            "sequences_left": len(self._head.directory.sequences_in(now.old.epoch)) if now.phase == "flip" else None,
+            "elapsed_s": round(self._head.now_s - now.began_s, 3),
+        }
+
+    # -- asking ---------------------------------------------------------------------------------------------
+
+    def request(self, change: Change, *, queue: bool) -> None:
+        """Begin a change, or queue it behind the one under way.
+
+        Raises:
+            Refused: another is under way and `queue` is false, the queue is full, or it has no room.
+        """
+        if self._now is not None:
+            if not queue:
+                raise Refused(
+                    f"transition {self._now.change.id} is under way ({self._now.phase}); wait for it, abort it with "
+                    f"DELETE /admin/transitions/{self._now.change.id}, or ask again with queue=true"
+                )
+            if len(self._queue) >= MAX_QUEUED:
+                raise Refused(f"{MAX_QUEUED} changes are queued already, the most that are kept")
+            self._queue.append(change)
+            self._keep(Report(change.id, change.strategy, [], describe(change.layout), -1, -1, outcome="queued"))
+            return
+        self._begin(change)
+
+    def cancel(self, transition: int, why: str) -> bool:
+        """Abort a change that has not flipped anything, or take it out of the queue; False when it is too late."""
+        for change in self._queue:
+            if change.id == transition:
+                self._queue.remove(change)
+                self._end_report(self.reports[transition], "aborted", why)
+                return True
+        now = self._now
+        if now is None or now.change.id != transition or now.phase not in ("reserve", "prepare", "shadow"):
+            return False
+        if now.report.num_hops - len(now.later) > 1:
+            return False
+        self._abort(now, why)
+        return True
+
+    # -- what the workers say -------------------------------------------------------------------------------
+
+    def prepared(self, message: Prepared) -> None:
+        now = self._current(message.transition)
+        if now is None or message.worker not in now.awaiting or now.phase != "prepare":
+            return
+        now.awaiting.discard(message.worker)
+        now.starts.update(message.starts)
+        now.num_pages[message.worker] = message.num_pages
+
+    def shadow_ready(self, message: ShadowReady) -> None:
+        now = self._current(message.transition)
+        if now is not None and message.worker in now.not_warm:
+            now.not_warm.discard(message.worker)
+            now.report.weight_bytes += max(0, message.weight_bytes - now.weights_before.get(message.worker, 0))
+            worker = self._head.members.workers.get(message.worker)
+            if worker is not None:
+                worker.weight_bytes = message.weight_bytes
+
+    def copied(self, message: Copied) -> None:
+        now = self._current(message.transition)
+        if now is not None and now.snapshot is not None:
+            now.snapshot.advance(message.move, message.count)
+
+    def failed(self, worker: WorkerName, transition: int, error: str) -> bool:
+        """A worker could not do its part: abort, if nothing has flipped. False when it is too late for that."""
+        now = self._current(transition)
+        if now is not None and now.phase in ("reserve", "prepare", "shadow"):
+            self._abort(now, f"{worker}: {error}")
+        return now is None or now.phase != "flip"
+
+    def retired(self, message: Retired) -> None:
+        now = self._current(message.transition)
+        if now is None or now.phase not in ("retire", "abort"):
+            return
+        now.awaiting.discard(message.worker)
+        report = now.report
+        report.mirror_bytes += message.row_bytes
+        report.snapshot_bytes += message.page_bytes
+        report.fence_waits += message.fence_waits
+        report.fence_wait_ms += message.fence_wait_us / 1e3
+        now.pauses_us += message.pauses_us
+        if message.num_pages:
+            now.num_pages[message.worker] = message.num_pages
+
+    def lost(self, name: WorkerName) -> bool:
+        """A worker is gone. True when the old layout goes on without it; False when the pipeline is broken."""
+        now = self._now
+        if now is None:
+            return self._head.layout is None or name not in self._head.layout.workers
+        if name not in now.workers:
+            return True
+        serves = name in now.old.workers or now.phase == "flip"
+        if now.phase == "retire":
+            serves = name in now.new.workers
+        if serves:
+            return False
+        now.awaiting.discard(name)
+        now.workers = tuple(worker for worker in now.workers if worker != name)
+        if now.phase in ("reserve", "prepare", "shadow"):
+            self._abort(now, f"worker {name} was lost before anything had flipped")
+        return True
+
+    def broken(self, why: str) -> None:
+        """The pipeline is being rebuilt from nothing; whatever was under way is over."""
+        now, self._now = self._now, None
+        if now is not None:
+            for worker in now.workers:
+                if worker in self._head.members.workers:
+                    self._head.send(worker, Cancel(now.new.epoch))
+            now.report.total_s = self._head.now_s - now.began_s
+            self._end_report(now.report, "aborted", why)
+        while self._queue:
+            self._end_report(self.reports[self._queue.popleft().id], "aborted", why)
+
+    # -- going on -------------------------------------------------------------------------------------------
+
+    def advance(self) -> None:
+        """Go as far as what has happened allows."""
+        while self._now is not None and self._advance_once(self._now):
+            pass
+        if self._now is None and self._queue:
+            change = self._queue.popleft()
+            try:
+                self._begin(change)
+            except Refused as error:
+                self._end_report(self.reports[change.id], "refused", str(error))
+
+    def _advance_once(self, now: _Transition) -> bool:
+        """One phase further? Each branch is the condition under which its phase ends."""
+        head = self._head
+        if now.phase in ("reserve", "prepare", "shadow") and head.now_s - now.began_s > now.change.deadline_s:
+            self._abort(now, f"its deadline of {now.change.deadline_s:g} s has passed in phase {now.phase}")
+            return True
+        match now.phase:
+            case "reserve":
+                if head.batcher.completed(now.old.epoch) < now.fly_through or self._must_wait(now):
+                    return False
+                self._prepare(now)
+            case "prepare":
+                if now.awaiting or not self._make_room(now):
+                    return False
+                self._shadow(now)
+            case "shadow":
+                stopped = now.change.strategy == "stop-copy"
+                if now.not_warm or (stopped and now.snapshot is not None and not now.snapshot.is_complete):
+                    return False
+                self._flip(now)
+            case "flip":
+                if not head.batcher.is_vacated():
+                    return False
+                self._retire(now)
+            case "retire":
+                if now.awaiting:
+                    return False
+                self._finish_hop(now)
+            case "abort":
+                if now.awaiting:
+                    return False
+                self._finish_abort(now)
+            case "done":
+                return False
+        return True
+
+    def _begin(self, change: Change) -> None:
+        head = self._head
+        old = head.layout
+        assert old is not None, "the state asks only while it serves"
+        needed = self._blocks_needed()
+        moves = moves_between(old, change.layout)
+        hops = split_into_hops(old, change.layout, moves, lambda a, b: self._capacity(a, b) >= needed)
+        if not hops:
+            raise Refused(
+                f"no room: {needed} KV blocks are needed, and beside what stays there is room for "
+                f"{self._capacity(old, change.layout)} during the whole change and for too few even when it moves one "
+                f"layer at a time. Wait for requests to end, move fewer layers, or raise --kv-memory"
+            )
+        tokens, block_size = head.max_context_tokens(), head.pool.block_size
+        if self._capacity(change.layout, change.layout) * block_size < tokens:
+            raise Refused(
+                f"the new layout holds {self._capacity(change.layout, change.layout) * block_size} KV tokens, and a "
+                f"request that was accepted may need {tokens}; give the layers to more workers or raise --kv-memory"
+            )
+        report = Report(
+            id=change.id,
+            strategy=change.strategy,
+            source=describe(old),
+            target=describe(change.layout),
+            source_epoch=old.epoch,
+            target_epoch=-1,
+            num_hops=len(hops),
+            layers_moved=sum(len(move.layers) for move in moves),
+            sequences_at_start=head.batcher.num_running,
+        )
+        self._keep(report)
+        head.batcher.guard()
+        self._start_hop(change, report, old, deque(hops), head.now_s, [], head.batcher.counters.recomputed_tokens)
+        head.note(f"transition {change.id} begins: {_short(old)} -> {_short(change.layout)} ({change.strategy})")
+
+    def _start_hop(
+        self,
+        change: Change,
+        report: Report,
+        old: Layout,
+        hops: deque[Layout],
+        began_s: float,
+        pauses_us: list[int],
+        recomputed_before: int,
+    ) -> None:
+        head = self._head
+        layout = hops.popleft()
+        new = Layout(head.new_epoch(), layout.num_layers, layout.segments)
+        report.target_epoch = new.epoch
+        workers = tuple(dict.fromkeys((*old.workers, *new.workers)))
+        self._now = now = _Transition(
+            change=change,
+            report=report,
+            old=old,
+            new=new,
+            moves=moves_between(old, new),
+            later=hops,
+            phase="reserve",
+            began_s=began_s,
+            entered_s=head.now_s,
+            workers=workers,
+            pauses_us=pauses_us,
+            recomputed_before=recomputed_before,
+        )
+        for name in workers:
+            now.weights_before[name] = head.members.workers[name].weight_bytes
+        if change.strategy == "stop-copy":
+            head.batcher.is_held = True
+        if change.strategy == "drain":
+            head.batcher.admits = False
+        if change.strategy != "drain":
+            self._shrink(now)
+        now.fly_through = head.batcher.last_ordinal(old.epoch)
+
+    def _shrink(self, now: _Transition) -> None:
+        """Reduce the pool to what both layouts hold; the retired ids are free, and given back by `prepare`."""
+        capacity = self._capacity(now.old, now.new)
+        if capacity < self._head.pool.num_blocks:
+            self._head.set_capacity(capacity)
+
+    def _must_wait(self, now: _Transition) -> bool:
+        """Conditions of `reserve` beyond the steps in flight."""
+        batcher = self._head.batcher
+        if now.change.strategy == "drain":
+            return batcher.num_running > 0 or batcher.num_in_flight > 0
+        return self._head.pool.num_blocks > self._head.pool.target
+
+    def _prepare(self, now: _Transition) -> None:
+        head = self._head
+        if now.change.strategy == "drain":
+            head.pool.forget_cached()
+            self._shrink(now)
+        now.enter("prepare", head.now_s)
+        now.awaiting, now.not_warm = set(now.workers), set(now.workers)
+        retired = head.pool.retired()
+        for name in now.workers:
+            load = head.load_message(now.new, name)
+            head.send(name, Prepare(now.new.epoch, now.old.epoch, load, now.moves, retired, mirror=now.copies))
+
+    def _make_room(self, now: _Transition) -> bool:
+        """Now that every pool's size is known: room for both layouts? The shrink may have to wait for releases."""
+        head = self._head
+        for name, num_pages in now.num_pages.items():
+            head.members.workers[name].num_pages = num_pages
+        capacity = self._capacity(now.old, now.new)
+        if capacity < self._blocks_needed() and capacity < head.pool.num_blocks:
+            self._abort(
+                now, f"the workers that join have room for {capacity} KV blocks, {self._blocks_needed()} are needed"
+            )
+            return False
+        if capacity < head.pool.target:
+            head.set_capacity(capacity)
+        return head.pool.num_blocks <= capacity
+
+    def _shadow(self, now: _Transition) -> None:
+        head = self._head
+        now.enter("shadow", head.now_s)
+        blocks = head.batcher.live_blocks() if now.copies else []
+        now.snapshot = Snapshot(blocks, len(now.moves) if now.copies else 0)
+        now.report.blocks_copied += len(blocks)
+        rate = NO_LIMIT if now.change.strategy == "stop-copy" else now.change.bytes_per_s
+        if blocks:
+            for name in sorted({move.source for move in now.moves}):
+                head.send(name, Copy(now.new.epoch, blocks, rate))
+
+    def _flip(self, now: _Transition) -> None:
+        head, batcher = self._head, self._head.batcher
+        now.enter("flip", head.now_s)
+        assert now.snapshot is not None
+        now.opening = Opening(now.new.epoch, now.snapshot)
+        starts = [now.starts.get(index, 0) for index in range(len(now.moves))]
+        for name in now.workers:
+            head.send(name, Open(now.new.epoch, starts))
+        head.open_layout(now.new)
+        if now.change.strategy == "recompute":
+            batcher.preempt_all()
+            head.pool.forget_cached()
+        batcher.open_next(now.opening)
+        batcher.is_held, batcher.admits = False, True
+
+    def _retire(self, now: _Transition) -> None:
+        head = self._head
+        now.enter("retire", head.now_s)
+        assert now.opening is not None
+        now.report.sequences_flipped += now.opening.num_flipped
+        head.batcher.retire_old()
+        head.adopt_layout(now.new)
+        now.awaiting = set(now.workers)
+        for name in now.workers:
+            head.send(name, Retire(now.new.epoch))
+
+    def _finish_hop(self, now: _Transition) -> None:
+        head, report = self._head, now.report
+        for name in now.workers:
+            worker = head.members.workers.get(name)
+            if worker is not None:
+                worker.num_pages = now.num_pages.get(name, 0)
+        head.set_capacity(self._capacity(now.new, now.new))
+        if now.later:
+            now.enter("reserve", head.now_s)
+            self._start_hop(now.change, report, now.new, now.later, now.began_s, now.pauses_us, now.recomputed_before)
+            return
+        now.enter("done", head.now_s)
+        head.batcher.unguard()
+        self._now = None
+        report.add_pauses(now.pauses_us)
+        report.recomputed_tokens = head.batcher.counters.recomputed_tokens - now.recomputed_before
+        report.total_s = head.now_s - now.began_s
+        self._end_report(report, "committed", "")
+        head.note(f"transition {report.id} committed after {report.total_s:.3f} s: {_short(now.new)}")
+
+    def _abort(self, now: _Transition, why: str) -> None:
+        head = self._head
+        before = now.phase
+        now.enter("abort", head.now_s)
+        now.why = why
+        head.batcher.is_held, head.batcher.admits = False, True
+        now.awaiting = set(now.workers) if before != "reserve" else set()
+        for name in now.awaiting:
+            head.send(name, Cancel(now.new.epoch))
+
+    def _finish_abort(self, now: _Transition) -> None:
+        head = self._head
+        now.enter("done", head.now_s)
+        head.set_capacity(self._capacity(now.old, now.old))
+        head.batcher.unguard()
+        self._now = None
+        now.report.total_s = head.now_s - now.began_s
+        self._end_report(now.report, "aborted", now.why)
+        head.note(f"transition {now.report.id} aborted: {now.why}")
+
+    # -- room -----------------------------------------------------------------------------------------------
+
+    def _capacity(self, a: Layout, b: Layout) -> int:
+        """Blocks that every worker's pages hold when it has the layers of both layouts. Unknown pools limit nothing."""
+        capacity = NO_LIMIT
+        for name in dict.fromkeys((*a.workers, *b.workers)):
+            worker = self._head.members.workers.get(name)
+            num_pages = worker.num_pages if worker is not None else 0
+            num_layers = len({*a.layers_of(name), *b.layers_of(name)})
+            if num_pages and num_layers:
+                capacity = min(capacity, num_pages // num_layers)
+        return capacity
+
+    def _blocks_needed(self) -> int:
+        """What runs must go on without preemption: its blocks, one more for each sequence, and a little air."""
+        pool, batcher = self._head.pool, self._head.batcher
+        return pool.num_used + batcher.num_running + 2
+
+    # -- reports --------------------------------------------------------------------------------------------
+
+    def _current(self, transition: int) -> _Transition | None:
+        now = self._now
+        return now if now is not None and now.new.epoch == transition else None
+
+    def _keep(self, report: Report) -> None:
+        self.reports[report.id] = report
+        while len(self.reports) > MAX_REPORTS:
+            del self.reports[next(iter(self.reports))]
+
+    def _end_report(self, report: Report, outcome: str, why: str) -> None:
+        report.outcome, report.why = outcome, why
+        self.num_outcomes[outcome] = self.num_outcomes.get(outcome, 0) + 1
+
+
+def _short(layout: Layout) -> str:
+    return " | ".join(f"{s.worker} [{s.layers.start}, {s.layers.stop})" for s in layout.segments)
