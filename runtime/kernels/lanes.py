@@ -1,26 +1,25 @@
-"""The few things that numba's Python cannot say: bit casts, 16-bit floats, and a tile of a matrix product.
+"""What every kernel is built from: the processor's vectors, the `kernel` decorator and the emitters of LLVM code.
 
-How it works: each function here is a numba intrinsic, a short piece of LLVM code put straight into the kernel that
-calls it. Everything is written with LLVM's portable vectors, so it runs on any processor; where the processor has
-AVX512-BF16, the bfloat16 tile uses its dot product. `LANES`, `TILE_VECTORS` and `TILE_ROWS` follow from the vector
-registers of the processor, and with them the shape of packed weights: packed weights never leave the machine.
+How it works: numba compiles plain Python, but cannot be told about vector registers, 16-bit floats or bit casts. So the
+inner loops are numba intrinsics: Python functions that write LLVM code, with the emitters below, straight into the
+kernel that calls them. They are written with LLVM's portable vectors and run on any processor; where it has AVX512-BF16,
+bfloat16 uses its dot product. `LANES`, `TILE_VECTORS` and `TILE_ROWS` follow from the vector registers of the processor,
+and with them the shape of packed weights: packed weights never leave the machine.
 
-`kernel` is the decorator of every kernel. Its on-disk cache is valid for exactly the sources of this package:
-numba itself looks only at the file of the outermost function, and would run stale code after a change elsewhere.
+The on-disk cache of a `kernel` is valid for exactly the sources of this package: numba itself looks only at the file of
+the outermost function, and would run stale code after a change elsewhere.
 """
 
 import hashlib
 from pathlib import Path
 
 import llvmlite.binding as llvm
-import numpy as np
 from llvmlite import ir
 from numba import config, njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
-FLOAT = ir.FloatType()
-I16, I32, I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+FLOAT, HALF = ir.FloatType(), ir.HalfType()
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 
 
 class _BFloat(ir.Type):
@@ -54,6 +53,19 @@ else:
 PANEL = LANES * TILE_VECTORS
 """Columns of one panel of a packed matrix: what a tile computes at once."""
 
+FLOATS, INTS = ir.VectorType(FLOAT, LANES), ir.VectorType(I32, LANES)
+LOWEST = -3.0e38
+"""Stands for minus infinity where only a maximum is looked for."""
+
+
+def kernel(function):
+    """Compile with numba on first use: no GIL, cached on disk, sums may be reordered but NaN and infinity survive."""
+    dispatcher = njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})(function)
+    cache_file = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
+    if hasattr(cache_file, "_source_stamp"):
+        cache_file._source_stamp = _DIGEST
+    return dispatcher
+
 
 def _source_digest() -> str:
     digest = hashlib.sha256()
@@ -65,139 +77,12 @@ def _source_digest() -> str:
 _DIGEST = _source_digest()
 
 
-def kernel(function):
-    """Compile with numba on first use: no GIL, cached on disk, sums may be reordered but NaN and infinity survive."""
-    dispatcher = njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})(function)
-    return _stamp(dispatcher)
+# -- emitters: addresses and calls --------------------------------------------------------------------------
 
 
-def exact_kernel(function):
-    """Like `kernel`, but every operation in the order written; multiply and add may still fuse."""
-    return _stamp(njit(nogil=True, cache=True, fastmath={"contract"})(function))
-
-
-def _stamp(dispatcher):
-    cache_file = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
-    if hasattr(cache_file, "_source_stamp"):
-        cache_file._source_stamp = _DIGEST
-    return dispatcher
-
-
-# -- scalars ------------------------------------------------------------------------------------------------
-
-
-@intrinsic
-def float_from_bits(typingctx, bits):
-    """The float32 with these 32 bits."""
-
-    def codegen(context, builder, signature, args):
-        return builder.bitcast(args[0], FLOAT)
-
-    return types.float32(types.int32), codegen
-
-
-@intrinsic
-def floor32(typingctx, x):
-    """The largest whole float32 not above x."""
-
-    def codegen(context, builder, signature, args):
-        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(FLOAT, [FLOAT]), "llvm.floor.f32")
-        return builder.call(function, args)
-
-    return types.float32(types.float32), codegen
-
-
-@intrinsic
-def widen(typingctx, element):
-    """The float32 value of an element of any storage type."""
-
-    def codegen(context, builder, signature, args):
-        return emit_widen(builder, signature.args[0], args[0])
-
-    return types.float32(element), codegen
-
-
-@intrinsic
-def narrow(typingctx, like, x):
-    """The float32 `x` rounded to nearest even, as an element of the array `like`."""
-
-    def codegen(context, builder, signature, args):
-        return emit_narrow(builder, signature.args[0].dtype, args[1])
-
-    return like.dtype(like, types.float32), codegen
-
-
-@intrinsic
-def depth_step(typingctx, like):
-    """How many depths lie side by side in a packed matrix of this storage type."""
-
-    def codegen(context, builder, signature, args):
-        return I64(2 if signature.args[0].dtype == types.uint16 else 1)
-
-    return types.intp(like), codegen
-
-
-_LOG2_E, _HALF, _ONE = np.float32(1.4426950408889634), np.float32(0.5), np.float32(1.0)
-_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
-_EXP_MIN, _EXP_MAX, _ZERO = np.float32(-87.3), np.float32(88.0), np.float32(0.0)
-_P0, _P1, _P2 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
-_P3, _P4, _P5 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0000001201e-1)
-
-
-@exact_kernel
-def exp32(x):
-    """e to the power of a float32, within 2 units in the last place; 0 below -87.3 (so for -inf), capped above 88."""
-    x_in = _EXP_MIN if x < _EXP_MIN else (_EXP_MAX if x > _EXP_MAX else x)
-    n = floor32(x_in * _LOG2_E + _HALF)
-    r = (x_in - n * _LN2_HIGH) - n * _LN2_LOW
-    p = ((((_P0 * r + _P1) * r + _P2) * r + _P3) * r + _P4) * r + _P5
-    p = p * (r * r) + r + _ONE
-    result = p * float_from_bits((np.int32(n) + np.int32(127)) << np.int32(23))
-    return _ZERO if x < _EXP_MIN else result
-
-
-# -- what code emitters share -------------------------------------------------------------------------------
-
-
-def emit_widen(builder, element, value):
-    """The float32 value (scalar or vector) of a value of this storage type."""
-    if element == types.float32:
-        return value
-    lanes = value.type.count if isinstance(value.type, ir.VectorType) else None
-
-    def shape(scalar):
-        return scalar if lanes is None else ir.VectorType(scalar, lanes)
-
-    if element == types.int16:
-        return builder.fpext(builder.bitcast(value, shape(ir.HalfType())), shape(FLOAT))
-    assert element == types.uint16, element
-    bits = builder.shl(builder.zext(value, shape(I32)), constant(I32, 16, lanes))
-    return builder.bitcast(bits, shape(FLOAT))
-
-
-def emit_narrow(builder, element, value):
-    """A float32 value (scalar or vector) rounded to nearest even, in this storage type."""
-    if element == types.float32:
-        return value
-    lanes = value.type.count if isinstance(value.type, ir.VectorType) else None
-
-    def shape(scalar):
-        return scalar if lanes is None else ir.VectorType(scalar, lanes)
-
-    if element == types.int16:
-        return builder.bitcast(builder.fptrunc(value, shape(ir.HalfType())), shape(I16))
-    assert element == types.uint16, element
-    bits = builder.bitcast(value, shape(I32))
-    odd = builder.and_(builder.lshr(bits, constant(I32, 16, lanes)), constant(I32, 1, lanes))
-    rounded = builder.add(bits, builder.add(odd, constant(I32, 0x7FFF, lanes)))
-    rounded = builder.lshr(rounded, constant(I32, 16, lanes))
-    is_nan = builder.fcmp_unordered("uno", value, value)
-    return builder.trunc(builder.select(is_nan, constant(I32, 0x7FC0, lanes), rounded), shape(I16))
-
-
-def constant(scalar, value, lanes=None):
-    """A constant of this LLVM type, in every lane of a vector when `lanes` is given."""
-    return scalar(value) if lanes is None else ir.VectorType(scalar, lanes)([value] * lanes)
+def constant(scalar, value):
+    """A vector constant with this value in every lane."""
+    return ir.VectorType(scalar, LANES)([value] * LANES)
 
 
 def call(builder, name, result, *args):
@@ -220,7 +105,70 @@ def splat(builder, scalar):
     """A vector with this scalar in every lane."""
     vector = ir.VectorType(scalar.type, LANES)
     value = builder.insert_element(vector(ir.Undefined), scalar, I32(0))
-    return builder.shuffle_vector(value, vector(ir.Undefined), ir.VectorType(I32, LANES)([0] * LANES))
+    return builder.shuffle_vector(value, vector(ir.Undefined), INTS([0] * LANES))
+
+
+def size_of(element) -> int:
+    """Bytes of an element of this storage type."""
+    return 4 if element == types.float32 else 2
+
+
+# -- emitters: storage types --------------------------------------------------------------------------------
+
+
+def widen(builder, element, vector):
+    """The float32 values of a vector of this storage type."""
+    if element == types.float32:
+        return vector
+    if element == types.int16:
+        return builder.fpext(builder.bitcast(vector, ir.VectorType(HALF, LANES)), FLOATS)
+    assert element == types.uint16, element
+    return builder.bitcast(builder.shl(builder.zext(vector, INTS), constant(I32, 16)), FLOATS)
+
+
+def narrow(builder, element, vector):
+    """A vector of float32 rounded to nearest even, in this storage type."""
+    if element == types.float32:
+        return vector
+    shorts = ir.VectorType(I16, LANES)
+    if element == types.int16:
+        return builder.bitcast(builder.fptrunc(vector, ir.VectorType(HALF, LANES)), shorts)
+    assert element == types.uint16, element
+    bits = builder.bitcast(vector, INTS)
+    odd = builder.and_(builder.lshr(bits, constant(I32, 16)), constant(I32, 1))
+    rounded = builder.lshr(builder.add(bits, builder.add(odd, constant(I32, 0x7FFF))), constant(I32, 16))
+    is_nan = builder.fcmp_unordered("uno", vector, vector)
+    return builder.trunc(builder.select(is_nan, constant(I32, 0x7FC0), rounded), shorts)
+
+
+def load_wide(builder, element, address, first, mask):
+    """float32 values of LANES elements of this storage type, from element `first` on; 0 where the mask is off."""
+    scalar = FLOAT if element == types.float32 else I16
+    place = offset(builder, address, first, size_of(element))
+    return widen(builder, element, masked_load(builder, ir.VectorType(scalar, LANES), place, mask, 0))
+
+
+def store_narrow(builder, element, vector, address, first, mask):
+    """Store float32 values as elements of this storage type, from element `first` on, where the mask is on."""
+    stored = narrow(builder, element, vector)
+    place = offset(builder, address, first, size_of(element))
+    if mask is None:
+        builder.store(stored, pointer(builder, place, stored.type), align=2)
+        return
+    place = pointer(builder, place, stored.type)
+    call(builder, f"llvm.masked.store.{_suffix(stored.type)}.p0", ir.VoidType(), stored, place, I32(2), mask)
+
+
+def masked_load(builder, vector, address, mask, default):
+    place = pointer(builder, address, vector)
+    if mask is None:
+        return builder.load(place, align=2)
+    name = f"llvm.masked.load.{_suffix(vector)}.p0"
+    return call(builder, name, vector, place, I32(2), mask, constant(vector.element, default))
+
+
+def _suffix(vector):
+    return f"v{vector.count}{'f32' if vector.element == FLOAT else vector.element}"
 
 
 class Unit:
@@ -235,20 +183,92 @@ class Unit:
         self.align = 4 if element == types.float32 else 2
         self.vector = ir.VectorType(self.stored, LANES)
 
+    def load(self, builder, address, first, mask):
+        """LANES units of a row of elements, from unit `first` on."""
+        return masked_load(builder, self.vector, offset(builder, address, first, self.size), mask, 0)
+
     def terms(self, builder, vectors):
         """The operands of the multiply-adds that one step makes of these stored vectors: a list per multiply-add."""
-        floats = ir.VectorType(FLOAT, LANES)
         if not self.paired:
-            return [[emit_widen(builder, self.element, v) for v in vectors]]
+            return [[widen(builder, self.element, v) for v in vectors]]
         if HAS_BF16_DOT:
             pairs = ir.VectorType(_BFloat(), 2 * LANES)
             return [[builder.bitcast(v, pairs) for v in vectors]]
-        low = [builder.bitcast(builder.shl(v, constant(I32, 16, LANES)), floats) for v in vectors]
-        high = [builder.bitcast(builder.and_(v, constant(I32, 0xFFFF0000, LANES)), floats) for v in vectors]
+        low = [builder.bitcast(builder.shl(v, constant(I32, 16)), FLOATS) for v in vectors]
+        high = [builder.bitcast(builder.and_(v, constant(I32, 0xFFFF0000)), FLOATS) for v in vectors]
         return [low, high]
 
     def multiply_add(self, builder, a, b, total):
         """total + a * b, for a and b out of `terms`."""
         if self.paired and HAS_BF16_DOT:
-            return call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", total.type, total, a, b)
-        return call(builder, f"llvm.fmuladd.v{LANES}f32", total.type, a, b, total)
+            return call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", FLOATS, total, a, b)
+        return fma(builder, a, b, total)
+
+
+# -- emitters: loops and arithmetic -------------------------------------------------------------------------
+
+
+def for_span(builder, count, body):
+    """body(first, mask) for each whole vector of [0, count), mask None, then for the rest under its mask."""
+    whole = builder.udiv(count, I64(LANES))
+    with cgutils.for_range(builder, whole) as loop:
+        body(builder.mul(loop.index, I64(LANES)), None)
+    first = builder.mul(whole, I64(LANES))
+    with builder.if_then(builder.icmp_signed("<", first, count)):
+        body(first, lanes_inside(builder, first, first, count))
+
+
+def for_vectors(builder, low, high, body):
+    """body(first) for each vector, at a multiple of `LANES`, that has a lane in [low, high)."""
+    start = builder.udiv(low, I64(LANES))
+    stop = builder.udiv(builder.add(high, I64(LANES - 1)), I64(LANES))
+    with cgutils.for_range(builder, stop, start=start) as loop:
+        body(builder.mul(loop.index, I64(LANES)))
+
+
+def lanes_inside(builder, first, low, high):
+    """The mask of lanes i with low <= first + i < high."""
+    index = builder.add(splat(builder, builder.trunc(first, I32)), INTS(list(range(LANES))))
+    above = builder.icmp_signed(">=", index, splat(builder, builder.trunc(low, I32)))
+    return builder.and_(above, builder.icmp_signed("<", index, splat(builder, builder.trunc(high, I32))))
+
+
+def fma(builder, a, b, c):
+    return call(builder, f"llvm.fmuladd.v{LANES}f32", FLOATS, a, b, c)
+
+
+def larger(builder, a, b):
+    return builder.select(builder.fcmp_ordered(">", b, a), b, a)
+
+
+def sums_of(builder, vectors):
+    """A vector whose lane i is the sum of the lanes of vectors[i]; there are `LANES` of them."""
+    even, odd = INTS(list(range(0, 2 * LANES, 2))), INTS(list(range(1, 2 * LANES, 2)))
+    while len(vectors) > 1:
+        pairs = zip(vectors[::2], vectors[1::2], strict=True)
+        vectors = [
+            builder.fadd(builder.shuffle_vector(a, b, even), builder.shuffle_vector(a, b, odd)) for a, b in pairs
+        ]
+    return vectors[0]
+
+
+def sum_of(builder, vector):
+    """The sum of the lanes of one vector."""
+    return builder.extract_element(sums_of(builder, [vector] * LANES), I32(0))
+
+
+def exp_of_negative(builder, x):
+    """e to the power of x <= 0, within 2 units in the last place; 0 below -87.3."""
+    smallest = constant(FLOAT, -87.3)
+    vanishes = builder.fcmp_ordered("<", x, smallest)
+    x = builder.select(vanishes, smallest, x)
+    n = fma(builder, x, constant(FLOAT, 1.4426950408889634), constant(FLOAT, 0.5))
+    n = call(builder, f"llvm.floor.v{LANES}f32", FLOATS, n)
+    r = fma(builder, n, constant(FLOAT, -0.693359375), x)
+    r = fma(builder, n, constant(FLOAT, 2.12194440e-4), r)
+    p = constant(FLOAT, 1.9875691500e-4)
+    for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        p = fma(builder, p, r, constant(FLOAT, coefficient))
+    p = builder.fadd(fma(builder, p, builder.fmul(r, r), r), constant(FLOAT, 1.0))
+    power = builder.shl(builder.add(builder.fptosi(n, INTS), constant(I32, 127)), constant(I32, 23))
+    return builder.select(vanishes, constant(FLOAT, 0.0), builder.fmul(p, builder.bitcast(power, FLOATS)))

@@ -12,26 +12,22 @@ import math
 
 import numpy as np
 
-from runtime.kernels.lanes import kernel, narrow, widen
+from runtime.kernels.lanes import kernel
 from runtime.kernels.paged import paged_attention
-from runtime.kernels.products import ROW_BLOCK, linear, linear_add, linear_silu_mul
-from runtime.kernels.spans import store_scaled
+from runtime.kernels.products import ADD, PLAIN, ROW_BLOCK, SILU_MUL, product
+from runtime.kernels.spans import rotate_head, store_scaled, store_weighted, sum_of_squares
 
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
 
 @kernel
-def rms_norm(x, weight, eps, out):
-    """out = x / sqrt(mean(x * x) + eps) * weight, row by row; `weight` float32."""
+def rms_norm(x, first, count, weight, eps, out):
+    """out[:count] = x / sqrt(mean(x * x) + eps) * weight, for rows ``first ..`` of x; `weight` float32."""
     width = x.shape[1]
-    for i in range(len(x)):
-        total = _ZERO
-        for j in range(width):
-            value = widen(x[i, j])
-            total += value * value
-        factor = _ONE / np.float32(math.sqrt(total / np.float32(width) + eps))
-        for j in range(width):
-            out[i, j] = narrow(out, widen(x[i, j]) * factor * weight[j])
+    for i in range(count):
+        source = x.ctypes.data + (first + i) * width * x.itemsize
+        factor = _ONE / np.float32(math.sqrt(sum_of_squares(x, source, width) / np.float32(width) + eps))
+        store_weighted(x, out, source, width, factor, weight.ctypes.data, out.ctypes.data + i * width * out.itemsize)
 
 
 @kernel
@@ -74,74 +70,56 @@ def decoder_layer(
     The arguments from `normed` on are scratch; `q` and `attended` are ``[T, num_heads, head_dim]``.
     """
     num_tokens, hidden_size = hidden.shape
-    num_heads, head_dim = q.shape[1], q.shape[2]
-    attended_flat = attended.reshape(num_tokens, num_heads * head_dim)
+    attended_flat = attended.reshape(num_tokens, q.shape[1] * q.shape[2])
+    nothing = qkv_bias[:0]
     for first in range(0, num_tokens, ROW_BLOCK):
-        stop = min(num_tokens, first + ROW_BLOCK)
-        count = stop - first
-        rms_norm(hidden[first:stop], input_norm, eps, normed[:count])
-        linear(normed[:count], qkv_weight, qkv.shape[1], qkv_bias, qkv[:count], sums)
-        _rotate(qkv[:count], first, q_norm, k_norm, eps, cos, sin, q)
+        count = min(num_tokens - first, ROW_BLOCK)
+        rms_norm(hidden, first, count, input_norm, eps, normed)
+        product(normed, 0, count, qkv_weight, PLAIN, qkv_bias, qkv, qkv, 0, qkv.shape[1], sums)
+        _rotate(qkv, first, count, q_norm, k_norm, eps, cos, sin, q)
         if not _write_rows(
-            qkv[:count], first, num_heads, page_of_block, block_tables, query_starts, context_lens, pool
+            qkv, first, count, q.shape[1], page_of_block, block_tables, query_starts, context_lens, pool
         ):
             return False
     paged_attention(
-        q,
-        pool,
-        page_of_block,
-        block_tables,
-        query_starts,
-        context_lens,
-        scale,
-        window,
-        _ZERO,
-        attended,
-        floats,
-        packed,
-        places,
-    )
+        q, pool, page_of_block, block_tables, query_starts, context_lens, scale, window, _ZERO, attended,
+        floats, packed, places,
+    )  # fmt: skip
     for first in range(0, num_tokens, ROW_BLOCK):
-        stop = min(num_tokens, first + ROW_BLOCK)
-        count = stop - first
-        linear_add(attended_flat[first:stop], o_weight, hidden_size, o_bias, hidden[first:stop], out[first:stop], sums)
-        rms_norm(out[first:stop], post_norm, eps, normed[:count])
-        linear_silu_mul(normed[:count], gate_up_weight, activated.shape[1], activated[:count], sums)
-        linear_add(activated[:count], down_weight, hidden_size, qkv_bias[:0], out[first:stop], out[first:stop], sums)
+        count = min(num_tokens - first, ROW_BLOCK)
+        product(attended_flat, first, count, o_weight, ADD, o_bias, hidden, out, first, hidden_size, sums)
+        rms_norm(out, first, count, post_norm, eps, normed)
+        product(normed, 0, count, gate_up_weight, SILU_MUL, nothing, normed, activated, 0, activated.shape[1], sums)
+        product(activated, 0, count, down_weight, ADD, nothing, out, out, first, hidden_size, sums)
     return True
 
 
 @kernel
-def _rotate(qkv, first, q_norm, k_norm, eps, cos, sin, q):
+def _rotate(qkv, first, count, q_norm, k_norm, eps, cos, sin, q):
     """Norm (if any) and rotate the heads of q and k in place; the finished q goes to `q`, tokens `first` and on."""
     num_heads, head_dim = q.shape[1], q.shape[2]
     num_kv_heads = (qkv.shape[1] // head_dim - num_heads) // 2
     half = head_dim // 2
-    for i in range(len(qkv)):
+    for i in range(count):
         for h in range(num_heads + num_kv_heads):
-            head = qkv[i, h * head_dim : (h + 1) * head_dim]
+            head = qkv.ctypes.data + (i * qkv.shape[1] + h * head_dim) * 4
             norm = q_norm if h < num_heads else k_norm
             if len(norm):
-                total = _ZERO
-                for d in range(head_dim):
-                    total += head[d] * head[d]
-                factor = _ONE / np.float32(math.sqrt(total / np.float32(head_dim) + eps))
-                for d in range(head_dim):
-                    head[d] = head[d] * factor * norm[d]
-            for d in range(half):
-                low, high, c, s = head[d], head[half + d], cos[first + i, d], sin[first + i, d]
-                head[d] = low * c - high * s
-                head[half + d] = high * c + low * s
+                square = sum_of_squares(qkv, head, head_dim) / np.float32(head_dim)
+                factor = _ONE / np.float32(math.sqrt(square + eps))
+                store_weighted(qkv, qkv, head, head_dim, factor, norm.ctypes.data, head)
+            shift = (first + i) * half * 4
+            rotate_head(head, half, cos.ctypes.data + shift, sin.ctypes.data + shift)
             if h < num_heads:
-                for d in range(head_dim):
-                    q[first + i, h, d] = narrow(q, head[d])
+                place = q.ctypes.data + ((first + i) * num_heads + h) * head_dim * q.itemsize
+                store_scaled(q, head, head_dim, _ONE, place)
 
 
 @kernel
-def _write_rows(qkv, first, num_heads, page_of_block, block_tables, query_starts, context_lens, pool):
-    """Put the k and v of tokens ``first .. first + len(qkv)`` into their pages; False when one has no page."""
+def _write_rows(qkv, first, count, num_heads, page_of_block, block_tables, query_starts, context_lens, pool):
+    """Put the k and v of tokens ``first .. first + count`` into their pages; False when one has no page."""
     block_size, width, size = pool.shape[2], pool.shape[3] * pool.shape[4], pool.itemsize
-    head_dim, stop = pool.shape[4], first + len(qkv)
+    head_dim, stop = pool.shape[4], first + count
     for r in range(len(context_lens)):
         for t in range(max(first, query_starts[r]), min(stop, query_starts[r + 1])):
             position = context_lens[r] - query_starts[r + 1] + t

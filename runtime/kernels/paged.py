@@ -13,23 +13,23 @@ import math
 
 import numpy as np
 
-from runtime.kernels.lanes import LANES, PANEL, depth_step, exp32, kernel
-from runtime.kernels.spans import (
-    copy_bytes,
+from runtime.kernels.lanes import LANES, LOWEST, PANEL, kernel
+from runtime.kernels.softmax import (
+    depth_step,
     find_top,
     mix_1,
     mix_2,
     mix_3,
     mix_4,
     pack_keys,
-    pack_value,
-    prefetch,
+    pack_values,
     scale_floats,
     score_keys,
-    store_scaled,
+    shrink,
     weigh,
 )
-from runtime.kernels.tiles import tile_all
+from runtime.kernels.spans import copy_bytes, prefetch, store_scaled
+from runtime.kernels.tiles import tile_rows
 
 AHEAD = 2
 QUERY_BLOCK = 48
@@ -39,7 +39,7 @@ KEY_BLOCK = 256
 MIN_BLOCKED_QUERIES = 12
 """Query rows from which a sequence takes the prefill kernel."""
 
-_ZERO, _ONE, _LOWEST = np.float32(0.0), np.float32(1.0), np.float32(-3.0e38)
+_ZERO, _ONE, _LOWEST = np.float32(0.0), np.float32(1.0), np.float32(LOWEST)
 
 
 def scratch_sizes(query_starts, context_lens, num_heads: int, num_kv_heads: int, head_dim: int):
@@ -273,7 +273,7 @@ def _attend_block(
         for panel in range((depth + PANEL - 1) // PANEL):
             w = keys + (block * KEY_BLOCK + panel * PANEL) * head_dim * size
             place = scores + panel * PANEL * 4
-            tile_all(like, num_rows, queries, head_dim * size, w, head_dim, place, KEY_BLOCK * 4, False)
+            tile_rows(like, num_rows, queries, head_dim * size, w, head_dim, place, KEY_BLOCK * 4, False)
         for i in range(num_rows):
             at = position + (first + i) // group - origin
             low, high = max(0, at + 1 - window) if window > 0 else 0, max(0, min(KEY_BLOCK, at + 1))
@@ -285,15 +285,15 @@ def _attend_block(
             top = max(before, find_top(row, low, high))
             total = weigh(like, row, low, high, depth, factor, top, weights + i * KEY_BLOCK * size)
             if top > before:
-                shrink = exp32((before - top) * factor) if before > _LOWEST else _ZERO
+                faded = shrink((before - top) * factor) if before > _LOWEST else _ZERO
                 floats[tops + i] = top
-                floats[totals + i] *= shrink
-                scale_floats(sums + i * padded * 4, padded, shrink)
+                floats[totals + i] *= faded
+                scale_floats(sums + i * padded * 4, padded, faded)
             floats[totals + i] += total
         for panel in range(padded // PANEL):
             w = values + (panel * capacity + block * KEY_BLOCK) * PANEL * size
             place = sums + panel * PANEL * 4
-            tile_all(like, num_rows, weights, KEY_BLOCK * size, w, depth, place, padded * 4, True)
+            tile_rows(like, num_rows, weights, KEY_BLOCK * size, w, depth, place, padded * 4, True)
 
 
 @kernel
@@ -320,4 +320,4 @@ def _pack_context(data, places, shift, count, capacity, keys, values):
         for d in range(0, head_dim, PANEL):
             first, second = places[j] + shift + d * size, places[j + step - 1] + shift + d * size
             target = values + (d * capacity + j * PANEL) * size
-            pack_value(data, first, second, j + 1 < count, min(PANEL, head_dim - d), target)
+            pack_values(data, first, second, j + 1 < count, min(PANEL, head_dim - d), target)

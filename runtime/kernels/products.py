@@ -16,13 +16,17 @@ import numpy as np
 import torch
 
 from runtime.kernels import storage
-from runtime.kernels.lanes import PANEL, exp32, kernel, narrow, widen
-from runtime.kernels.tiles import tile_all
+from runtime.kernels.lanes import PANEL, kernel
+from runtime.kernels.spans import add_floats, store_scaled, store_silu_mul, store_sum
+from runtime.kernels.tiles import tile_rows
 
 ROW_BLOCK = 192
 """Rows that pass through all panels together; bounds the scratch and keeps activations in the cache."""
 DEPTH_BLOCK = 512
 """Depth that is summed up at once: bounds what a panel takes of the caches, and how rounding errors add up."""
+
+PLAIN, ADD, SILU_MUL = 0, 1, 2
+"""What `product` does with the sums of a row."""
 
 _ONE = np.float32(1.0)
 
@@ -84,57 +88,33 @@ def _pack_panels(packed: torch.Tensor, weight: torch.Tensor) -> None:
 
 
 @kernel
-def panel_product(x, w, panel, sums):
-    """sums[:len(x)] = x @ one panel."""
-    num_rows, depth = x.shape
-    size = x.itemsize
-    for k in range(0, depth, DEPTH_BLOCK):
-        w_block = w.ctypes.data + (panel * depth + k) * PANEL * size
-        x_block, block = x.ctypes.data + k * size, min(DEPTH_BLOCK, depth - k)
-        tile_all(x, num_rows, x_block, depth * size, w_block, block, sums.ctypes.data, PANEL * 4, k > 0)
+def product(x, first_row, num_rows, w, kind, bias, residual, out, out_row, num_columns, sums):
+    """Rows ``out_row ..`` of out = f(x[first_row : first_row + num_rows] @ w + bias), by `kind`.
 
-
-@kernel
-def linear(x, w, num_columns, bias, out, sums):
-    """out = x @ w + bias; `bias` is float32, empty for none; `out` may be of another storage type than x."""
-    for panel in range((num_columns + PANEL - 1) // PANEL):
-        panel_product(x, w, panel, sums)
-        first = panel * PANEL
-        width = min(PANEL, num_columns - first)
-        if len(bias):
-            for i in range(len(x)):
-                for j in range(width):
-                    sums[i, j] += bias[first + j]
-        for i in range(len(x)):
-            for j in range(width):
-                out[i, first + j] = narrow(out, sums[i, j])
-
-
-@kernel
-def linear_add(x, w, num_columns, bias, residual, out, sums):
-    """out = residual + (x @ w + bias); `bias` is float32, empty for none; `out` may be `residual`."""
-    for panel in range((num_columns + PANEL - 1) // PANEL):
-        panel_product(x, w, panel, sums)
-        first = panel * PANEL
-        width = min(PANEL, num_columns - first)
-        if len(bias):
-            for i in range(len(x)):
-                for j in range(width):
-                    sums[i, j] += bias[first + j]
-        for i in range(len(x)):
-            for j in range(width):
-                out[i, first + j] = narrow(out, sums[i, j] + widen(residual[i, first + j]))
-
-
-@kernel
-def linear_silu_mul(x, w, num_columns, out, sums):
-    """out = silu(x @ gate) * (x @ up), for weights of `pack_gate_up`; `num_columns` counts those of out."""
-    half = PANEL // 2
-    for panel in range((num_columns + half - 1) // half):
-        panel_product(x, w, panel, sums)
-        first = panel * half
-        width = min(half, num_columns - first)
-        for i in range(len(x)):
-            for j in range(width):
-                gate = sums[i, j]
-                out[i, first + j] = narrow(out, gate / (_ONE + exp32(-gate)) * sums[i, half + j])
+    `PLAIN`: as it is. `ADD`: plus the same rows of `residual`, which may be `out`. `SILU_MUL`: silu(gate) * up, for
+    weights of `pack_gate_up`, without bias. `bias` is float32, empty for none; `out` may have another storage type
+    than x; `num_columns` counts the columns of out; `sums` is float32 scratch ``[num_rows, PANEL]``.
+    """
+    depth, size = x.shape[1], x.itemsize
+    x_address = x.ctypes.data + first_row * depth * size
+    full = PANEL // 2 if kind == SILU_MUL else PANEL
+    for panel in range((num_columns + full - 1) // full):
+        for k in range(0, depth, DEPTH_BLOCK):
+            w_block = w.ctypes.data + (panel * depth + k) * PANEL * size
+            block = min(DEPTH_BLOCK, depth - k)
+            tile_rows(
+                x, num_rows, x_address + k * size, depth * size, w_block, block, sums.ctypes.data, PANEL * 4, k > 0
+            )
+        first = panel * full
+        width = min(full, num_columns - first)
+        for i in range(num_rows):
+            total = sums.ctypes.data + i * PANEL * 4
+            place = ((out_row + i) * num_columns + first) * out.itemsize
+            if len(bias):
+                add_floats(total, width, bias.ctypes.data + first * 4)
+            if kind == SILU_MUL:
+                store_silu_mul(out, total, total + full * 4, width, out.ctypes.data + place)
+            elif kind == ADD:
+                store_sum(out, total, width, residual.ctypes.data + place, out.ctypes.data + place)
+            else:
+                store_scaled(out, total, width, _ONE, out.ctypes.data + place)

@@ -5,13 +5,13 @@ step loads one line of the panel and, per row, one element (in bfloat16 one pair
 A tile of `TILE_ROWS` rows fills the registers, and reads the panel as few times as they allow.
 """
 
-from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from runtime.kernels.lanes import (
     FLOAT,
+    FLOATS,
     I64,
     LANES,
     TILE_ROWS,
@@ -36,14 +36,13 @@ def _make_tile(num_rows: int):
 
         def codegen(context, builder, signature, args):
             _, x, x_stride, w, depth, out, out_stride, add = args
-            floats = ir.VectorType(FLOAT, LANES)
             grid = [(i, j) for i in range(num_rows) for j in range(TILE_VECTORS)]
-            zero = constant(FLOAT, 0.0, LANES)
+            zero = constant(FLOAT, 0.0)
             sums = {place: cgutils.alloca_once_value(builder, zero) for place in grid}
             x_rows = [builder.add(x, builder.mul(x_stride, I64(i))) for i in range(num_rows)]
             _run_depth(builder, Unit(signature.args[0].dtype), x_rows, w, depth, sums)
             out_rows = [
-                pointer(builder, builder.add(out, builder.mul(out_stride, I64(i))), floats) for i in range(num_rows)
+                pointer(builder, builder.add(out, builder.mul(out_stride, I64(i))), FLOATS) for i in range(num_rows)
             ]
             with builder.if_then(add):
                 for i, j in grid:
@@ -78,28 +77,22 @@ tile_5, tile_6 = (_make_tile(num_rows) if num_rows <= TILE_ROWS else tile_4 for 
 
 @kernel
 def tile_rows(like, num_rows, x, x_stride, w, depth, out, out_stride, add):
-    """One tile of 1 to `TILE_ROWS` rows; addresses and byte strides as in `tile`."""
-    if num_rows == 1:
-        tile_1(like, x, x_stride, w, depth, out, out_stride, add)
-    elif num_rows == 2:
-        tile_2(like, x, x_stride, w, depth, out, out_stride, add)
-    elif num_rows == 3:
-        tile_3(like, x, x_stride, w, depth, out, out_stride, add)
-    elif num_rows == 4:
-        tile_4(like, x, x_stride, w, depth, out, out_stride, add)
-    elif num_rows == 5:
-        tile_5(like, x, x_stride, w, depth, out, out_stride, add)
-    elif num_rows == 6:
-        tile_6(like, x, x_stride, w, depth, out, out_stride, add)
-
-
-@kernel
-def tile_all(like, num_rows, x, x_stride, w, depth, out, out_stride, add):
-    """Any number of rows against one panel, spread evenly over the tiles."""
+    """Any number of rows against one panel, spread evenly over the tiles; addresses and byte strides as in `tile`."""
     num_tiles = (num_rows + TILE_ROWS - 1) // TILE_ROWS
     first = 0
     for i in range(num_tiles):
         stop = (i + 1) * num_rows // num_tiles
         x_tile, out_tile = x + first * x_stride, out + first * out_stride
-        tile_rows(like, stop - first, x_tile, x_stride, w, depth, out_tile, out_stride, add)
+        if stop - first == 1:
+            tile_1(like, x_tile, x_stride, w, depth, out_tile, out_stride, add)
+        elif stop - first == 2:
+            tile_2(like, x_tile, x_stride, w, depth, out_tile, out_stride, add)
+        elif stop - first == 3:
+            tile_3(like, x_tile, x_stride, w, depth, out_tile, out_stride, add)
+        elif stop - first == 4:
+            tile_4(like, x_tile, x_stride, w, depth, out_tile, out_stride, add)
+        elif stop - first == 5:
+            tile_5(like, x_tile, x_stride, w, depth, out_tile, out_stride, add)
+        else:
+            tile_6(like, x_tile, x_stride, w, depth, out_tile, out_stride, add)
         first = stop

@@ -23,7 +23,7 @@ from runtime.attention import attend, attention_scratch, pool_storage, step_arra
 from runtime.batch import LayerKV, StepBatch
 from runtime.kernels import STORAGE_DTYPES, storage
 from runtime.kernels.layer import decoder_layer, rms_norm
-from runtime.kernels.products import PANEL, ROW_BLOCK, linear, pack, pack_gate_up
+from runtime.kernels.products import PANEL, PLAIN, ROW_BLOCK, pack, pack_gate_up, product
 
 MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn", "dynamic"})
@@ -251,12 +251,12 @@ class LeanHead:
         if not self._on_cpu:
             return F.linear(_rms_norm(hidden, self._norm, self.eps), self._weight).float()
         normed = storage(torch.empty_like(hidden, memory_format=torch.contiguous_format))
-        rms_norm(storage(hidden.contiguous()), self._norm_floats, np.float32(self.eps), normed)
+        rms_norm(storage(hidden.contiguous()), 0, len(hidden), self._norm_floats, np.float32(self.eps), normed)
         logits = torch.empty(len(hidden), self.vocab_size)
-        sums = np.empty((min(len(hidden), ROW_BLOCK), PANEL), np.float32)
+        out, sums = logits.numpy(), np.empty((min(len(hidden), ROW_BLOCK), PANEL), np.float32)
         for first in range(0, len(hidden), ROW_BLOCK):
-            rows = slice(first, first + ROW_BLOCK)
-            linear(normed[rows], self._packed.data, self.vocab_size, _NOTHING, logits[rows].numpy(), sums)
+            count = min(len(hidden) - first, ROW_BLOCK)
+            product(normed, first, count, self._packed.data, PLAIN, _NOTHING, out, out, first, self.vocab_size, sums)
         return logits
 
 

@@ -1,0 +1,279 @@
+"""The inner loops of attention, as numba intrinsics over addresses: scores, softmax weights, mixing, packing.
+
+How it works: `score_keys` takes one query against `LANES` keys and sums across lanes by a tree; `mix` adds up values for
+a group of heads that share them; `weigh` turns scores into weights. For prefill, `pack_keys` and `pack_values` lay a
+context out in the panels that tiles read. Strides are in bytes. Float scratch is written in whole vectors: it must have
+room up to the next multiple of `LANES`. Operands are never read beyond their end.
+"""
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from runtime.kernels.lanes import (
+    FLOAT,
+    FLOATS,
+    I16,
+    I32,
+    I64,
+    LANES,
+    LOWEST,
+    PANEL,
+    Unit,
+    constant,
+    exp_of_negative,
+    fma,
+    for_span,
+    for_vectors,
+    lanes_inside,
+    larger,
+    load_wide,
+    masked_load,
+    offset,
+    pointer,
+    size_of,
+    splat,
+    store_narrow,
+    sum_of,
+    sums_of,
+)
+
+_ADDRESS = types.intp
+
+
+@intrinsic
+def score_keys(typingctx, like, query, keys, stride, count, head_dim, out):
+    """out[i] = query . key i for i < LANES; those from `count` on repeat the last key.
+
+    `head_dim` is even; query and keys are of the storage type of `like`.
+    """
+
+    def codegen(context, builder, signature, args):
+        _, query, keys, stride, count, head_dim, out = args
+        unit = Unit(signature.args[0].dtype)
+        totals = [cgutils.alloca_once_value(builder, constant(FLOAT, 0.0)) for _ in range(LANES)]
+        last = builder.sub(count, I64(1))
+        places = []
+        for i in range(LANES):
+            index = builder.select(builder.icmp_signed("<", last, I64(i)), last, I64(i))
+            places.append(builder.add(keys, builder.mul(index, stride)))
+
+        def body(first, mask):
+            q_terms = unit.terms(builder, [unit.load(builder, query, first, mask)])
+            for place, total in zip(places, totals, strict=True):
+                k_terms = unit.terms(builder, [unit.load(builder, place, first, mask)])
+                for q_term, k_term in zip(q_terms, k_terms, strict=True):
+                    builder.store(unit.multiply_add(builder, q_term[0], k_term[0], builder.load(total)), total)
+
+        for_span(builder, builder.udiv(head_dim, I64(unit.depth)), body)
+        scores = sums_of(builder, [builder.load(total) for total in totals])
+        builder.store(scores, pointer(builder, out, FLOATS), align=4)
+        return context.get_dummy_value()
+
+    return types.void(like, _ADDRESS, _ADDRESS, *[types.intp] * 3, _ADDRESS), codegen
+
+
+@intrinsic
+def find_top(typingctx, scores, low, high):
+    """The largest of the float32 scores[low:high], `LOWEST` for none."""
+
+    def codegen(context, builder, signature, args):
+        scores, low, high = args
+        top = cgutils.alloca_once_value(builder, constant(FLOAT, LOWEST))
+
+        def body(first):
+            inside = lanes_inside(builder, first, low, high)
+            value = masked_load(builder, FLOATS, offset(builder, scores, first, 4), inside, LOWEST)
+            builder.store(larger(builder, builder.load(top), value), top)
+
+        for_vectors(builder, low, high, body)
+        vector = builder.load(top)
+        result = builder.extract_element(vector, I32(0))
+        for i in range(1, LANES):
+            result = larger(builder, result, builder.extract_element(vector, I32(i)))
+        return result
+
+    return types.float32(_ADDRESS, types.intp, types.intp), codegen
+
+
+@intrinsic
+def weigh(typingctx, like, scores, low, high, stop, scale, top, out):
+    """out[j] = exp((scores[j] - top) * scale) for low <= j < high and 0 elsewhere in [0, stop); returns their sum.
+
+    `out` is of the storage type of `like` and written up to a multiple of `LANES`. No score exceeds `top`.
+    """
+
+    def codegen(context, builder, signature, args):
+        _, scores, low, high, stop, scale, top, out = args
+        total = cgutils.alloca_once_value(builder, constant(FLOAT, 0.0))
+        scales, tops = splat(builder, scale), splat(builder, top)
+
+        def body(first):
+            inside = lanes_inside(builder, first, low, high)
+            value = masked_load(builder, FLOATS, offset(builder, scores, first, 4), inside, LOWEST)
+            weight = exp_of_negative(builder, builder.fmul(builder.fsub(value, tops), scales))
+            weight = builder.select(inside, weight, constant(FLOAT, 0.0))
+            builder.store(builder.fadd(builder.load(total), weight), total)
+            store_narrow(builder, signature.args[0].dtype, weight, out, first, None)
+
+        for_vectors(builder, I64(0), stop, body)
+        return sum_of(builder, builder.load(total))
+
+    return types.float32(like, _ADDRESS, *[types.intp] * 3, types.float32, types.float32, _ADDRESS), codegen
+
+
+@intrinsic
+def shrink(typingctx, difference):
+    """exp(difference) for a difference <= 0."""
+
+    def codegen(context, builder, signature, args):
+        return builder.extract_element(exp_of_negative(builder, splat(builder, args[0])), I32(0))
+
+    return types.float32(types.float32), codegen
+
+
+@intrinsic
+def scale_floats(typingctx, target, count, factor):
+    """Multiply `count` float32 by a factor, and those up to a multiple of `LANES` too."""
+
+    def codegen(context, builder, signature, args):
+        target, count, factor = args
+        factors = splat(builder, factor)
+
+        def body(first):
+            value = builder.fmul(load_wide(builder, types.float32, target, first, None), factors)
+            store_narrow(builder, types.float32, value, target, first, None)
+
+        for_vectors(builder, I64(0), count, body)
+        return context.get_dummy_value()
+
+    return types.void(_ADDRESS, types.intp, types.float32), codegen
+
+
+def _make_mix(group: int):
+    @intrinsic
+    def mix(typingctx, like, weights, weights_stride, values, stride, count, head_dim, sums, sums_stride):
+        """sums[g, :head_dim] += weights[g, :count] @ values[:count, :head_dim], for g < group.
+
+        Weights and sums are float32, values of the storage type of `like`.
+        """
+
+        def codegen(context, builder, signature, args):
+            _, weights, weights_stride, values, stride, count, head_dim, sums, sums_stride = args
+            element = signature.args[0].dtype
+            weight_rows = [builder.add(weights, builder.mul(weights_stride, I64(g))) for g in range(group)]
+            sum_rows = [builder.add(sums, builder.mul(sums_stride, I64(g))) for g in range(group)]
+
+            def run(first, mask, width):
+                starts = [builder.add(first, I64(i * LANES)) for i in range(width)]
+                grid = [(g, i) for g in range(group) for i in range(width)]
+                totals = {
+                    (g, i): cgutils.alloca_once_value(
+                        builder, load_wide(builder, types.float32, sum_rows[g], starts[i], None)
+                    )
+                    for g, i in grid
+                }
+                with cgutils.for_range(builder, count) as loop:
+                    row = builder.add(values, builder.mul(loop.index, stride))
+                    parts = [load_wide(builder, element, row, start, mask) for start in starts]
+                    places = [pointer(builder, offset(builder, line, loop.index, 4), FLOAT) for line in weight_rows]
+                    spread = [splat(builder, builder.load(place)) for place in places]
+                    for g, i in grid:
+                        builder.store(fma(builder, spread[g], parts[i], builder.load(totals[g, i])), totals[g, i])
+                for g, i in grid:
+                    store_narrow(builder, types.float32, builder.load(totals[g, i]), sum_rows[g], starts[i], None)
+
+            wide = builder.udiv(head_dim, I64(4 * LANES))
+            with cgutils.for_range(builder, wide) as loop:
+                run(builder.mul(loop.index, I64(4 * LANES)), None, 4)
+            done = builder.mul(wide, I64(4 * LANES))
+            for_span(builder, builder.sub(head_dim, done), lambda first, mask: run(builder.add(done, first), mask, 1))
+            return context.get_dummy_value()
+
+        return types.void(like, *[types.intp] * 8), codegen
+
+    return mix
+
+
+mix_1, mix_2, mix_3, mix_4 = (_make_mix(group) for group in (1, 2, 3, 4))
+
+
+@intrinsic
+def pack_keys(typingctx, like, places, shift, head_dim, target):
+    """Transpose the `LANES` keys at addresses ``places[i] + shift`` into one vector column of a panel at `target`."""
+
+    def codegen(context, builder, signature, args):
+        _, places, shift, head_dim, target = args
+        unit = Unit(signature.args[0].dtype)
+        place_of = pointer(builder, places, I64)
+        keys = [builder.add(builder.load(builder.gep(place_of, [I64(i)])), shift) for i in range(LANES)]
+        num_units = builder.udiv(head_dim, I64(unit.depth))
+
+        def body(first, mask):
+            lines = _transpose(builder, [unit.load(builder, key, first, mask) for key in keys])
+            for i, line in enumerate(lines):
+                index = builder.add(first, I64(i))
+                place = pointer(builder, offset(builder, target, index, unit.size * PANEL), unit.vector)
+                if mask is None:
+                    builder.store(line, place, align=2)
+                    continue
+                with builder.if_then(builder.icmp_signed("<", index, num_units)):
+                    builder.store(line, place, align=2)
+
+        for_span(builder, num_units, body)
+        return context.get_dummy_value()
+
+    return types.void(like, _ADDRESS, types.intp, types.intp, _ADDRESS), codegen
+
+
+@intrinsic
+def pack_values(typingctx, like, value, next_value, has_next, count, target):
+    """Lay one line of values (bfloat16: two, side by side, the next as 0 unless `has_next`) into a panel's line.
+
+    `count` is the number of elements, at most `PANEL`.
+    """
+
+    def codegen(context, builder, signature, args):
+        _, value, next_value, has_next, count, target = args
+        element = signature.args[0].dtype
+        unit = Unit(element)
+        stored = ir.VectorType(I16 if unit.paired else unit.stored, LANES)
+
+        def body(first, mask):
+            line = masked_load(builder, stored, offset(builder, value, first, size_of(element)), mask, 0)
+            if unit.paired:
+                other = masked_load(builder, stored, offset(builder, next_value, first, size_of(element)), mask, 0)
+                other = builder.select(has_next, other, stored(None))
+                order = [i // 2 + LANES * (i % 2) for i in range(2 * LANES)]
+                line = builder.shuffle_vector(line, other, ir.VectorType(I32, 2 * LANES)(order))
+            builder.store(line, pointer(builder, offset(builder, target, first, unit.size), line.type), align=2)
+
+        for_span(builder, count, body)
+        return context.get_dummy_value()
+
+    return types.void(like, _ADDRESS, _ADDRESS, types.boolean, types.intp, _ADDRESS), codegen
+
+
+@intrinsic
+def depth_step(typingctx, like):
+    """How many depths lie side by side in a packed matrix of the storage type of `like`."""
+
+    def codegen(context, builder, signature, args):
+        return I64(Unit(signature.args[0].dtype).depth)
+
+    return types.intp(like), codegen
+
+
+def _transpose(builder, rows):
+    """The transpose of a square of `LANES` vectors."""
+    stride = 1
+    while stride < LANES:
+        turned = list(rows)
+        for i in (i for i in range(LANES) if not i & stride):
+            low = [LANES + j - stride if j & stride else j for j in range(LANES)]
+            high = [LANES + j if j & stride else j + stride for j in range(LANES)]
+            turned[i] = builder.shuffle_vector(rows[i], rows[i + stride], ir.VectorType(I32, LANES)(low))
+            turned[i + stride] = builder.shuffle_vector(rows[i], rows[i + stride], ir.VectorType(I32, LANES)(high))
+        rows, stride = turned, 2 * stride
+    return rows
