@@ -73,3 +73,11 @@ def interface_of(ip: str) -> str:
     if ipaddress.ip_address(ip).is_loopback:
         return "lo"
     raise Unreachable(f"no network interface of this machine has the address {ip}")
+
+
+def is_same_interface(url: str, ip: str) -> bool:
+    """Whether TensorPipe's address (``uv://IP:PORT``) is on `ip`; all loopback addresses are one."""
+    host = url.partition("://")[2].rpartition(":")[0].removeprefix("[").removesuffix("]")
+    if ipaddress.ip_address(ip).is_loopback:
+        return ipaddress.ip_address(host).is_loopback
+    return host == ip

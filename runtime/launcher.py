@@ -11,7 +11,8 @@ Never true: nothing of the tree outlives the agent for longer than a moment, wha
 outlives its head only until the worker's lifeline fires (``--lifeline-pid``), at most a second. An exit code of 0
 means that the worker was told to end; anything else that torchrun ran out of restarts or was killed.
 
-Agents do not meet: ``--standalone`` gives each its own rendezvous at a port that the kernel picks.
+Agents do not meet, and open no port: ``--standalone`` would open two on every interface, so each gets a rendezvous of
+its own in a scratch folder, which ends with it.
 """
 
 import asyncio
@@ -19,10 +20,12 @@ import logging
 import os
 import secrets
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -80,8 +83,7 @@ class LocalWorker:
         self.name = name
         self._mark = f"{os.getpid()}-{secrets.token_hex(8)}"
         self._command = [
-            *(sys.executable, "-P", str(_AGENT), str(os.getpid())),
-            *("--standalone", "--nproc-per-node", "1", "--max-restarts", str(max_restarts), "-m", module),
+            *("--nproc-per-node", "1", "--max-restarts", str(max_restarts), "--rdzv-id", name, "-m", module),
             *("--head", head, "--lifeline-pid", str(os.getpid()), *args),
         ]
         self._environment = _environment(self._mark, num_threads, environment or {}, python_path)
@@ -89,6 +91,7 @@ class LocalWorker:
         self._on_line = on_line
         self._on_exit = on_exit
         self._process: subprocess.Popen[bytes] | None = None
+        self._scratch = ""
         self._ended = threading.Event()
         self._lock = threading.Lock()
         self._kill_at_s: float | None = None
@@ -111,9 +114,10 @@ class LocalWorker:
         """
         assert self._process is None, "a worker is started once"
         sink = self._log_file.open("ab") if self._log_file is not None else None
+        self._scratch = tempfile.mkdtemp(prefix="midflight-agent-")
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._process = subprocess.Popen(
-            self._command,
+            [sys.executable, "-P", str(_AGENT), str(os.getpid()), self._scratch, *self._command],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -190,6 +194,7 @@ class LocalWorker:
             self._pump(output, _Lines(self.name, sink, self._on_line))
             code = self._process.wait()
         finally:
+            shutil.rmtree(self._scratch, ignore_errors=True)
             self._process.stdout.close()
             if sink is not None:
                 sink.close()
@@ -294,6 +299,7 @@ def _environment(mark: str, num_threads: int, extra: Mapping[str, str], python_p
         PYTHONSAFEPATH="1",  # a folder named `runtime` where the user stands is not ours
         OMP_NUM_THREADS=str(num_threads),
         TORCH_CPP_LOG_LEVEL="ERROR",
+        TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",  # else the agent opens a port on every interface
     )
     environment.update(extra)
     environment[MARK] = mark

@@ -37,6 +37,7 @@ import logging
 import os
 import re
 import secrets
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -58,7 +59,7 @@ from torch.distributed.rpc import api as rpc_api
 from torch.distributed.rpc import internal as rpc_internal
 
 from runtime import wire
-from runtime.address import Unreachable, await_port, interface_of, listen, parse_address
+from runtime.address import Unreachable, await_port, interface_of, is_same_interface, listen, parse_address
 
 log = logging.getLogger(__name__)
 
@@ -146,6 +147,7 @@ class Door:
         timeout_s: how long a `send` may stay unacknowledged, and the default for `call`.
         join_timeout_s: limit on the constructor.
         allow_public: permits a head that is not on loopback.
+        listener: head only, what `address.listen` gave for this address: workers can then be started before the door.
 
     Raises:
         ValueError: bad name or address, or a public address without `allow_public`.
@@ -165,6 +167,7 @@ class Door:
         join_timeout_s: float = 30.0,
         ack_timeout_s: float = 2.0,
         allow_public: bool = False,
+        listener: socket.socket | None = None,
     ) -> None:
         global _door
         if not _NAME.fullmatch(name):
@@ -196,7 +199,7 @@ class Door:
         _door = self
         try:
             if is_head:
-                self._found(host, port, num_threads, join_timeout_s)
+                self._found(listener or listen(host, port), num_threads, join_timeout_s)
             else:
                 self._join(host, port, num_threads, deadline, join_timeout_s)
         except Unreachable as error:
@@ -266,7 +269,7 @@ class Door:
     @property
     def address(self) -> str:
         """ "HOST:PORT" at which others join."""
-        return f"{self._host}:{self._port}"
+        return f"[{self._host}]:{self._port}" if ":" in self._host else f"{self._host}:{self._port}"
 
     def members(self) -> list[str]:
         """Names of all members that this process knows, itself included."""
@@ -311,11 +314,10 @@ class Door:
 
     # -- founding and joining -------------------------------------------------------------------------------
 
-    def _found(self, host: str, port: int, num_threads: int, timeout_s: float) -> None:
-        listener = listen(host, port)
-        self._host, self._port = host, listener.getsockname()[1]
+    def _found(self, listener: socket.socket, num_threads: int, timeout_s: float) -> None:
+        self._host, self._port = listener.getsockname()[:2]
         self._store = TCPStore(
-            host_name=host,
+            host_name=self._host,
             port=self._port,
             is_master=True,
             wait_for_workers=False,
@@ -323,7 +325,7 @@ class Door:
             master_listen_fd=listener.detach(),
         )
         self._group = secrets.token_bytes(8)
-        me = self._start_agent(0, host, num_threads)
+        me = self._start_agent(0, self._host, num_threads)
         self._store.set("head", msgspec.json.encode(_HeadCard(me, self._group)).decode())
 
     def _join(self, host: str, port: int, num_threads: int, deadline: float, timeout_s: float) -> None:
@@ -373,7 +375,7 @@ class Door:
         rpc_api._init_rpc_states(agent)
         self._agent = agent
         address = self._book.get(f"addrs/{self.name}").decode()
-        if f"//{host}:" not in address and f"//[{host}]:" not in address:
+        if not is_same_interface(address, host):
             raise JoinError(f"TensorPipe listens on {address}, not on {host}; one process can serve one interface only")
         return _Member(self.name, member_id, address)
 

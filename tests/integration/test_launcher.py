@@ -92,6 +92,9 @@ async def test_workers_start_side_by_side_and_end_when_told(
     assert about_a["cwd"] == str(tmp_path)
     assert about_a["MASTER_PORT"] not in ("1", about_b["MASTER_PORT"])
     assert {process.pid for process in first.processes()} == {first.pid, about_a["pid"]}
+    for process in [*first.processes(), *second.processes()]:
+        ports = [c.laddr for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+        assert {port.ip for port in ports} <= {"127.0.0.1"}
     head.ask("a", "exit 0")
     assert await asyncio.wait_for(first.wait(), DEADLINE_S) == 0
     assert first.poll() == 0
@@ -99,6 +102,7 @@ async def test_workers_start_side_by_side_and_end_when_told(
     assert second.poll() is None
     second.terminate(grace_s=DEADLINE_S)
     assert await asyncio.wait_for(second.wait(), DEADLINE_S) == 0
+    assert not any(os.path.exists(worker._scratch) for worker in (first, second))  # noqa: ASYNC240
     assert sorted(head.lines) == [("a", "joined as a"), ("b", "joined as b")]  # and no word from torchrun
 
 

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch
 
-from runtime.address import parse_address
+from runtime.address import listen, parse_address
 from runtime.rpc import Door, JoinError, PeerLost, PeerTimeout, RemoteError
 from tests.integration import echo_worker
 
@@ -29,15 +29,17 @@ _FORKS.set_forkserver_preload(["tests.integration.echo_worker"])
 class Group:
     """A head in this process and echo workers in others."""
 
-    def __init__(self, address: str = "127.0.0.1:0") -> None:
+    def __init__(self, address: str = "127.0.0.1:0", *, founded: bool = True) -> None:
         self.lost: list[str] = []
         self.messages: list[tuple[bytes, list[torch.Tensor]]] = []
         self.processes: list[BaseProcess] = []
         self.current: dict[str, BaseProcess] = {}
         self.outputs: dict[str, Connection] = {}
-        self.door = self.found(address)
+        self.address = address
+        if founded:
+            self.found(address)
 
-    def found(self, address: str) -> Door:
+    def found(self, address: str, listener: socket.socket | None = None) -> None:
         self.door = Door(
             "head",
             address,
@@ -45,13 +47,14 @@ class Group:
             handler=lambda payload, tensors: self.messages.append((payload, tensors)),
             on_lost=self.lost.append,
             timeout_s=10.0,
+            listener=listener,
         )
-        return self.door
+        self.address = self.door.address
 
     def spawn(self, name: str, *args: str) -> BaseProcess:
         """An echo worker, forked from a process that has torch imported."""
         self.outputs[name], say = _FORKS.Pipe(duplex=False)
-        argv = ["--head", self.door.address, "--name", name, "--lifeline-pid", str(os.getpid()), *args]
+        argv = ["--head", self.address, "--name", name, "--lifeline-pid", str(os.getpid()), *args]
         process = _FORKS.Process(target=_run_worker, args=(argv, say), daemon=True)
         process.start()
         say.close()
@@ -303,6 +306,30 @@ def test_a_join_without_a_head_ends_and_says_what_it_waited_for() -> None:
             Door("a", f"127.0.0.1:{port}", is_head=False, handler=lambda *_: None, join_timeout_s=1.0)
     with pytest.raises(JoinError, match=f"no head at 127.0.0.1:{port} within 0.5 s"):
         Door("a", f"127.0.0.1:{port}", is_head=False, handler=lambda *_: None, join_timeout_s=0.5)
+
+
+def test_workers_may_come_before_their_head() -> None:
+    listener = listen("127.0.0.1", 0)
+    address = f"127.0.0.1:{listener.getsockname()[1]}"
+    group = Group(address, founded=False)
+    group.spawn("a")
+    time.sleep(1.0)  # the worker knocks by now, or will later: both must do
+    group.found(address, listener)
+    try:
+        group.expect("a", "joined")
+        assert group.ask("a", "echo hello") == "hello"
+    finally:
+        group.close()
+
+
+@pytest.mark.parametrize("address", ["[::1]:0", "127.0.0.3:0"])
+def test_any_loopback_address_serves(address: str) -> None:
+    group = Group(address)
+    try:
+        group.join("a", "b")
+        group.all_talk("a", "b")
+    finally:
+        group.close()
 
 
 def test_a_port_in_use_is_named() -> None:
