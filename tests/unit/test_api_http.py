@@ -62,13 +62,16 @@ async def test_a_chat_uses_the_template(api: Api, text: Text) -> None:
     assert api.engine.requests[0].max_tokens == LIMITS.max_context - len(api.engine.requests[0].prompt)
 
 
-async def test_max_tokens_cuts_even_a_character(api: Api) -> None:
-    _, body = await api.post(
-        COMPLETIONS, {"prompt": "x", "max_tokens": len(" the answer —".encode()) - 1, "ignore_eos": True}
-    )
-    assert body["choices"][0]["finish_reason"] == "length"
-    full = ANSWER.encode()
-    assert full.startswith(body["choices"][0]["text"].rstrip("�").encode())
+@pytest.mark.parametrize("stop", [None, "zzz"])
+async def test_max_tokens_may_cut_a_character(api: Api, text: Text, stop: str | None) -> None:
+    tokens = text.encode(ANSWER)
+    num_tokens = len(text.encode(ANSWER[: ANSWER.index("😀")])) + 2
+    cut = text.decode(tokens[:num_tokens])
+    assert cut.endswith(" �")
+    body = {"prompt": "x", "max_tokens": num_tokens, "stop": stop}
+    _, whole = await api.post(COMPLETIONS, body)
+    assert (whole["choices"][0]["text"], whole["choices"][0]["finish_reason"]) == (cut, "length")
+    assert "".join(event["choices"][0]["text"] for event in await api.stream(COMPLETIONS, body)) == cut
 
 
 async def test_several_prompts_and_choices_come_in_order(api: Api) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from api.errors import ApiError
@@ -161,6 +161,9 @@ PIECES = st.lists(st.text(alphabet="abc", max_size=6), max_size=12)
 
 @settings(max_examples=500)
 @given(stops=STOPS, pieces=PIECES)
+@example(stops=["aab"], pieces=["aa", "ab"])
+@example(stops=["abac", "bad"], pieces=["aba", "ba", "cd"])
+@example(stops=["aabaaa"], pieces=["aabaab", "aaa"])
 def test_stop_strings_are_found_however_the_text_is_cut(stops: list[str], pieces: list[str]) -> None:
     text, found = reference("".join(pieces), stops)
     matcher = StopMatcher(StopStrings(stops))
