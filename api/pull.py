@@ -18,12 +18,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -243,6 +244,7 @@ def _known_names() -> str:
 
 def _convert(gguf: Path, result: Path) -> None:
     """Write the model of a GGUF file as a folder in Hugging Face form, weights in bfloat16."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -259,11 +261,28 @@ def _convert(gguf: Path, result: Path) -> None:
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     )
-    tokenizer.model_max_length = config.max_position_embeddings
+    _repair_tokenizer(tokenizer, read.config)
     model.save_pretrained(result)
     tokenizer.save_pretrained(result)
     for file in result.iterdir():
         file.chmod(0o644)  # safetensors makes files that only their owner can read
+
+
+def _end_with(parent: int) -> None:
+    """End this process when the pull that started it is gone, killed in whatever way."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _repair_tokenizer(tokenizer: Any, config: Any) -> None:
+    """Some versions of the reader mix up the special tokens; the model's config has them right."""
+    for role in ("bos", "eos", "pad", "unk"):
+        token_id = getattr(config, f"{role}_token_id", None)
+        if token_id is not None:
+            setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(token_id))
+    tokenizer.clean_up_tokenization_spaces = False
+    tokenizer.model_max_length = config.max_position_embeddings
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def inspect_model(
         head_dim=_head_dim(config),
         vocab_size=config.vocab_size,
         max_context=_max_context(config, max_context),
-        tied_embeddings=bool(config.tie_word_embeddings),
+        tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
         layer_bytes=tuple(size * elements[layer] for layer in range(config.num_hidden_layers)),
         embedding_bytes=size * elements["embedding"],
         lm_head_bytes=size * elements["lm_head"],
@@ -117,7 +117,7 @@ def open_weights(folder: Path, config: Any, *, load_format: str, seed: int = 0) 
     Raises:
         ModelError: weights missing, incomplete or damaged.
     """
-    tied = bool(config.tie_word_embeddings)
+    tied = bool(getattr(config, "tie_word_embeddings", False))
     if load_format == "safetensors":
         return SafetensorsWeights(folder, num_layers=config.num_hidden_layers, tied_embeddings=tied)
     import torch

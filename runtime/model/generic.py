@@ -169,7 +169,6 @@ class GenericLayer:
         self._layer_type = layer_type
         self.nbytes = num_bytes(module)
 
-    @torch.inference_mode()
     def __call__(self, hidden: torch.Tensor, batch: StepBatch, kv: LayerKV) -> torch.Tensor:
         position_ids = batch.positions[None]
         out = self.module(
@@ -196,7 +195,6 @@ class GenericEmbedding:
     def weight(self) -> torch.Tensor:
         return self.module.weight  # type: ignore[return-value]
 
-    @torch.inference_mode()
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         hidden = self.module(tokens)
         return hidden if self._multiplier == 1.0 else hidden * self._multiplier
@@ -220,7 +218,6 @@ class GenericHead:
     def weight(self) -> torch.Tensor:
         return self._lm_head.weight  # type: ignore[return-value]
 
-    @torch.inference_mode()
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = self._lm_head(self._norm(hidden))  # type: ignore[operator]
         if self._divisor != 1.0:

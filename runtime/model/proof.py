@@ -10,6 +10,7 @@ is only run for architectures that the tests do not cover.
 import copy
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from runtime.batch import LayerKV, StepBatch
 from runtime.model.checkpoint import ModelError, SafetensorsWeights
 from runtime.model.generic import GenericModel, build_skeleton
+from runtime.model.rules import rope_parameters
 
 _CHUNKS = (13, 1, 10, 1)
 _NUM_ROWS = 2
@@ -83,6 +85,11 @@ def _shrink(config: Any) -> Any:
         fields["num_experts_per_tok"] = min(2, fields["num_experts_per_tok"])
     if fields.get("sliding_window"):
         fields["sliding_window"] = _WINDOW
+    for parameters in rope_parameters(SimpleNamespace(**fields)):
+        num_frequencies = int(_SIZES["head_dim"] * parameters.get("partial_rotary_factor", 1.0)) // 2
+        for name in ("short_factor", "long_factor"):
+            if name in parameters:
+                parameters[name] = parameters[name][:num_frequencies]
     fields["num_hidden_layers"] = kept
     fields["dtype"] = "float32"
     fields.pop("architectures", None)

@@ -224,6 +224,19 @@ def test_other_architectures_must_prove_themselves(tmp_path: Path):
     )
 
 
+def test_phi3_of_real_shape_proves_itself_up_to_its_original_length(tmp_path: Path):
+    longrope = {"rope_type": "longrope", "short_factor": [1.0 + i / 48 for i in range(48)], "long_factor": [4.0] * 48}
+    phi3 = transformers.Phi3Config(
+        num_hidden_layers=3,
+        rope_parameters={**longrope, "rope_theta": 1e4, "partial_rotary_factor": 1.0},
+        max_position_embeddings=131072,
+        original_max_position_embeddings=4096,
+        sliding_window=262144,
+    )
+    spec = inspect_model(write_config(tmp_path, phi3, "Phi3ForCausalLM"), dtype="bfloat16", load_format="dummy")
+    assert (spec.max_context, spec.head_dim, spec.vocab_size) == (4096, 96, 32064)
+
+
 def test_a_proof_that_fails_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The comparison is a real one: break what happens between the layers, and it must notice."""
     import runtime.model.generic as generic

@@ -5,10 +5,13 @@ went in. One slow test pulls the real default model.
 """
 
 import base64
+import contextlib
 import hashlib
 import json
 import multiprocessing
+import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -170,7 +173,7 @@ def test_what_comes_out_is_what_went_in(original: Path, tmp_path: Path):
     ids = new(rendered)["input_ids"]
     assert new.decode(ids) == rendered
     assert ids[0] == new.convert_tokens_to_ids("<|im_start|>") == 1
-    assert new.eos_token_id == 2
+    assert (new.unk_token_id, new.bos_token_id, new.eos_token_id, new.pad_token_id) == (0, 1, 2, 0)
 
 
 def test_a_second_pull_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -214,6 +217,38 @@ def test_a_killed_pull_leaves_nothing_that_matters(tmp_path: Path):
     (dead / "half").write_bytes(b"x")
     assert (pull(NAME, tmp_path, print) / "model.safetensors").is_file()
     assert leftovers(tmp_path) == []
+
+
+def _converters(home: Path) -> list[int]:
+    """The processes that convert something for a pull under `home`."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            arguments = (entry / "cmdline").read_text() if entry.name.isdigit() else ""
+            if pull_module.__file__ in arguments and str(home) in arguments:
+                found.append(int(entry.name))
+    return found
+
+
+def test_the_conversion_ends_with_the_pull_that_wants_it(tmp_path: Path):
+    context = multiprocessing.get_context("spawn")
+    replies = context.Queue()
+    pulling = context.Process(target=_pull_in_a_process, args=(tmp_path, KNOWN_MODELS[NAME], replies))
+    pulling.start()
+    wait_until(lambda: len(_converters(tmp_path)) > 0)
+    pulling.kill()
+    pulling.join(30)
+    wait_until(lambda: not _converters(tmp_path))
+    assert not (tmp_path / "models" / NAME).exists()
+    assert (pull(NAME, tmp_path, print) / "model.safetensors").is_file()
+    assert leftovers(tmp_path) == []
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
 
 
 def refused(home: Path, match: str, name: str = NAME) -> None:
