@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from runtime.batch import LayerKV, StepBatch
 from runtime.kernels import STORAGE_DTYPES, storage
 from runtime.kernels.paged import paged_attention, scratch_sizes, write_pages
+from runtime.kernels.tiles import tile_address
 
 
 def attend(
@@ -119,6 +120,7 @@ def _attend_kernels(q, k, v, batch, kv, scale, sliding_window, softcap):
     scratch = attention_scratch(batch, num_heads, num_kv_heads, head_dim, q.dtype)
     out = torch.empty(q.shape, dtype=q.dtype)
     paged_attention(
+        tile_address(pool.dtype),
         storage(q.contiguous()),
         pool,
         kv.page_of_block,

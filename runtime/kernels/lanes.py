@@ -16,7 +16,8 @@ from pathlib import Path
 import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import config, njit, types
-from numba.core import cgutils
+from numba.core import cgutils, sigutils
+from numba.core.ccallback import CFunc
 
 FLOAT, HALF = ir.FloatType(), ir.HalfType()
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -54,17 +55,31 @@ PANEL = LANES * TILE_VECTORS
 """Columns of one panel of a packed matrix: what a tile computes at once."""
 
 FLOATS, INTS = ir.VectorType(FLOAT, LANES), ir.VectorType(I32, LANES)
+FAST_MATH = {"contract", "reassoc", "nsz"}
+"""Sums may be reordered; NaN and infinity keep their meaning."""
 LOWEST = -3.0e38
 """Stands for minus infinity where only a maximum is looked for."""
 
 
 def kernel(function):
-    """Compile with numba on first use: no GIL, cached on disk, sums may be reordered but NaN and infinity survive."""
-    dispatcher = njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})(function)
-    cache_file = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
+    """Compile with numba on first use: no GIL, cached on disk."""
+    return _stamp(njit(nogil=True, cache=True, fastmath=FAST_MATH)(function))
+
+
+def address_of(function, signature) -> int:
+    """Compile a function for C callers, cached on disk like a kernel, and return its address."""
+    compiled = CFunc(function, sigutils.normalize_signature(signature), {}, {"nopython": True, "fastmath": FAST_MATH})
+    compiled.enable_caching()
+    _stamp(compiled).compile()
+    _COMPILED.append(compiled)
+    return compiled.address
+
+
+def _stamp(compiled):
+    cache_file = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
     if hasattr(cache_file, "_source_stamp"):
         cache_file._source_stamp = _DIGEST
-    return dispatcher
+    return compiled
 
 
 def _source_digest() -> str:
@@ -75,6 +90,8 @@ def _source_digest() -> str:
 
 
 _DIGEST = _source_digest()
+_COMPILED: list[CFunc] = []
+"""Keeps the code behind every address alive."""
 
 
 # -- emitters: addresses and calls --------------------------------------------------------------------------

@@ -32,6 +32,7 @@ def rms_norm(x, first, count, weight, eps, out):
 
 @kernel
 def decoder_layer(
+    tiles,
     hidden,
     out,
     input_norm,
@@ -75,22 +76,24 @@ def decoder_layer(
     for first in range(0, num_tokens, ROW_BLOCK):
         count = min(num_tokens - first, ROW_BLOCK)
         rms_norm(hidden, first, count, input_norm, eps, normed)
-        product(normed, 0, count, qkv_weight, PLAIN, qkv_bias, qkv, qkv, 0, qkv.shape[1], sums)
+        product(tiles, normed, 0, count, qkv_weight, PLAIN, qkv_bias, qkv, qkv, 0, qkv.shape[1], sums)
         _rotate(qkv, first, count, q_norm, k_norm, eps, cos, sin, q)
         if not _write_rows(
             qkv, first, count, q.shape[1], page_of_block, block_tables, query_starts, context_lens, pool
         ):
             return False
     paged_attention(
-        q, pool, page_of_block, block_tables, query_starts, context_lens, scale, window, _ZERO, attended,
+        tiles, q, pool, page_of_block, block_tables, query_starts, context_lens, scale, window, _ZERO, attended,
         floats, packed, places,
     )  # fmt: skip
     for first in range(0, num_tokens, ROW_BLOCK):
         count = min(num_tokens - first, ROW_BLOCK)
-        product(attended_flat, first, count, o_weight, ADD, o_bias, hidden, out, first, hidden_size, sums)
+        product(tiles, attended_flat, first, count, o_weight, ADD, o_bias, hidden, out, first, hidden_size, sums)
         rms_norm(out, first, count, post_norm, eps, normed)
-        product(normed, 0, count, gate_up_weight, SILU_MUL, nothing, normed, activated, 0, activated.shape[1], sums)
-        product(activated, 0, count, down_weight, ADD, nothing, out, out, first, hidden_size, sums)
+        product(
+            tiles, normed, 0, count, gate_up_weight, SILU_MUL, nothing, normed, activated, 0, activated.shape[1], sums
+        )
+        product(tiles, activated, 0, count, down_weight, ADD, nothing, out, out, first, hidden_size, sums)
     return True
 
 

@@ -78,6 +78,7 @@ def write_pages(k, v, page_of_block, block_tables, query_starts, context_lens, d
 
 @kernel
 def paged_attention(
+    tiles,
     q,
     data,
     page_of_block,
@@ -110,7 +111,7 @@ def paged_attention(
         else:
             query, target = q.ctypes.data + first * line, out.ctypes.data + first * line
             _attend_chunk(
-                query, stop - first, data, page_of_block, block_tables, r, position, group, scale, window, softcap,
+                tiles, query, stop - first, data, page_of_block, block_tables, r, position, group, scale, window, softcap,
                 target, floats, packed, places,
             )  # fmt: skip
 
@@ -201,7 +202,7 @@ def _cap(floats, first, count, scale, softcap):
 
 @kernel
 def _attend_chunk(
-    query, num_tokens, data, page_of_block, block_tables, r, position, group, scale, window, softcap, target, floats,
+    tiles, query, num_tokens, data, page_of_block, block_tables, r, position, group, scale, window, softcap, target, floats,
     packed, places,
 ):  # fmt: skip
     """All heads of the `num_tokens` queries of row `r` from `position` on; `query` and `target` are addresses."""
@@ -224,7 +225,7 @@ def _attend_chunk(
                 index = (first + i) // group * num_kv_heads * group + h * group + (first + i) % group
                 copy_bytes(queries + i * head, query + index * head, head)
             _attend_block(
-                data, num_rows, first, position, group, start, capacity, keys, values, queries, weights, scale, window,
+                tiles, data, num_rows, first, position, group, start, capacity, keys, values, queries, weights, scale, window,
                 softcap, floats,
             )  # fmt: skip
             sums, totals = floats.ctypes.data + QUERY_BLOCK * KEY_BLOCK * 4, QUERY_BLOCK * (KEY_BLOCK + padded + 1)
@@ -236,6 +237,7 @@ def _attend_chunk(
 
 @kernel
 def _attend_block(
+    tiles,
     like,
     num_rows,
     first,
@@ -273,7 +275,7 @@ def _attend_block(
         for panel in range((depth + PANEL - 1) // PANEL):
             w = keys + (block * KEY_BLOCK + panel * PANEL) * head_dim * size
             place = scores + panel * PANEL * 4
-            tile_rows(like, num_rows, queries, head_dim * size, w, head_dim, place, KEY_BLOCK * 4, False)
+            tile_rows(tiles, num_rows, queries, head_dim * size, w, head_dim, place, KEY_BLOCK * 4, False)
         for i in range(num_rows):
             at = position + (first + i) // group - origin
             low, high = max(0, at + 1 - window) if window > 0 else 0, max(0, min(KEY_BLOCK, at + 1))
@@ -293,7 +295,7 @@ def _attend_block(
         for panel in range(padded // PANEL):
             w = values + (panel * capacity + block * KEY_BLOCK) * PANEL * size
             place = sums + panel * PANEL * 4
-            tile_rows(like, num_rows, weights, KEY_BLOCK * size, w, depth, place, padded * 4, True)
+            tile_rows(tiles, num_rows, weights, KEY_BLOCK * size, w, depth, place, padded * 4, True)
 
 
 @kernel

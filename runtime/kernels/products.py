@@ -88,12 +88,12 @@ def _pack_panels(packed: torch.Tensor, weight: torch.Tensor) -> None:
 
 
 @kernel
-def product(x, first_row, num_rows, w, kind, bias, residual, out, out_row, num_columns, sums):
+def product(tiles, x, first_row, num_rows, w, kind, bias, residual, out, out_row, num_columns, sums):
     """Rows ``out_row ..`` of out = f(x[first_row : first_row + num_rows] @ w + bias), by `kind`.
 
     `PLAIN`: as it is. `ADD`: plus the same rows of `residual`, which may be `out`. `SILU_MUL`: silu(gate) * up, for
     weights of `pack_gate_up`, without bias. `bias` is float32, empty for none; `out` may have another storage type
-    than x; `num_columns` counts the columns of out; `sums` is float32 scratch ``[num_rows, PANEL]``.
+    than x; `num_columns` counts the columns of out; `tiles` is the `tile_address` of x's storage type; `sums` is float32 scratch ``[num_rows, PANEL]``.
     """
     depth, size = x.shape[1], x.itemsize
     x_address = x.ctypes.data + first_row * depth * size
@@ -103,7 +103,7 @@ def product(x, first_row, num_rows, w, kind, bias, residual, out, out_row, num_c
             w_block = w.ctypes.data + (panel * depth + k) * PANEL * size
             block = min(DEPTH_BLOCK, depth - k)
             tile_rows(
-                x, num_rows, x_address + k * size, depth * size, w_block, block, sums.ctypes.data, PANEL * 4, k > 0
+                tiles, num_rows, x_address + k * size, depth * size, w_block, block, sums.ctypes.data, PANEL * 4, k > 0
             )
         first = panel * full
         width = min(full, num_columns - first)

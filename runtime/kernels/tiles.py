@@ -3,8 +3,15 @@
 How it works: the sums of `num_rows` rows and `PANEL` columns stay in vector registers while the depth runs by; each
 step loads one line of the panel and, per row, one element (in bfloat16 one pair) of x that it spreads over all lanes.
 A tile of `TILE_ROWS` rows fills the registers, and reads the panel as few times as they allow.
+
+The tiles are compiled once per storage type, into a function that kernels call by its address (`tile_address`, then
+`tile_rows`): code inside a kernel is compiled anew with each kernel above it, and the tiles are most of the code.
 """
 
+from functools import cache
+
+import numpy as np
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -12,11 +19,13 @@ from numba.extending import intrinsic
 from runtime.kernels.lanes import (
     FLOAT,
     FLOATS,
+    I8,
     I64,
     LANES,
     TILE_ROWS,
     TILE_VECTORS,
     Unit,
+    address_of,
     constant,
     kernel,
     offset,
@@ -76,8 +85,7 @@ tile_5, tile_6 = (_make_tile(num_rows) if num_rows <= TILE_ROWS else tile_4 for 
 
 
 @kernel
-def tile_rows(like, num_rows, x, x_stride, w, depth, out, out_stride, add):
-    """Any number of rows against one panel, spread evenly over the tiles; addresses and byte strides as in `tile`."""
+def _rows(like, num_rows, x, x_stride, w, depth, out, out_stride, add):
     num_tiles = (num_rows + TILE_ROWS - 1) // TILE_ROWS
     first = 0
     for i in range(num_tiles):
@@ -96,3 +104,43 @@ def tile_rows(like, num_rows, x, x_stride, w, depth, out, out_stride, add):
         else:
             tile_6(like, x_tile, x_stride, w, depth, out_tile, out_stride, add)
         first = stop
+
+
+def _rows_float32(num_rows, x, x_stride, w, depth, out, out_stride, add):
+    _rows(_FLOAT32, num_rows, x, x_stride, w, depth, out, out_stride, add)
+
+
+def _rows_bfloat16(num_rows, x, x_stride, w, depth, out, out_stride, add):
+    _rows(_BFLOAT16, num_rows, x, x_stride, w, depth, out, out_stride, add)
+
+
+def _rows_float16(num_rows, x, x_stride, w, depth, out, out_stride, add):
+    _rows(_FLOAT16, num_rows, x, x_stride, w, depth, out, out_stride, add)
+
+
+_FLOAT32, _BFLOAT16, _FLOAT16 = (np.empty(1, dtype) for dtype in (np.float32, np.uint16, np.int16))
+_FUNCTIONS = {
+    np.dtype(np.float32): _rows_float32,
+    np.dtype(np.uint16): _rows_bfloat16,
+    np.dtype(np.int16): _rows_float16,
+}
+
+
+@cache
+def tile_address(storage_dtype: np.dtype) -> int:
+    """The tiles of a storage type, compiled now or loaded from the disk cache, for `tile_rows`."""
+    return address_of(_FUNCTIONS[storage_dtype], types.void(*[types.intp] * 7, types.boolean))
+
+
+@intrinsic
+def tile_rows(typingctx, tiles, num_rows, x, x_stride, w, depth, out, out_stride, add):
+    """Any number of rows against one panel, spread evenly over tiles; `tiles` from `tile_address`, the rest as in `tile`."""
+
+    def codegen(context, builder, signature, args):
+        tiles, *operands, add = args
+        operands.append(builder.zext(add, I8))
+        kind = ir.FunctionType(ir.VoidType(), [operand.type for operand in operands])
+        builder.call(pointer(builder, tiles, kind), operands)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 8, types.boolean), codegen

@@ -24,6 +24,7 @@ from runtime.batch import LayerKV, StepBatch
 from runtime.kernels import STORAGE_DTYPES, storage
 from runtime.kernels.layer import decoder_layer, rms_norm
 from runtime.kernels.products import PANEL, PLAIN, ROW_BLOCK, pack, pack_gate_up, product
+from runtime.kernels.tiles import tile_address
 
 MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn", "dynamic"})
@@ -113,6 +114,7 @@ class LeanLayer:
             self._packed = {name: pack(weight) for name, weight in weights.items()}
             self._packed["gate_up"] = pack_gate_up(get("mlp.gate_proj.weight"), get("mlp.up_proj.weight"))
             self._kernel_weights = self._make_kernel_weights()
+            self._tiles = tile_address(self._packed["o"].data.dtype)
         else:
             self._weights = weights | {"gate_up": torch.cat([get("mlp.gate_proj.weight"), get("mlp.up_proj.weight")])}
 
@@ -150,6 +152,7 @@ class LeanLayer:
         out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
         block_tables, query_starts, context_lens = step_arrays(batch)
         ok = decoder_layer(
+            self._tiles,
             storage(hidden.contiguous()),
             storage(out),
             *self._kernel_weights,
@@ -253,10 +256,13 @@ class LeanHead:
         normed = storage(torch.empty_like(hidden, memory_format=torch.contiguous_format))
         rms_norm(storage(hidden.contiguous()), 0, len(hidden), self._norm_floats, np.float32(self.eps), normed)
         logits = torch.empty(len(hidden), self.vocab_size)
+        tiles = tile_address(normed.dtype)
         out, sums = logits.numpy(), np.empty((min(len(hidden), ROW_BLOCK), PANEL), np.float32)
         for first in range(0, len(hidden), ROW_BLOCK):
             count = min(len(hidden) - first, ROW_BLOCK)
-            product(normed, first, count, self._packed.data, PLAIN, _NOTHING, out, out, first, self.vocab_size, sums)
+            product(
+                tiles, normed, first, count, self._packed.data, PLAIN, _NOTHING, out, out, first, self.vocab_size, sums
+            )
         return logits
 
 
