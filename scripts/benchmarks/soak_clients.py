@@ -149,7 +149,7 @@ async def burst(target: Target, draw: random.Random) -> None:
     async def one(seed: int) -> None:
         await stream_to_the_end(target, random.Random(seed))
 
-    await asyncio.gather(*(one(draw.random().__hash__()) for _ in range(48)))
+    await asyncio.gather(*(one(draw.getrandbits(32)) for _ in range(48)))
     await asyncio.sleep(10.0)
 
 
