@@ -16,6 +16,11 @@ CHAT_TEMPLATE = (
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 NUM_LAYERS = 4
 
+CORPUS = (
+    "the user asks the assistant a question and the assistant answers it in a few short words; then another user comes,"
+    " says hello, and wants to know how many apples are left when somebody has eaten three of them before dinner"
+)
+
 _SMALL: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -147,7 +152,7 @@ def build_tokenizer() -> Any:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(["the user asks the assistant and the assistant answers the user"] * 8, trainer)
+    tokenizer.train_from_iterator([CORPUS] * 8, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<|im_start|>",
