@@ -1,4 +1,4 @@
-"""The door: the only module that knows `torch.distributed.rpc`.
+"""The door: how a process joins the group of a head, and how bytes and tensors get from one member to another.
 
 One process has one `Door` at a time. A message is bytes plus tensors; it is delivered by calling the receiver's
 handler in an RPC thread. The head hosts a small TCP store through which a joiner learns the head's TensorPipe
@@ -6,19 +6,13 @@ address and takes a number (its id, never used twice); everything after that goe
 
 How it works:
 
-- **Membership is the head's.** Torch's own dynamic groups let every joiner call every registered member under a
-  token in the store, so that one dead member, or one joiner that dies half-way, blocks all later joins. Here each
-  process keeps its address book in a private in-process store; a joiner asks the head alone, the head tells the
-  members, waits a bounded time for their word, and answers. A joiner that dies half-way was never anybody's
-  member, and a dead member delays nobody.
-- **Nothing is pickled.** Torch would pickle a function and its arguments and unpickle them at the other end. We
-  replace the four private hooks of its Python layer (`_Hooks`), so that the bytes on the wire are our own header
-  and the caller's payload. Bytes that are not ours are refused, never unpickled.
-- **Small tensors ride in the payload**, large ones as TensorPipe tensors: on loopback a separate tensor costs
-  twice what a whole small message does.
-- **Transport `uv` only.** Torch's default picks `shm`, whose reactor spins: a whole core per process, idle or not.
+- **Membership is the head's.** A joiner asks the head alone; the head tells the members, waits a bounded time for
+  their word, and answers. A joiner that dies half-way was never anybody's member, and a dead or frozen member delays
+  a join by that bounded time at most.
 - **Tripwires.** The head keeps one unanswered request open at every member, and every member one at the head. It
   fails the moment the other end's connection does, which is how `on_lost` knows of a death without a heartbeat.
+- **Small tensors ride in the message**, large ones beside it: on loopback a tensor of its own costs as much again as
+  a whole small message.
 
 Never true: `send` never waits for the peer. A message of an evicted member, or of another group that once had
 this address, never reaches the handler. With `num_threads=1` messages of one peer are handled in the order they
@@ -26,7 +20,8 @@ were sent; nothing is promised between peers, nor for two or more threads.
 
 Sharp edges: handlers run in RPC threads and must hand work on, not do it; with one thread, a handler that waits
 for a reply waits forever. TensorPipe neither authenticates nor encrypts: whoever reaches its port is a member. It
-listens on one interface only (the head's), and a head that is not on loopback needs `allow_public=True`.
+listens on one interface only (the head's), and a head that is not on loopback needs `allow_public=True`. What we
+use of torch's RPC is in `tensorpipe.py`, the one module that imports `torch.distributed`.
 """
 
 from __future__ import annotations
@@ -34,32 +29,20 @@ from __future__ import annotations
 import atexit
 import concurrent.futures
 import logging
-import os
 import re
 import secrets
 import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import Any, TypeAlias
 
 import msgspec
 import torch
-import torch.distributed.rpc as torch_rpc
-from torch._C._distributed_autograd import _init as _init_autograd
-from torch._C._distributed_c10d import HashStore, TCPStore
-from torch._C._distributed_rpc import (
-    TensorPipeAgent,
-    WorkerInfo,
-    _invoke_rpc_python_udf,
-    _is_current_rpc_agent_set,
-)
-from torch.distributed.rpc import api as rpc_api
-from torch.distributed.rpc import internal as rpc_internal
 
 from runtime import wire
-from runtime.address import Unreachable, await_port, interface_of, is_same_interface, listen, parse_address
+from runtime.address import Unreachable, await_port, listen, parse_address
+from runtime.tensorpipe import Agent, Gone, Late, host_store, outcome_of, read_store
 
 log = logging.getLogger(__name__)
 
@@ -68,15 +51,10 @@ Handler: TypeAlias = Callable[[bytes, list[torch.Tensor]], Reply]
 
 MAX_MEMBER_ID = 32767  # TensorPipe's worker id is an int16
 
+_CARD = "head"  # the key in the store
 _SEND, _CALL, _ADMIT, _ADD, _REMOVE, _WATCH = range(6)
-_ACK, _OK, _ERROR, _OUT, _STRANGER, _REFUSED = (bytes([code]) for code in range(6))
+_ANSWERED_LATER = frozenset((_CALL, _ADMIT, _WATCH))
 _NAME = re.compile(r"[A-Za-z0-9_:-]{1,127}")
-_GONE = re.compile(
-    r"eof|refused|reset|broken pipe|closed|no longer running|unknown (destination )?worker|shutting down|"
-    r"unreachable|not initialized|canceled|EPIPE|ECONN",
-    re.IGNORECASE,
-)
-_LATE = re.compile(r"timeout|timed out|time out", re.IGNORECASE)
 
 
 class DoorError(RuntimeError):
@@ -122,12 +100,12 @@ class _HeadCard(msgspec.Struct, frozen=True, array_like=True):
 class _Peer:
     """A member as the sender needs it: TensorPipe's handle and the ready-made first bytes of each message."""
 
-    __slots__ = ("info", "member", "prefix")
+    __slots__ = ("handle", "member", "prefix")
 
-    def __init__(self, member: _Member, group: bytes, self_id: int) -> None:
+    def __init__(self, member: _Member, handle: Any, prefix: bytes) -> None:
         self.member = member
-        self.info = WorkerInfo(member.name, member.id)
-        self.prefix = wire.address_prefix(group, member.id, self_id)
+        self.handle = handle
+        self.prefix = prefix
 
 
 class Door:
@@ -193,8 +171,8 @@ class Door:
         self._head_name = name
         self._id = 0
         self._group = b""
-        self._book = HashStore()
-        self._store: TCPStore | None = None
+        self._agent: Agent | None = None
+        self._store: Any = None
         deadline = time.monotonic() + join_timeout_s
         _door = self
         try:
@@ -305,8 +283,8 @@ class Door:
         for future in pending:
             future.set_exception(PeerLost(self.name, "the door was closed"))
         try:
-            if _is_current_rpc_agent_set():
-                rpc_api.shutdown(graceful=False)
+            if self._agent is not None:
+                self._agent.close()
         finally:
             self._store = None
             if _door is self:
@@ -316,30 +294,27 @@ class Door:
 
     def _found(self, listener: socket.socket, num_threads: int, timeout_s: float) -> None:
         self._host, self._port = listener.getsockname()[:2]
-        self._store = TCPStore(
-            host_name=self._host,
-            port=self._port,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=timeout_s),
-            master_listen_fd=listener.detach(),
-        )
+        self._store = host_store(listener, timeout_s)
         self._group = secrets.token_bytes(8)
         me = self._start_agent(0, self._host, num_threads)
-        self._store.set("head", msgspec.json.encode(_HeadCard(me, self._group)).decode())
+        self._store.set(_CARD, msgspec.json.encode(_HeadCard(me, self._group)).decode())
 
     def _join(self, host: str, port: int, num_threads: int, deadline: float, timeout_s: float) -> None:
         self._host, self._port = host, port
         where = f"{host}:{port}"
         local_host = await_port(host, port, deadline, timeout_s)
-        card, self._id = _read_card(host, port, deadline)
+        try:
+            text, self._id = read_store(host, port, _CARD, deadline)
+            card = msgspec.json.decode(text, type=_HeadCard)
+        except (Unreachable, msgspec.MsgspecError) as error:
+            raise JoinError(f"no head at {where}: {error}") from None
         if self._id > MAX_MEMBER_ID:
             raise JoinError(f"the head at {where} has handed out all {MAX_MEMBER_ID} member ids; restart it")
         self._group, self._head_name = card.group, card.member.name
         me = self._start_agent(self._id, local_host, num_threads)
         self._add(card.member)
         self._ask_admission(me, where, deadline)
-        self._watch(self._peers[self._head_name])
+        self._watch(self._peer(self._head_name))
 
     def _ask_admission(self, me: _Member, where: str, deadline: float) -> None:
         answered = threading.Event()
@@ -349,7 +324,7 @@ class Door:
             outcome[:] = self._outcome(self._head_name, done)
             answered.set()
 
-        left_s = _left(deadline).total_seconds()
+        left_s = max(0.05, deadline - time.monotonic())
         request = self._invoke(self._peer(self._head_name), _ADMIT, msgspec.msgpack.encode(me), (), left_s)
         request.add_done_callback(finish)
         if not answered.wait(left_s + 1.0):
@@ -363,21 +338,16 @@ class Door:
             self._add(member)
 
     def _start_agent(self, member_id: int, host: str, num_threads: int) -> _Member:
-        """Start TensorPipe on the interface that has `host`, with an address book that nobody else writes."""
-        _Hooks.install()
-        # TensorPipe takes its address from this variable alone, once per process.
-        os.environ["TP_SOCKET_IFNAME"] = interface_of(host)
-        options = torch_rpc.TensorPipeRpcBackendOptions(
-            num_worker_threads=num_threads, rpc_timeout=self._timeout_s, _transports=["uv"], _channels=["basic"]
+        self._agent = Agent(
+            self.name,
+            member_id,
+            host,
+            self._receive,
+            self._note_reply,
+            num_threads=num_threads,
+            timeout_s=self._timeout_s,
         )
-        _init_autograd(0)  # a required call; the id is only used by distributed autograd
-        agent = TensorPipeAgent(self._book, self.name, member_id, None, options, {}, [])
-        rpc_api._init_rpc_states(agent)
-        self._agent = agent
-        address = self._book.get(f"addrs/{self.name}").decode()
-        if not is_same_interface(address, host):
-            raise JoinError(f"TensorPipe listens on {address}, not on {host}; one process can serve one interface only")
-        return _Member(self.name, member_id, address)
+        return _Member(self.name, member_id, self._agent.address)
 
     # -- what goes out --------------------------------------------------------------------------------------
 
@@ -392,16 +362,12 @@ class Door:
     def _invoke(
         self, peer: _Peer, kind: int, payload: bytes, tensors: Sequence[torch.Tensor], timeout_s: float
     ) -> torch.futures.Future:
+        assert self._agent is not None
         data, beside = wire.pack(peer.prefix, kind, payload, tensors)
-        return self._post(peer, data, beside, timeout_s, kind in _ANSWERED_LATER)
-
-    def _post(
-        self, peer: _Peer, data: bytes, beside: list[torch.Tensor], timeout_s: float, answered_later: bool
-    ) -> torch.futures.Future:
         try:
-            return _invoke_rpc_python_udf(peer.info, data, beside, timeout_s, answered_later)  # type: ignore[arg-type]
-        except RuntimeError as error:
-            raise _translate(peer.member.name, error) from None
+            return self._agent.post(peer.handle, data, beside, timeout_s, answered_later=kind in _ANSWERED_LATER)
+        except Gone as error:
+            raise PeerLost(peer.member.name, str(error)) from None
 
     def _try_invoke(self, peer: _Peer, kind: int, payload: bytes, timeout_s: float) -> torch.futures.Future | None:
         try:
@@ -419,14 +385,24 @@ class Door:
         else:
             result.set_result(value)
 
-    def _outcome(self, name: str, done: torch.futures.Future) -> tuple[Any, PeerError | None]:
+    def _outcome(self, name: str, done: torch.futures.Future) -> tuple[bytes, PeerError | None]:
+        """The handler's reply, or what went wrong."""
         try:
-            value = done.value()
-        except RuntimeError as error:
-            return None, _translate(name, error)
-        if isinstance(value, _Refusal):
-            return None, (PeerLost if value.is_loss else RemoteError)(name, value.why)
-        return value, None
+            reply = outcome_of(done)
+        except Late as error:
+            return b"", PeerTimeout(name, str(error))
+        except Gone as error:
+            return b"", PeerLost(name, str(error))
+        code, rest = reply[:1], reply[1:]
+        if code in (wire.ACK, wire.OK):
+            return rest, None
+        if code == wire.OUT:
+            return b"", PeerLost(name, "this member was evicted")
+        if code == wire.STRANGER:
+            return b"", PeerLost(name, "its address now belongs to another group, or it is leaving")
+        if code == wire.ERROR:
+            return b"", RemoteError(name, rest.decode(errors="replace"))
+        return b"", RemoteError(name, "it does not speak this protocol")
 
     def _report(self, name: str, done: torch.futures.Future, on_error: Callable[[Exception], None]) -> None:
         _, error = self._outcome(name, done)
@@ -435,18 +411,32 @@ class Door:
 
     # -- what comes in (RPC threads) ------------------------------------------------------------------------
 
-    def _receive(self, data: bytes, beside: list[torch.Tensor]) -> Any:
-        """Handle one request; returns the reply's bytes or a torch future of them."""
+    def _note_reply(self, reply: bytes) -> None:
+        if reply == wire.OUT:
+            self._found_out()
+
+    def _receive(self, data: bytes, beside: list[torch.Tensor]) -> bytes | torch.futures.Future:
+        """Handle one message; the reply, which is a future of it for the kinds that are answered later."""
         header = wire.header_of(data)
+        try:
+            reply = self._handle(header, data, beside)
+        except Exception as error:
+            log.exception("%s could not handle a message", self.name)
+            reply = wire.ERROR + f"{type(error).__name__}: {error}".encode()
+        if header.kind in _ANSWERED_LATER and isinstance(reply, bytes):
+            return _completed(reply)
+        return reply
+
+    def _handle(self, header: wire.Header, data: bytes, beside: list[torch.Tensor]) -> bytes | torch.futures.Future:
         kind, sender = header.kind, header.sender
         if header.group != self._group or header.to != self._id or self._closed:
-            return _wrap(_STRANGER, kind in _ANSWERED_LATER)
+            return wire.STRANGER
         if sender in self._out:
-            return _wrap(_OUT, kind in _ANSWERED_LATER)
+            return wire.OUT
         payload, tensors = wire.unpack(data, header, beside)
         if kind == _SEND:
             self._handler(payload, tensors)
-            return _ACK
+            return wire.ACK
         if kind == _CALL:
             return _answer(self._handler(payload, tensors))
         if kind == _WATCH:
@@ -457,24 +447,24 @@ class Door:
         member = msgspec.msgpack.decode(payload, type=_Member)
         if kind == _ADD:
             self._add(member)
-            return _ACK
+            return wire.ACK
         if kind == _REMOVE:
             if member.id == self._id:
                 self._found_out()
             else:
                 with self._lock:
                     self._remove(member)
-            return _ACK
+            return wire.ACK
         if kind == _ADMIT:
             return self._admit(member)
-        return _ERROR + b"unknown kind of message"
+        return wire.ERROR + b"unknown kind of message"
 
     def _admit(self, joiner: _Member) -> torch.futures.Future:
         """Head: make `joiner` a member and answer with the members once they all know it, or had time to."""
         future = torch.futures.Future()
         with self._lock:
             if joiner.name == self.name or joiner.name in self._peers:
-                future.set_result(_ERROR + f"the name {joiner.name} is taken by a live member".encode())
+                future.set_result(wire.ERROR + f"the name {joiner.name} is taken by a live member".encode())
                 return future
             others = list(self._peers.values())
             members = [peer.member for peer in others]
@@ -489,7 +479,7 @@ class Door:
                 left[0] -= 1
                 if left[0]:
                     return
-            future.set_result(_OK + msgspec.msgpack.encode(members))
+            future.set_result(wire.OK + msgspec.msgpack.encode(members))
 
         for ack in acks:
             ack.add_done_callback(acknowledged)
@@ -508,20 +498,21 @@ class Door:
                 if known.member.id >= member.id:
                     return
                 self._remove(known.member)
-            self._book.set(f"addrs/{member.name}", member.address)
-            self._agent._update_group_membership(WorkerInfo(member.name, member.id), [], {}, True)
-            self._peers[member.name] = _Peer(member, self._group, self._id)
+            assert self._agent is not None
+            handle = self._agent.add(member.name, member.id, member.address)
+            self._peers[member.name] = _Peer(member, handle, wire.address_prefix(self._group, member.id, self._id))
 
     def _remove(self, member: _Member) -> None:
         """Forget `member` (not a later one of the same name) and refuse it from now on. The lock is held."""
         self._out.add(member.id)
         watcher = self._watchers.pop(member.id, None)
         if watcher is not None:
-            watcher.set_result(_OUT)
+            watcher.set_result(wire.OUT)
         known = self._peers.get(member.name)
         if known is not None and known.member.id == member.id:
             del self._peers[member.name]
-            self._agent._update_group_membership(WorkerInfo(member.name, member.id), [], {}, False)
+            assert self._agent is not None
+            self._agent.remove(known.handle)
 
     # -- losing and being lost ------------------------------------------------------------------------------
 
@@ -553,156 +544,31 @@ class Door:
             self._on_lost(self._head_name)
 
 
-_ANSWERED_LATER = frozenset((_CALL, _ADMIT, _WATCH))
 _door: Door | None = None
 
 
-class _Refusal:
-    """The sender's view of a reply that is no answer."""
-
-    __slots__ = ("is_loss", "why")
-
-    def __init__(self, why: str, is_loss: bool = False) -> None:
-        self.why = why
-        self.is_loss = is_loss
-
-
-class _Handled:
-    """A request that was handled while torch believed it was unpickling it."""
-
-    __slots__ = ("reply",)
-
-    def __init__(self, reply: Any) -> None:
-        self.reply = reply
-
-
-_ACKNOWLEDGED = _Handled(_ACK)
-
-
-class _Hooks:
-    """Torch's C++ looks these up in `torch.distributed.rpc.internal` when an agent starts, and calls them for
-    each request (`deserialize`, `_run_function`, `serialize`) and each reply (`deserialize`)."""
-
-    @staticmethod
-    def install() -> None:
-        rpc_internal.deserialize = _Hooks.deserialize
-        rpc_internal.serialize = _Hooks.serialize
-        rpc_internal._run_function = _Hooks.run
-
-    @staticmethod
-    def deserialize(data: bytes, tensors: list[torch.Tensor]) -> Any:
-        if data == _ACK:
-            return None
-        if wire.is_message(data):
-            return _handle_request(data, tensors)
-        return _read_reply(data)
-
-    @staticmethod
-    def run(handled: Any) -> Any:
-        return handled.reply if isinstance(handled, _Handled) else _REFUSED
-
-    @staticmethod
-    def serialize(reply: Any) -> tuple[bytes, list[torch.Tensor]]:
-        return (reply if isinstance(reply, bytes) else _REFUSED), []
-
-
-def _handle_request(data: bytes, tensors: list[torch.Tensor]) -> _Handled:
-    door = _door
-    later = wire.kind_of(data) in _ANSWERED_LATER
-    if door is None:
-        return _Handled(_wrap(_STRANGER, later))
-    try:
-        reply = door._receive(data, tensors)
-    except Exception as error:
-        log.exception("%s could not handle a message", door.name)
-        return _Handled(_wrap(_ERROR + f"{type(error).__name__}: {error}".encode(), later))
-    return _ACKNOWLEDGED if reply is _ACK else _Handled(reply)
-
-
-def _read_reply(data: bytes) -> Any:
-    code = data[:1]
-    if code == _OK:
-        return data[1:]
-    if code == _OUT:
-        if _door is not None:
-            _door._found_out()
-        return _Refusal("this member was evicted", is_loss=True)
-    if code == _STRANGER:
-        return _Refusal("its address now belongs to another group, or it is leaving", is_loss=True)
-    if code == _ERROR:
-        return _Refusal(data[1:].decode(errors="replace"))
-    return _Refusal("the peer does not speak this protocol")
-
-
-def _wrap(reply: bytes, later: bool) -> Any:
-    if not later:
-        return reply
+def _completed(reply: bytes) -> torch.futures.Future:
     future = torch.futures.Future()
     future.set_result(reply)
     return future
 
 
-def _answer(reply: Reply) -> torch.futures.Future:
-    """The torch future of a handler's reply."""
+def _answer(reply: Reply) -> bytes | torch.futures.Future:
+    """A handler's reply as it travels."""
     if not isinstance(reply, concurrent.futures.Future):
-        return _wrap(_OK + (reply or b""), later=True)
+        return wire.OK + (reply or b"")
     future = torch.futures.Future()
 
     def finish(done: concurrent.futures.Future[bytes]) -> None:
         if done.cancelled():
-            future.set_result(_ERROR + b"the reply was cancelled")
+            future.set_result(wire.ERROR + b"the reply was cancelled")
         elif error := done.exception():
-            future.set_result(_ERROR + f"{type(error).__name__}: {error}".encode())
+            future.set_result(wire.ERROR + f"{type(error).__name__}: {error}".encode())
         else:
-            future.set_result(_OK + (done.result() or b""))
+            future.set_result(wire.OK + (done.result() or b""))
 
     reply.add_done_callback(finish)
     return future
-
-
-def _translate(name: str, error: Exception) -> PeerError:
-    text = _first_line(error)
-    if _LATE.search(text):
-        return PeerTimeout(name, text)
-    if _GONE.search(text):
-        return PeerLost(name, text)
-    return RemoteError(name, text)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
-
-
-def _read_card(host: str, port: int, deadline: float) -> tuple[_HeadCard, int]:
-    """The head's card from its store, and an id for us.
-
-    The store's client connects without a deadline of its own (something else, or a frozen head, may listen there), so
-    it gets a thread that we can leave behind.
-    """
-    result: list[Any] = []
-
-    def read() -> None:
-        try:
-            store = TCPStore(
-                host_name=host, port=port, is_master=False, wait_for_workers=False, timeout=_left(deadline)
-            )
-            store.wait(["head"], _left(deadline))
-            result.append((msgspec.json.decode(store.get("head"), type=_HeadCard), store.add("ids", 1)))
-        except Exception as error:
-            result.append(error)
-
-    reader = threading.Thread(target=read, name="join", daemon=True)
-    reader.start()
-    reader.join(max(0.0, deadline - time.monotonic()) + 0.1)
-    if not result:
-        raise JoinError(f"something listens at {host}:{port}, but no head's store answers there in time")
-    if isinstance(result[0], Exception):
-        raise JoinError(f"no head's store at {host}:{port}: {_first_line(result[0])}") from None
-    return result[0]
-
-
-def _left(deadline: float) -> timedelta:
-    return timedelta(seconds=max(0.05, deadline - time.monotonic()))
 
 
 @atexit.register

@@ -16,6 +16,9 @@ import torch
 MAX_PAYLOAD_BYTES = 256 << 20
 INLINE_TENSOR_BYTES = 64 << 10
 
+# The first byte of a reply. A message begins with MAGIC instead.
+ACK, OK, ERROR, OUT, STRANGER, REFUSED = (bytes([code]) for code in range(6))
+
 MAGIC = b"MFD1"
 _ADDRESS = struct.Struct("<4s8sHH")  # magic, group, to, from
 _SHAPE = struct.Struct("<BHI")  # kind, bytes of the tensor table, bytes of the payload

@@ -56,7 +56,9 @@ class Echo:
         if word == "fail":
             raise LookupError("as you wish")
         if word == "smuggle":
-            future = self.door._post(self.door._peers["head"], pickle.dumps(_Touch(rest)), [], 5.0, False)
+            agent, head = self.door._agent, self.door._peers["head"]
+            assert agent is not None
+            future = agent.post(head.handle, pickle.dumps(_Touch(rest)), [], 5.0, answered_later=False)
             future.add_done_callback(lambda done: self.received.append(str(self.door._outcome("head", done)[1])))
             return b""
         self.received.append(payload.decode())
