@@ -178,11 +178,18 @@ def _architecture(config: Any) -> str:
             f"{claimed} (model type {config.model_type}) cannot be served: it is not a decoder-only language model that"
             " transformers defines"
         )
-    _refuse_by_kind(config, claimed)
-    if config.model_type not in TESTED:
-        from runtime.model.proof import prove
+    if config.model_type in TESTED:
+        _refuse_by_kind(config, claimed)
+        return claimed
+    from runtime.model.proof import prove
 
+    try:
+        _refuse_by_kind(config, claimed)
         prove(config)
+    except ModelError:
+        raise
+    except Exception as error:  # a foreign config may raise anything when it is asked for a field
+        raise ModelError(f"{claimed} cannot be served: its config is not that of a plain decoder ({error})") from error
     return claimed
 
 

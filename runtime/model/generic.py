@@ -329,6 +329,7 @@ def _paged_attention(
         raise ModelError(
             f"{type(module).__name__} passes {strange[0]} to its attention, which paged attention cannot honour"
         )
+    _check_shapes(module, query, key, value, kv)
     out = attend(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
@@ -340,3 +341,14 @@ def _paged_attention(
         softcap=softcap,
     )
     return out[None], None
+
+
+def _check_shapes(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kv: LayerKV) -> None:
+    """The kernels trust their shapes, and a foreign architecture may have heads of its own per layer, or for V."""
+    heads, head_dim = kv.data.shape[3:]
+    fits = key.shape == value.shape and key.shape[1] == heads and key.shape[3] == query.shape[3] == head_dim
+    if not fits or query.shape[1] % heads or query.shape[2] != key.shape[2] or len(query) != 1:
+        raise ModelError(
+            f"{type(module).__name__} attends with q {list(query.shape)}, k {list(key.shape)} and v {list(value.shape)},"
+            f" which does not fit KV pages of {heads} heads of {head_dim}"
+        )

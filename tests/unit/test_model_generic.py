@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from runtime.model.checkpoint import ModelError
 from runtime.model.config import inspect_model, load_transformers_config, open_weights
@@ -64,3 +65,11 @@ def test_a_layer_that_does_not_fit_the_config_is_an_error(tmp_path: Path):
     config.attention_bias = True
     with pytest.raises(ModelError, match=r"layer 0 lack self_attn\.k_proj\.bias"):
         GenericModel(config, dtype=torch.float32, device="cpu").layer(0, weights)
+
+
+def test_heads_that_do_not_fit_the_pages_never_reach_the_kernels(tmp_path: Path):
+    chain = generic_chain(write_tiny("llama", tmp_path))
+    for field in ("num_kv_heads", "head_dim"):
+        wrong = replace(chain.spec, **{field: getattr(chain.spec, field) // 2})
+        with pytest.raises(ModelError, match="LlamaAttention attends with .* does not fit KV pages"):
+            Chain(wrong, chain.embedding, chain.layers, chain.lm_head).run(torch.ones(1, 4, dtype=torch.int64), (4,))
