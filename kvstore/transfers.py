@@ -5,11 +5,11 @@ it wrote. The *snapshot*: pages with everything that was written before that ste
 Where both carry a row the mirror's is the newer one, and what the target has itself written for later steps is newer still;
 `Incoming` therefore remembers which rows came by those ways and never lets a page of the snapshot overwrite them.
 
-Steps are known by their ordinals. `Incoming.complete_through` says up to which step the mirror is whole, which is
-all that a reader must check. Checksums (CRC-32 of the bytes) go with every message and are compared on arrival.
+Steps are known by their ordinals, and their rows are written in that order, whatever order they arrive in.
+`Incoming.is_complete_through` says whether the mirror is whole up to a step, which is all that a reader must check. Checksums (CRC-32 of the bytes) go with every message and are compared on arrival.
 
-Never true: a row changes after it was mirrored; a snapshot page replaces a mirrored row; `complete_through` passes
-over a step whose rows have not arrived.
+Never true: a row changes after it was mirrored; a snapshot page replaces a mirrored row; the rows of a
+step replace those of a later one.
 """
 
 import zlib
@@ -37,6 +37,8 @@ class Outgoing:
         assert len(layers), "a move of no layers"
         self._pool = pool
         self._layers = tuple(layers)
+        self.block_size = pool.block_size
+        self.bytes_per_block = len(layers) * pool.page_bytes
 
     def rows(self, blocks: np.ndarray, offsets: np.ndarray) -> torch.Tensor:
         """The KV rows at (``blocks[i]``, ``offsets[i]``): ``[num_layers, T, 2, num_kv_heads, head_dim]``, a copy."""
@@ -75,44 +77,48 @@ class Incoming:
         self._newer = np.zeros((0, pool.block_size), dtype=bool)
         self._start: int | None = None
         self._through = -1
-        self._early: set[int] = set()
+        self._early: dict[int, tuple[np.ndarray, np.ndarray, torch.Tensor]] = {}
+        self.block_size = pool.block_size
         self.row_bytes = 0
         self.page_bytes = 0
 
     # -- the mirror -----------------------------------------------------------------------------------------
 
     def begin(self, ordinal: int) -> None:
-        """The mirror starts with step `ordinal`: everything before it is the snapshot's."""
-        assert self._start is None, "a mirror begins once"
-        self._start, self._through = ordinal, ordinal - 1
-        self._advance()
-
-    @property
-    def complete_through(self) -> int:
-        """The last step whose rows are here, with those of all steps before it; -1 while the start is not known."""
-        return self._through
+        """The mirror starts with step `ordinal`: everything before it is the snapshot's. Saying it twice is harmless."""
+        if self._start is None:
+            self._start, self._through = ordinal, ordinal - 1
+        assert self._start == ordinal, f"a mirror that began with step {self._start} cannot begin with {ordinal}"
 
     def is_complete_through(self, ordinal: int) -> bool:
+        """Whether the rows of all steps up to `ordinal` are here. False while the start is not known."""
         return self._start is not None and ordinal <= self._through
 
-    def apply_rows(
-        self, ordinal: int, blocks: np.ndarray, offsets: np.ndarray, rows: torch.Tensor | None, check: int
-    ) -> None:
-        """Take the rows of a step, shaped as `Outgoing.rows` gives them; None when the step wrote none.
+    def take_rows(self, ordinal: int, blocks: np.ndarray, offsets: np.ndarray, rows: torch.Tensor, check: int) -> None:
+        """Take the rows of a step, shaped as `Outgoing.rows` gives them, once `begin` was called.
+
+        They are written in the order of the steps, because a block may have changed hands between two of them. What
+        arrives again is ignored.
 
         Raises:
             TransferError: the checksum differs.
         """
-        if rows is not None and len(blocks):
-            _verify(rows, check, f"the rows of step {ordinal}")
-            self._pool.ensure(blocks, self._layers)
-            pages = np.stack([self._pool.page_of(layer)[blocks] for layer in self._layers])
-            device = self._pool.data.device
-            self._pool.data[_index(pages, device), :, _index(offsets, device)] = rows.to(device)
-            self.mark_newer(blocks, offsets)
-            self.row_bytes += rows.nbytes
-        self._early.add(ordinal)
-        self._advance()
+        assert self._start is not None, "begin first"
+        if ordinal in self._early or ordinal <= self._through:
+            return
+        _verify(rows, check, f"the rows of step {ordinal}")
+        self._early[ordinal] = (blocks, offsets, rows)
+        while (due := self._early.pop(self._through + 1, None)) is not None:
+            self._through += 1
+            self._write_rows(*due)
+
+    def _write_rows(self, blocks: np.ndarray, offsets: np.ndarray, rows: torch.Tensor) -> None:
+        self._pool.ensure(blocks, self._layers)
+        pages = np.stack([self._pool.page_of(layer)[blocks] for layer in self._layers])
+        device = self._pool.data.device
+        self._pool.data[_index(pages, device), :, _index(offsets, device)] = rows.to(device)
+        self.mark_newer(blocks, offsets)
+        self.row_bytes += rows.nbytes
 
     def mark_newer(self, blocks: np.ndarray, offsets: np.ndarray) -> None:
         """These rows are newer than any snapshot. Also for what the target's own steps write."""
@@ -124,13 +130,6 @@ class Incoming:
             grown[: len(self._newer)] = self._newer
             self._newer = grown
         self._newer[blocks, offsets] = True
-
-    def _advance(self) -> None:
-        if self._start is None:
-            return
-        while self._through + 1 in self._early:
-            self._through += 1
-            self._early.discard(self._through)
 
     # -- the snapshot ---------------------------------------------------------------------------------------
 

@@ -74,7 +74,7 @@ class Handover:
     ) -> None:
         """Take up the ends of all moves from and to `worker`; ``starts[hop]`` is the step due at a hop of `old`."""
         for index, move in enumerate(prepare.moves):
-            if move.target == worker:
+            if move.target == worker and prepare.mirror:
                 assert pool is not None
                 self.incoming[index] = Incoming(pool, tuple(move.layers))
             if move.source == worker and prepare.mirror:
@@ -91,9 +91,9 @@ class Handover:
 
     # -- steps ----------------------------------------------------------------------------------------------
 
-    def may_run(self, plan: StepPlan) -> bool:
-        """Whether a step of the next epoch can read everything that it depends on."""
-        return self.is_open and all(incoming.is_complete_through(plan.fence) for incoming in self.incoming.values())
+    def is_complete_through(self, ordinal: int) -> bool:
+        """Whether steps may run that depend on the old epoch's steps up to `ordinal`."""
+        return self.is_open and all(incoming.is_complete_through(ordinal) for incoming in self.incoming.values())
 
     def ran(
         self, plan: StepPlan, planned: PlannedBatch, hop: int, begun_s: float, ended_s: float, send: SendPeer
@@ -122,7 +122,9 @@ class Handover:
         blocks_raw, offsets_raw = blocks.astype(np.int32).tobytes(), offsets.astype(np.int32).tobytes()
         for source in due:
             rows = source.outgoing.rows(blocks, offsets)
-            message = Mirror(self.transition, source.index, plan.ordinal, blocks_raw, offsets_raw, checksum(rows))
+            message = Mirror(
+                self.transition, source.index, source.start, plan.ordinal, blocks_raw, offsets_raw, checksum(rows)
+            )
             send(source.move.target, message, (rows,))
 
     def _block_size(self) -> int:
@@ -133,11 +135,12 @@ class Handover:
     def mirror(self, message: Mirror, tensors: list[torch.Tensor]) -> None:
         """Take mirrored rows. Raises `TransferError` when they are damaged."""
         incoming = self.incoming[message.move]
-        incoming.apply_rows(
+        incoming.begin(message.start)
+        incoming.take_rows(
             message.ordinal,
             np.frombuffer(message.blocks, dtype=np.int32).astype(np.int64),
             np.frombuffer(message.offsets, dtype=np.int32).astype(np.int64),
-            tensors[0] if tensors else None,
+            tensors[0],
             message.checksum,
         )
 

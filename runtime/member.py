@@ -14,7 +14,7 @@ from typing import Protocol, TypeAlias
 import torch
 
 from kvstore.ids import Epoch, WorkerName
-from kvstore.page_pool import PagePool
+from kvstore.page_pool import PagePool, PoolExhausted
 from kvstore.transfers import TransferError
 from runtime.handover import Handover
 from runtime.layout import Layout
@@ -105,15 +105,20 @@ class Member:
         self._store = store
         self._outbox = outbox
         self._clock = clock
-        self._pool: PagePool | None = None
+        self.pool: PagePool | None = None
         self._stages: dict[Epoch, Stage] = {}
         self._order: dict[tuple[Epoch, int], StepOrder[_Due]] = {}
         self._handover: Handover | None = None
         self._early: list[tuple[Mirror | Pages, Tensors]] = []
         self._last_transition = 0
+        self._retire_due: Retire | None = None
         self._blocked_since_s: float | None = None
         self._idle_since_s = clock()
         self.num_stale = 0
+
+    def serves(self) -> list[Epoch]:
+        """The epochs whose steps run here."""
+        return sorted(self._stages)
 
     @property
     def num_sequences(self) -> int:
@@ -121,12 +126,15 @@ class Member:
 
     @property
     def pages_used(self) -> int:
-        return self._pool.num_used if self._pool is not None else 0
+        return self.pool.num_used if self.pool is not None else 0
 
     # -- one layout from scratch ----------------------------------------------------------------------------
 
     def load(self, load: Load) -> None:
-        """Drop what the new layout does not need, load what it does, start with empty KV. Blocks until it is done."""
+        """Drop what the new layout does not need, load what it does, start with empty KV. Blocks until it is done.
+
+        A worker that is not in the layout only drops what it has, and does not answer.
+        """
         layout = load.layout
         if layout.epoch <= max(self._stages, default=-1):
             self.num_stale += 1
@@ -134,8 +142,11 @@ class Member:
         self._store.cancel_shadow()
         self._stages.clear()
         self._order.clear()
-        self._handover, self._pool = None, None
+        self._handover, self._retire_due, self.pool = None, None, None
         self._early.clear()
+        if self._name not in layout.workers:
+            self._store.retain(())
+            return
         keys = unit_keys(layout, self._name)
 
         def progress(units_loaded: int, phase: str) -> None:
@@ -143,7 +154,7 @@ class Member:
 
         started_s = self._clock()
         try:
-            self._pool = pool = self._store.load(load, keys, len(layout.layers_of(self._name)), progress)
+            self.pool = pool = self._store.load(load, keys, len(layout.layers_of(self._name)), progress)
             pool.hold(layout.layers_of(self._name))
         except Exception as error:
             log.exception("loading failed")
@@ -185,7 +196,11 @@ class Member:
         order = self._order[epoch, hop]
         while (due := order.peek()) is not None:
             handover = self._handover
-            if handover is not None and epoch > handover.source_epoch and not handover.may_run(due[1]):
+            if (
+                handover is not None
+                and epoch > handover.source_epoch
+                and not handover.is_complete_through(due[1].fence)
+            ):
                 if self._blocked_since_s is None:
                     self._blocked_since_s = self._clock()
                 return
@@ -196,13 +211,15 @@ class Member:
                 raise StepError(due[1].epoch, due[1].ordinal, error) from error
 
     def _unblock(self) -> None:
-        """Something arrived that steps of the next epoch may have waited for."""
+        """Something arrived that steps of the next epoch, or the transition's end, may have waited for."""
         handover = self._handover
         if handover is None or not handover.is_open:
             return
         for epoch, hop in list(self._order):
             if epoch > handover.source_epoch:
                 self._run_due(epoch, hop)
+        if self._retire_due is not None and handover.is_complete_through(self._retire_due.through):
+            self._end_transition(handover, committed=True)
 
     def _run(self, step: Step, plan: StepPlan, tensors: Tensors, arrived_s: float) -> None:
         stage, hop = self._stages[plan.epoch], step.hop
@@ -260,11 +277,11 @@ class Member:
         old = self._stages.get(prepare.source_epoch)
         mine = layout.layers_of(self._name)
         try:
-            if self._pool is None:
-                self._pool = self._store.make_pool(load, max(1, len(mine)))
+            if self.pool is None:
+                self.pool = self._store.make_pool(load, max(1, len(mine)))
             if prepare.retired_blocks:
-                self._pool.release_blocks(prepare.retired_blocks)
-            self._pool.hold(mine)
+                self.pool.release_blocks(prepare.retired_blocks)
+            self.pool.hold(mine)
         except Exception as error:
             log.exception("preparing transition %d failed", prepare.transition)
             self._outbox.to_head(TransitionFailed(self._name, prepare.transition, f"{type(error).__name__}: {error}"))
@@ -276,16 +293,16 @@ class Member:
                 if segment.worker == self._name:
                     order = self._order.get((prepare.source_epoch, hop))
                     starts[hop] = order.next_ordinal if order is not None else 0
-        handover.begin(prepare, self._name, self._pool, old.layout if old else None, starts)
+        handover.begin(prepare, self._name, self.pool, old.layout if old else None, starts)
         if self._name in layout.workers:
-            self._stages[layout.epoch] = Stage(layout, self._name, self._store.units, self._pool, self._device)
+            self._stages[layout.epoch] = Stage(layout, self._name, self._store.units, self.pool, self._device)
         self._outbox.to_head(
             Prepared(
                 worker=self._name,
                 transition=prepare.transition,
                 starts=[(source.index, source.start) for source in handover.sources],
-                num_pages=self._pool.num_pages,
-                page_bytes=self._pool.page_bytes,
+                num_pages=self.pool.num_pages,
+                page_bytes=self.pool.page_bytes,
             )
         )
         early, self._early = self._early, []
@@ -331,17 +348,28 @@ class Member:
                 _, num_bytes = handover.totals()
                 copied = Copied(self._name, message.transition, message.move, count, num_bytes)
                 self._outbox.to_head(copied)
-        except TransferError as error:
+        except (TransferError, PoolExhausted) as error:
             self._outbox.to_head(TransitionFailed(self._name, message.transition, str(error)))
 
     def retire(self, message: Retire | Cancel) -> None:
-        """The transition has ended: keep what its outcome needs, and report."""
+        """The transition has ended: keep what its outcome needs, and report; committed, once all rows are here."""
         handover = self._handover
+        if message.transition > self._last_transition:  # it overtook its `Prepare`, which will be ignored
+            assert isinstance(message, Cancel), "a transition is retired that was never prepared here"
+            self._last_transition = message.transition
+            self._outbox.to_head(Retired(self._name, message.transition, 0, 0, 0, 0, []))
+            return
         if handover is None or handover.transition != message.transition:
             return
-        committed = isinstance(message, Retire)
+        if isinstance(message, Retire):
+            self._retire_due = message
+            self._unblock()
+        else:
+            self._end_transition(handover, committed=False)
+
+    def _end_transition(self, handover: Handover, *, committed: bool) -> None:
         gone = handover.source_epoch if committed else handover.layout.epoch
-        self._handover, self._blocked_since_s = None, None
+        self._handover, self._blocked_since_s, self._retire_due = None, None, None
         self._store.cancel_shadow()
         self._stages.pop(gone, None)
         for key in [key for key in self._order if key[0] == gone]:
@@ -349,20 +377,18 @@ class Member:
         keys: list[UnitKey] = []
         for stage in self._stages.values():
             keys += unit_keys(stage.layout, self._name)
-        if self._pool is not None:
-            self._pool.drop([layer for layer in self._pool.layers if layer not in keys])
+        if self.pool is not None:
+            self.pool.drop([layer for layer in self.pool.layers if layer not in keys])
         self._store.retain(keys)
         row_bytes, page_bytes = handover.totals()
         if not self._stages:
-            self._pool = None
-        num_pages = self._pool.num_pages if self._pool is not None else 0
+            self.pool = None
         self._outbox.to_head(
             Retired(
                 worker=self._name,
                 transition=handover.transition,
                 row_bytes=row_bytes,
                 page_bytes=page_bytes,
-                num_pages=num_pages,
                 fence_waits=handover.fence_waits,
                 fence_wait_us=int(1e6 * handover.fence_wait_s),
                 pauses_us=[int(1e6 * pause) for pause in handover.pauses_s],
@@ -388,10 +414,10 @@ class Member:
                 stage.check_integrity()
             except AssertionError as error:
                 problems.append(str(error))
-        if self._handover is None and self._pool is not None:
+        if self._handover is None and self.pool is not None:
             held = {layer for stage in self._stages.values() for layer in stage.layout.layers_of(self._name)}
-            if set(self._pool.layers) != held:
-                problems.append(f"pages are held for layers {self._pool.layers}, the layout gives {sorted(held)}")
+            if set(self.pool.layers) != held:
+                problems.append(f"pages are held for layers {self.pool.layers}, the layout gives {sorted(held)}")
         return Audited(
             worker=self._name,
             num_sequences=self.num_sequences,

@@ -196,9 +196,13 @@ class Open(msgspec.Struct, frozen=True, array_like=True, tag=8):
 
 
 class Retire(msgspec.Struct, frozen=True, array_like=True, tag=9):
-    """The transition is committed: forget the old epoch, drop what the new layout does not need, answer `Retired`."""
+    """The transition is committed: forget the old epoch, drop what the new layout does not need, answer `Retired`.
+
+    `through` is the old epoch's last step: a target does it when the mirror is complete through there.
+    """
 
     transition: int
+    through: int
 
 
 class Cancel(msgspec.Struct, frozen=True, array_like=True, tag=10):
@@ -210,12 +214,13 @@ class Cancel(msgspec.Struct, frozen=True, array_like=True, tag=10):
 class Mirror(msgspec.Struct, frozen=True, array_like=True, tag=11):
     """From source to target: the rows that step `ordinal` wrote in the layers of move `move`.
 
-    `blocks` and `offsets` are int32 arrays as bytes, one entry per row; beside it travels
-    ``[num_layers, T, 2, num_kv_heads, head_dim]``, or nothing when the step wrote nothing.
+    `start` is the first step of this mirror. `blocks` and `offsets` are int32 arrays as bytes, one entry per row; beside it
+    travels ``[num_layers, T, 2, num_kv_heads, head_dim]``.
     """
 
     transition: int
     move: int
+    start: int
     ordinal: int
     blocks: bytes
     offsets: bytes
@@ -380,7 +385,6 @@ class Retired(msgspec.Struct, frozen=True, array_like=True, tag=45):
     transition: int
     row_bytes: int
     page_bytes: int
-    num_pages: int
     fence_waits: int
     fence_wait_us: int
     pauses_us: list[int]

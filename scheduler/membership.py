@@ -38,7 +38,8 @@ class Worker:
     phase: str = ""
     weight_bytes: int = 0
     num_pages: int = 0
-    """Of its page pool; 0 while it has none."""
+    """Of its page pool, or of the last one it had; 0 before the first."""
+    page_bytes: int = 0
     implementation: str = ""
     rss: int = 0
     pages_used: int = 0

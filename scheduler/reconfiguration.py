@@ -97,6 +97,8 @@ class _Transition:
     opening: Opening | None = None
     pauses_us: list[int] = field(default_factory=list)
     why: str = ""
+    again: bool = False
+    """Once aborted, begin the change anew."""
     weights_before: dict[WorkerName, int] = field(default_factory=dict)
     recomputed_before: int = 0
 
@@ -228,8 +230,6 @@ class Reconfiguration:
         report.fence_waits += message.fence_waits
         report.fence_wait_ms += message.fence_wait_us / 1e3
         now.pauses_us += message.pauses_us
-        if message.num_pages:
-            now.num_pages[message.worker] = message.num_pages
 
     def lost(self, name: WorkerName) -> bool:
         """A worker is gone. True when the old layout goes on without it; False when the pipeline is broken."""
@@ -286,17 +286,19 @@ class Reconfiguration:
                     return False
                 self._prepare(now)
             case "prepare":
-                if now.awaiting or not self._make_room(now):
+                if now.awaiting:
                     return False
-                self._shadow(now)
+                if self._has_room(now):
+                    self._shadow(now)
             case "shadow":
                 stopped = now.change.strategy == "stop-copy"
                 if now.not_warm or (stopped and now.snapshot is not None and not now.snapshot.is_complete):
                     return False
                 self._flip(now)
             case "flip":
-                if not head.batcher.is_vacated():
-                    return False
+                assert now.snapshot is not None
+                if not (head.batcher.is_vacated() and now.snapshot.is_complete):
+                    return False  # cached blocks that nobody uses right now are copied to the last one too
                 self._retire(now)
             case "retire":
                 if now.awaiting:
@@ -314,6 +316,9 @@ class Reconfiguration:
         head = self._head
         old = head.layout
         assert old is not None, "the state asks only while it serves"
+        for name in change.layout.workers:
+            if name not in head.members.workers:
+                raise Refused(f"there is no worker {name}; there are {', '.join(head.members.in_order())}")
         needed = self._blocks_needed()
         moves = moves_between(old, change.layout)
         hops = split_into_hops(old, change.layout, moves, lambda a, b: self._capacity(a, b) >= needed)
@@ -409,20 +414,16 @@ class Reconfiguration:
             load = head.load_message(now.new, name)
             head.send(name, Prepare(now.new.epoch, now.old.epoch, load, now.moves, retired, mirror=now.copies))
 
-    def _make_room(self, now: _Transition) -> bool:
-        """Now that every pool's size is known: room for both layouts? The shrink may have to wait for releases."""
+    def _has_room(self, now: _Transition) -> bool:
+        """Now that the size of every pool is known: is there room? If not, begin again, knowing it."""
         head = self._head
         for name, num_pages in now.num_pages.items():
             head.members.workers[name].num_pages = num_pages
-        capacity = self._capacity(now.old, now.new)
-        if capacity < self._blocks_needed() and capacity < head.pool.num_blocks:
-            self._abort(
-                now, f"the workers that join have room for {capacity} KV blocks, {self._blocks_needed()} are needed"
-            )
-            return False
-        if capacity < head.pool.target:
-            head.set_capacity(capacity)
-        return head.pool.num_blocks <= capacity
+        if head.pool.num_blocks <= self._capacity(now.old, now.new):
+            return True
+        now.again = True
+        self._abort(now, "the pool of a worker that joins is smaller than was thought")
+        return False
 
     def _shadow(self, now: _Transition) -> None:
         head = self._head
@@ -455,18 +456,15 @@ class Reconfiguration:
         now.enter("retire", head.now_s)
         assert now.opening is not None
         now.report.sequences_flipped += now.opening.num_flipped
+        through = head.batcher.last_ordinal(now.old.epoch)
         head.batcher.retire_old()
         head.adopt_layout(now.new)
         now.awaiting = set(now.workers)
         for name in now.workers:
-            head.send(name, Retire(now.new.epoch))
+            head.send(name, Retire(now.new.epoch, through))
 
     def _finish_hop(self, now: _Transition) -> None:
         head, report = self._head, now.report
-        for name in now.workers:
-            worker = head.members.workers.get(name)
-            if worker is not None:
-                worker.num_pages = now.num_pages.get(name, 0)
         head.set_capacity(self._capacity(now.new, now.new))
         if now.later:
             now.enter("reserve", head.now_s)
@@ -498,6 +496,12 @@ class Reconfiguration:
         head.batcher.unguard()
         self._now = None
         now.report.total_s = head.now_s - now.began_s
+        if now.again:
+            try:
+                self._begin(now.change)
+            except Refused as error:
+                self._end_report(now.report, "refused", str(error))
+            return
         self._end_report(now.report, "aborted", now.why)
         head.note(f"transition {now.report.id} aborted: {now.why}")
 

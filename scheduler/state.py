@@ -387,10 +387,14 @@ class SchedulerState:
         if self.status == "waiting_for_workers":
             self.status = "loading"
         effects.append(Report("info", f"loading layout {_describe(self.layout)} (epoch {self.epoch})"))
-        for name in self.layout.workers:
+        for name in self.members.in_order():
             worker = self.members.workers[name]
+            if name not in self.layout.workers:
+                if self.status == "recovering":
+                    self.send(name, self.load_message(self.layout, name))  # to drop what it may still hold
+                continue
             worker.advance("load")
-            worker.epoch, worker.num_pages = self.epoch, 0
+            worker.epoch = self.epoch
             worker.units_loaded, worker.units_total = 0, self._num_units(name)
             effects.append(Send(name, self.load_message(self.layout, name)))
 

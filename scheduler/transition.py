@@ -140,7 +140,7 @@ def split_into_hops(
     ``fits(a, b)`` says whether a transition from a to b has room. One hop when the whole change fits, else as few
     layers at a time as fit. Empty when even one layer has no room. Only the last hop keeps segments that hold no layer.
     """
-    if fits(old, new):
+    if not moves or fits(old, new):
         return [new]
     hops: list[Layout] = []
     current, order = old, move_order(old, new, moves)

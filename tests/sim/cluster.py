@@ -1,35 +1,51 @@
-"""The real scheduler and stage states over a simulated clock, network and model.
+"""The real scheduler, reconfiguration, members, stages and page pools over a simulated clock, network and model.
 
-A simulated worker keeps, for each block, the tokens whose KV rows it would hold. When a step reads a context, what
-the blocks hold must be exactly the sequence's tokens: a block handed on too early, a wrong prefix hit or a lost write
-shows at once. The "model" is a hash: the next token is a function of all tokens before it, so the reference output
-of a request needs no pipeline at all.
+The simulated model makes every mistake visible. Its embedding passes the token on; each layer writes the token (and its
+own number) into the KV page, reads the whole context back from the pages, and mixes what it read into a hash; the
+next token is that hash. So a block handed on too early, a wrong prefix hit, a row that a transition lost or an owner
+that changed too soon gives another token than the reference, which needs no pipeline at all.
 """
 
 import heapq
 import random
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
+import torch
+
+from kvstore.ids import LayerRange
+from kvstore.page_pool import PagePool
+from runtime.batch import LayerKV, StepBatch
+from runtime.layout import Layout, Segment
+from runtime.member import Member, UnitKey, unit_keys
 from runtime.messages import (
-    HopTiming,
+    Audit,
+    Cancel,
+    Copy,
     Join,
     Load,
-    Loaded,
+    Mirror,
+    Open,
+    Pages,
+    Prepare,
+    Retire,
     Sampling,
-    StepPlan,
-    StepResult,
-    decode_plan,
+    Step,
+    ToHead,
+    ToWorker,
+    decode_to_head,
+    decode_to_worker,
     encode,
 )
 from runtime.model.spec import ModelSpec
-from runtime.stage_state import PlannedBatch, StageState, StepOrder
+from runtime.stage import Units
 from scheduler.batching import BatchingConfig
+from scheduler.reconfiguration import Change, Refused
 from scheduler.request import AdmissionError, Request, TokenOutput
 from scheduler.state import (
-    Cancel,
+    AbortChange,
+    ChangeLayout,
     ClusterConfig,
     Emit,
     Event,
@@ -43,14 +59,25 @@ from scheduler.state import (
     Submit,
     Tick,
 )
+from scheduler.state import Cancel as CancelRequest
+from scheduler.transition import Strategy
 
 VOCAB = 97
 STOP = 96
+NUM_LAYERS = 5
+_LAYER_MARK = 1000
+
+
+def mix(layer: int, context: Sequence[int], state: int) -> int:
+    return zlib.crc32(bytes(context), state ^ layer) & 0xFFFFFF
 
 
 def next_token(tokens: list[int]) -> int:
     """The simulated model."""
-    return zlib.crc32(bytes(tokens)) % VOCAB
+    state = 0
+    for layer in range(NUM_LAYERS):
+        state = mix(layer, tokens, state)
+    return state % VOCAB
 
 
 def reference(request: Request) -> list[int]:
@@ -66,21 +93,157 @@ def reference(request: Request) -> list[int]:
 def make_spec(num_layers: int) -> ModelSpec:
     return ModelSpec(
         name="sim", folder="sim", architecture="Sim", dtype="float32", load_format="dummy", num_layers=num_layers,
-        hidden_size=8, num_heads=2, num_kv_heads=1, head_dim=4, vocab_size=VOCAB, max_context=200,
+        hidden_size=2, num_heads=1, num_kv_heads=1, head_dim=1, vocab_size=VOCAB, max_context=200,
         tied_embeddings=True, layer_bytes=(100,) * num_layers, embedding_bytes=100, lm_head_bytes=300,
         layer_flops_per_token=(100,) * num_layers, lm_head_flops_per_token=300, eos_token_ids=(STOP,),
     )  # fmt: skip
 
 
-@dataclass
+class _Layer:
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def __call__(self, hidden: torch.Tensor, batch: StepBatch, kv: LayerKV) -> torch.Tensor:
+        pages, size = kv.data.numpy(), kv.data.shape[2]
+        ids = hidden.numpy()
+        result = ids.copy()
+        for row in range(batch.num_rows):
+            start, stop, length = batch.query_starts[row], batch.query_starts[row + 1], int(batch.context_lens[row])
+            table = kv.page_of_block[batch.block_tables[row, : -(-length // size)]]
+            assert (table >= 0).all(), f"layer {self.index} reads a block without a page"
+            held = pages[table, 0].reshape(-1)  # a copy: [blocks * size]
+            first = length - (stop - start)
+            for offset in range(first, length):
+                pages[table[offset // size], 0, offset % size, 0, 0] = ids[start + offset - first, 0] + (
+                    _LAYER_MARK * (self.index + 1)
+                )
+            held[first:length] = ids[start:stop, 0] + _LAYER_MARK * (self.index + 1)
+            context = (held[:length] - _LAYER_MARK * (self.index + 1)).astype(int)
+            good = ((context >= 0) & (context < VOCAB)).all()
+            result[stop - 1, 1] = mix(self.index, context.tolist(), int(ids[stop - 1, 1])) if good else 1
+        return torch.from_numpy(result)
+
+
+def _embed(tokens: torch.Tensor) -> torch.Tensor:
+    return torch.stack([tokens.float(), torch.zeros(len(tokens))], dim=1)
+
+
+def _head(hidden: torch.Tensor) -> torch.Tensor:
+    logits = torch.zeros(len(hidden), VOCAB)
+    logits[torch.arange(len(hidden)), hidden[:, 1].long() % VOCAB] = 1.0
+    return logits
+
+
+class _Store:
+    """Units of the simulated model; shadows take simulated time, and sometimes fail."""
+
+    def __init__(self, worker: "SimWorker", cluster: "SimCluster") -> None:
+        self.units = Units({})
+        self.weight_bytes = 0
+        self.implementation = "sim"
+        self._worker = worker
+        self._cluster = cluster
+        self._token = 0
+
+    def load(
+        self, load: Load, keys: Sequence[UnitKey], num_layers: int, progress: Callable[[int, str], None]
+    ) -> PagePool:
+        self.retain(keys)
+        self._add(keys)
+        return self.make_pool(load, num_layers)
+
+    def make_pool(self, load: Load, num_layers: int) -> PagePool:
+        return PagePool(self._worker.num_pages, load.block_size, 1, 1, torch.float32, "cpu")
+
+    def shadow(self, load: Load, keys: Sequence[UnitKey], transition: int, is_idle: bool) -> None:
+        self._token += 1
+        token = self._token
+        fails = self._cluster.random.random() < self._cluster.shadow_failures
+
+        def done() -> None:
+            if token != self._token or not self._worker.alive:
+                return
+            if not fails:
+                self._add(keys)
+            self._worker.member.shadow_built(transition, 0.1, RuntimeError("no memory") if fails else None)
+
+        self._cluster.at(self._cluster.random.uniform(0.0, 0.3), done)
+
+    def cancel_shadow(self) -> None:
+        self._token += 1
+
+    def retain(self, keys: Iterable[UnitKey]) -> None:
+        keep = set(keys)
+        self.units.layers = {key: unit for key, unit in self.units.layers.items() if key in keep}
+        self.units.embedding = self.units.embedding if "embedding" in keep else None
+        self.units.lm_head = self.units.lm_head if "lm_head" in keep else None
+
+    def rss(self) -> int:
+        return 0
+
+    def held(self) -> set[UnitKey]:
+        ends = {name for name in ("embedding", "lm_head") if getattr(self.units, name) is not None}
+        return {*self.units.layers, *ends}
+
+    def _add(self, keys: Iterable[UnitKey]) -> None:
+        for key in keys:
+            if isinstance(key, int):
+                self.units.layers.setdefault(key, _Layer(key))
+            elif key == "embedding":
+                self.units.embedding = _embed
+            else:
+                self.units.lm_head = _head
+
+
 class SimWorker:
-    name: str
-    num_pages: int
-    alive: bool = True
-    load: Load | None = None
-    state: StageState | None = None
-    order: dict[int, StepOrder[Any]] = field(default_factory=dict)
-    kv: dict[int, dict[int, int]] = field(default_factory=dict)
+    """A worker process: a member, its store and its mailbox."""
+
+    def __init__(self, name: str, num_pages: int, cluster: "SimCluster") -> None:
+        self.name = name
+        self.num_pages = num_pages
+        self.alive = True
+        self._cluster = cluster
+        self.store = _Store(self, cluster)
+        self.member = Member(name, torch.device("cpu"), self.store, self, lambda: cluster.now)
+
+    def to_head(self, message: ToHead) -> None:
+        raw = encode(message)
+        self._cluster.transmit_to_head(raw)
+
+    def to_peer(self, worker: str, message: Step | Mirror | Pages, tensors: Sequence[torch.Tensor]) -> None:
+        self._cluster.transmit(worker, message, [tensor.clone() for tensor in tensors])
+
+    def receive(self, message: ToWorker, tensors: list[torch.Tensor]) -> None:
+        member = self.member
+        match message:
+            case Step():
+                member.step(message, tensors, self._cluster.now)
+            case Mirror() | Pages():
+                member.arrive(message, tensors)
+            case Load():
+                member.load(message)
+            case Prepare():
+                member.prepare(message)
+            case Copy():
+                member.copy(message)
+            case Open():
+                member.open(message)
+            case Retire() | Cancel():
+                member.retire(message)
+            case _:
+                raise AssertionError(f"a worker got {message}")
+        self.work()
+
+    def work(self) -> None:
+        """Background slices, spread over simulated time."""
+        wait_s = self.member.background_wait_s()
+        if wait_s is not None and self.alive:
+            self._cluster.at(wait_s + 0.001, self._slice)
+
+    def _slice(self) -> None:
+        if self.alive:
+            self.member.background()
+            self.work()
 
 
 @dataclass
@@ -95,21 +258,32 @@ class SimCluster:
     """A head and its workers. `run` drives everything until nothing is left to do."""
 
     def __init__(
-        self, seed: int, *, num_stages: int, batching: BatchingConfig, num_blocks: int, num_layers: int = 6
+        self,
+        seed: int,
+        *,
+        num_stages: int,
+        batching: BatchingConfig,
+        num_blocks: int,
+        num_spares: int = 0,
+        shadow_failures: float = 0.0,
     ) -> None:
         self.random = random.Random(seed)
         self.now = 0.0
+        self.shadow_failures = shadow_failures
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._num_events = 0
-        cluster = ClusterConfig(spec=make_spec(num_layers), num_stages=num_stages, rejoin_timeout_s=3.0)
+        cluster = ClusterConfig(spec=make_spec(NUM_LAYERS), num_stages=num_stages, rejoin_timeout_s=3.0)
         self.head = SchedulerState(cluster, batching)
         self.workers: dict[str, SimWorker] = {}
         self.streams: dict[int, Stream] = {}
         self.rejected: list[AdmissionError] = []
+        self.refused: list[Refused] = []
         self.num_blocks = num_blocks
         self.restarts = 0
-        for index in range(num_stages):
-            self.at(0.01 * index, lambda index=index: self.start_worker(f"w{index}", ""))
+        self.changes = 0
+        for index in range(num_stages + num_spares):
+            at = 0.01 * index if index < num_stages else 0.4
+            self.at(at, lambda index=index: self.start_worker(f"w{index}", ""))
 
     # -- driving --------------------------------------------------------------------------------------------
 
@@ -128,11 +302,9 @@ class SimCluster:
         for effect in effects:
             match effect:
                 case SendStep():
-                    plan = encode(effect.plan)
-                    self._transmit(effect.worker, lambda w, plan=plan: self._step(w, 0, plan, []))
+                    self.transmit(effect.worker, Step(0, encode(effect.plan), []), [])
                 case Send():
-                    assert isinstance(effect.message, Load)
-                    self._transmit(effect.worker, lambda w, load=effect.message: self._load(w, load))
+                    self.transmit(effect.worker, effect.message, [])
                 case Emit():
                     self._emit(effect.sequence, effect.output)
                 case EvictWorker() | Report():
@@ -152,7 +324,20 @@ class SimCluster:
         stream = self.streams.get(sequence)
         if stream is not None and stream.finish_reason is None:
             stream.cancelled = True
-            self.handle(Cancel(sequence, "abort"))
+            self.handle(CancelRequest(sequence, "abort"))
+
+    def change(
+        self, layout: Layout, strategy: Strategy = "live", *, queue: bool = False, deadline_s: float = 1e9
+    ) -> None:
+        self.changes += 1
+        change = Change(self.changes, layout, strategy, deadline_s, 10_000)
+        try:
+            self.handle(ChangeLayout(change, queue, self.now))
+        except Refused as error:
+            self.refused.append(error)
+
+    def abort_change(self, change: int) -> None:
+        self.handle(AbortChange(change, self.now))
 
     def _emit(self, sequence: int, output: TokenOutput) -> None:
         stream = self.streams[sequence]
@@ -164,9 +349,9 @@ class SimCluster:
     # -- workers --------------------------------------------------------------------------------------------
 
     def start_worker(self, name: str, replaces: str) -> None:
-        self.workers[name] = SimWorker(name, self.num_blocks * 6)
+        self.workers[name] = SimWorker(name, self.num_blocks * NUM_LAYERS, self)
         join = Join(name, "host", 1, "cpu", "sim", 1, 1, 1, {}, replaces)
-        self._to_head(self.workers[name], lambda: FromWorker(join, self.now))
+        self.at(self._delay(), lambda: self.handle(FromWorker(join, self.now)))
 
     def crash(self, name: str) -> None:
         """Kill a worker; the head learns of it later, and a new incarnation joins later still, or never."""
@@ -187,77 +372,52 @@ class SimCluster:
                 self.head.members.seen(worker.name, self.now)
         self.handle(Tick(self.now))
 
-    def _transmit(self, to: str, deliver: Callable[[SimWorker], None]) -> None:
+    def transmit(self, to: str, message: ToWorker, tensors: list[torch.Tensor]) -> None:
         """One message: any delay, any order, sometimes twice."""
+        raw = encode(message)
         copies = 2 if self.random.random() < 0.05 else 1
         for _ in range(copies):
-            self.at(self._delay(), lambda: self._arrive(to, deliver))
+            self.at(self._delay(), lambda: self._arrive(to, raw, tensors))
 
-    def _arrive(self, to: str, deliver: Callable[[SimWorker], None]) -> None:
+    def transmit_to_head(self, raw: bytes) -> None:
+        copies = 2 if self.random.random() < 0.02 else 1
+        for _ in range(copies):
+            self.at(self._delay(), lambda: self.handle(FromWorker(decode_to_head(raw), self.now)))
+
+    def _arrive(self, to: str, raw: bytes, tensors: list[torch.Tensor]) -> None:
         worker = self.workers.get(to)
         if worker is not None and worker.alive:
-            deliver(worker)
-
-    def _to_head(self, worker: SimWorker, event: Callable[[], Event]) -> None:
-        self.at(self._delay(), lambda: self.handle(event()))
+            worker.receive(decode_to_worker(raw), tensors)
 
     def _delay(self) -> float:
         return self.random.choice((0.0005, 0.001, self.random.expovariate(300.0)))
 
-    def _load(self, worker: SimWorker, load: Load) -> None:
-        if worker.load is not None and load.layout.epoch <= worker.load.layout.epoch:
-            return
-        worker.load, worker.order, worker.kv = load, {}, {}
-        hops = sum(s.worker == worker.name for s in load.layout.segments)
-        worker.state = StageState(load.block_size, hops)
-        epoch = load.layout.epoch
-        loaded = Loaded(worker.name, epoch, 1, worker.num_pages, 1, 0.1, "sim")
-        self.at(0.1, lambda: worker.alive and self._to_head(worker, lambda: FromWorker(loaded, self.now)))
+    # -- the end --------------------------------------------------------------------------------------------
 
-    def _step(self, worker: SimWorker, hop: int, raw: bytes, timings: list[HopTiming]) -> None:
-        plan = decode_plan(raw)
-        if worker.load is None or plan.epoch != worker.load.layout.epoch:
-            return
-        order = worker.order.setdefault(hop, StepOrder())
-        order.push(plan.ordinal, (plan, raw, timings))
-        while (due := order.pop()) is not None:
-            self._run(worker, hop, *due)
+    def audit(self) -> None:
+        """When everything is quiet, every worker holds exactly what the layout gives it, and nothing else."""
+        self.head.check_integrity()
+        layout = self.head.layout
+        for worker in self.workers.values():
+            if not worker.alive or worker.name not in self.head.members.workers:
+                continue
+            found = worker.member.audit(Audit([], 1 << 60))
+            assert not found.problems, f"{worker.name}: {found.problems}"
+            if layout is not None and self.head.status == "serving":
+                self._audit_cache(worker, layout)
+                expected = set(unit_keys(layout, worker.name))
+                assert worker.store.held() == expected, f"{worker.name} holds {worker.store.held()}, not {expected}"
+                assert worker.member.serves() == ([layout.epoch] if expected else [])
 
-    def _run(self, worker: SimWorker, hop: int, plan: StepPlan, raw: bytes, timings: list[HopTiming]) -> None:
-        assert worker.state is not None
-        assert worker.load is not None
-        batch = worker.state.plan_batch(plan)
-        worker.state.check_integrity()
-        contexts = self._write_and_read(worker, batch, worker.load.block_size)
-        timings = [*timings, HopTiming(worker.name, 0, 0, 10, 0)]
-        layout = worker.load.layout
-        if hop + 1 < layout.num_hops:
-            following = layout.segments[hop + 1].worker
-            self._transmit(following, lambda w: self._step(w, hop + 1, raw, timings))
-            return
-        tokens = [next_token(c) for row, c in zip(plan.rows, contexts, strict=True) if row.sample]
-        result = StepResult(plan.epoch, plan.ordinal, plan.microbatch, tokens, [], [], timings)
-        self._to_head(worker, lambda: FromWorker(result, self.now))
-
-    def _write_and_read(self, worker: SimWorker, batch: PlannedBatch, block_size: int) -> list[list[int]]:
-        """Write the rows' tokens into the blocks, then read back each whole context and hold it against the truth."""
-        contexts = []
-        for index, row in enumerate(batch.plan.rows):
-            table = batch.block_tables[index]
-            for offset, token in enumerate(row.tokens):
-                position = row.start + offset
-                worker.kv.setdefault(int(table[position // block_size]), {})[position % block_size] = token
-            length = int(batch.context_lens[index])
-            context = [worker.kv[int(table[p // block_size])].get(p % block_size, -1) for p in range(length)]
-            stream = self.streams.get(row.sequence)
-            if stream is not None:
-                known = stream.request.prompt + stream.tokens
-                shared = min(len(known), length)
-                assert context[:shared] == known[:shared], (
-                    f"{worker.name} reads {context} for sequence {row.sequence}, whose tokens are {known}"
-                )
-            contexts.append(context)
-        return contexts
+    def _audit_cache(self, worker: SimWorker, layout: Layout) -> None:
+        """Every cached block has a page for every layer, on the worker that owns it now."""
+        pool = worker.member.pool
+        for layer in layout.layers_of(worker.name):
+            assert pool is not None
+            table = pool.page_of(layer)
+            for block in self.head.pool.cached_blocks():
+                assert block < len(table), f"{worker.name} has no page for cached block {block} of layer {layer}"
+                assert table[block] >= 0, f"{worker.name} has no page for cached block {block} of layer {layer}"
 
 
 def make_request(rng: random.Random, prompts: list[list[int]], *, max_prompt: int, max_output: int) -> Request:
@@ -277,3 +437,17 @@ def make_request(rng: random.Random, prompts: list[list[int]], *, max_prompt: in
         stop_token_ids=frozenset({STOP}) if rng.random() < 0.5 else frozenset(),
         use_prefix_cache=rng.random() < 0.9,
     )
+
+
+def random_layout(rng: random.Random, names: list[str]) -> Layout:
+    """Any chain over some of the workers; sometimes one of them twice, sometimes an end without layers."""
+    chosen = rng.sample(names, rng.randint(1, len(names)))
+    if len(chosen) >= 2 and rng.random() < 0.2:
+        chosen.append(chosen[0])
+    chosen = chosen[:NUM_LAYERS]
+    cuts = sorted(rng.sample(range(1, NUM_LAYERS), len(chosen) - 1))
+    if len(chosen) > 1 and rng.random() < 0.1:
+        cuts[0] = 0
+    bounds = [0, *cuts, NUM_LAYERS]
+    segments = tuple(Segment(name, LayerRange(a, b)) for name, a, b in zip(chosen, bounds, bounds[1:], strict=False))
+    return Layout(0, NUM_LAYERS, segments)

@@ -1,14 +1,15 @@
-"""Thousands of seeds of the real scheduler over a network that delays, reorders and duplicates, with workers that die."""
+"""Thousands of seeds of the real thing over a network that delays, reorders and duplicates, with workers that die."""
 
 import random
 
 import pytest
 
 from scheduler.batching import BatchingConfig
-from tests.sim.cluster import SimCluster, make_request, reference
+from scheduler.transition import STRATEGIES
+from tests.sim.cluster import SimCluster, make_request, random_layout, reference
 
 
-def scenario(seed: int, *, crashes: bool) -> SimCluster:
+def scenario(seed: int, *, crashes: bool = False, changes: bool = False) -> SimCluster:
     rng = random.Random(f"scenario {seed}")
     num_stages = rng.randint(1, 4)
     block_size = rng.choice((2, 4, 8))
@@ -22,7 +23,14 @@ def scenario(seed: int, *, crashes: bool) -> SimCluster:
     )
     tight = rng.random() < 0.5
     num_blocks = -(-60 // block_size) + (0 if tight else 60)
-    cluster = SimCluster(seed, num_stages=num_stages, batching=batching, num_blocks=num_blocks)
+    cluster = SimCluster(
+        seed,
+        num_stages=num_stages,
+        batching=batching,
+        num_blocks=num_blocks,
+        num_spares=rng.randint(0, 2) if changes else 0,
+        shadow_failures=rng.choice((0.0, 0.1)) if changes else 0.0,
+    )
     prompts: list[list[int]] = []
     at = 0.6
     for sequence in range(1, rng.randint(3, 25)):
@@ -31,6 +39,9 @@ def scenario(seed: int, *, crashes: bool) -> SimCluster:
         cluster.at(at, lambda s=sequence, r=request: cluster.submit(s, r))
         if rng.random() < 0.15:
             cluster.at(at + rng.uniform(0.0, 0.1), lambda s=sequence: cluster.cancel(s))
+    if changes:
+        for _ in range(rng.randint(1, 6)):
+            cluster.at(rng.uniform(0.5, at + 1.0), lambda: change(cluster))
     if crashes:
         for _ in range(rng.randint(1, 3)):
             cluster.at(
@@ -39,6 +50,19 @@ def scenario(seed: int, *, crashes: bool) -> SimCluster:
     for index in range(1, 60):
         cluster.at(0.5 * index, cluster.tick)
     return cluster
+
+
+def change(cluster: SimCluster) -> None:
+    """Ask for some layout over the workers that the head knows."""
+    rng, names = cluster.random, cluster.head.members.in_order()
+    if not names:
+        return
+    strategy = "live" if rng.random() < 0.7 else rng.choice(STRATEGIES)
+    deadline_s = 0.05 if rng.random() < 0.1 else 1e9
+    cluster.change(random_layout(rng, names), strategy, queue=rng.random() < 0.5, deadline_s=deadline_s)
+    if rng.random() < 0.15:
+        latest = cluster.changes
+        cluster.at(rng.uniform(0.0, 0.3), lambda: cluster.abort_change(latest))
 
 
 def check(cluster: SimCluster) -> None:
@@ -57,16 +81,34 @@ def check(cluster: SimCluster) -> None:
     if alive:
         assert cluster.head.batcher.num_unfinished == 0
         assert cluster.head.pool.num_used == 0
-    cluster.head.check_integrity()
+        assert not cluster.head.reconfiguration.is_active
+    cluster.audit()
 
 
 @pytest.mark.parametrize("block", range(10))
 def test_every_stream_equals_the_reference(block: int) -> None:
-    for seed in range(block * 40, block * 40 + 40):
-        check(scenario(seed, crashes=False))
+    for seed in range(block * 20, block * 20 + 20):
+        check(scenario(seed))
 
 
 @pytest.mark.parametrize("block", range(10))
 def test_streams_outlive_crashes(block: int) -> None:
-    for seed in range(10_000 + block * 40, 10_000 + block * 40 + 40):
+    for seed in range(10_000 + block * 20, 10_000 + block * 20 + 20):
         check(scenario(seed, crashes=True))
+
+
+@pytest.mark.parametrize("block", range(20))
+def test_layout_changes_change_nothing_else(block: int) -> None:
+    for seed in range(20_000 + block * 20, 20_000 + block * 20 + 20):
+        cluster = scenario(seed, changes=True)
+        check(cluster)
+        for report in cluster.head.reconfiguration.reports.values():
+            assert report.outcome in ("committed", "aborted", "refused"), report
+            assert report.dropped_requests == 0
+        assert all(stream.finish_reason != "error" for stream in cluster.streams.values())
+
+
+@pytest.mark.parametrize("block", range(20))
+def test_layout_changes_and_crashes(block: int) -> None:
+    for seed in range(30_000 + block * 20, 30_000 + block * 20 + 20):
+        check(scenario(seed, changes=True, crashes=True))
