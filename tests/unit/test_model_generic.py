@@ -71,5 +71,5 @@ def test_heads_that_do_not_fit_the_pages_never_reach_the_kernels(tmp_path: Path)
     chain = generic_chain(write_tiny("llama", tmp_path))
     for field in ("num_kv_heads", "head_dim"):
         wrong = replace(chain.spec, **{field: getattr(chain.spec, field) // 2})
-        with pytest.raises(ModelError, match="LlamaAttention attends with .* does not fit KV pages"):
+        with pytest.raises(ModelError, match=r"LlamaAttention attends with .* does not fit KV pages"):
             Chain(wrong, chain.embedding, chain.layers, chain.lm_head).run(torch.ones(1, 4, dtype=torch.int64), (4,))
