@@ -9,9 +9,11 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any, assert_never
 
+import msgspec
 import torch
 
 from kvstore.ids import SequenceId
+from runtime.layout import Layout
 from runtime.messages import (
     Audit,
     Audited,
@@ -23,9 +25,12 @@ from runtime.messages import (
     encode,
 )
 from runtime.rpc import Door
+from scheduler.reconfiguration import Change, Refused
 from scheduler.request import AdmissionError, EngineStats, Health, Limits, Request, Sink, TokenOutput
 from scheduler.state import (
+    AbortChange,
     Cancel,
+    ChangeLayout,
     Drain,
     Effect,
     Emit,
@@ -40,11 +45,16 @@ from scheduler.state import (
     Submit,
     Tick,
 )
+from scheduler.transition import STRATEGIES
+from scheduler.wishes import LayoutError, read_layout, without_worker
 
 log = logging.getLogger("midflight.head")
 
 HEARTBEAT_INTERVAL_S = 1.0
 TICK_INTERVAL_S = 0.5
+SNAPSHOT_BYTES_PER_S = 200_000_000
+"""The snapshot's rate while the source serves, unless a change asks for another."""
+_WATCHED = ("id", "phase", "hop", "loading", "snapshot_blocks_arrived", "sequences_flipped")
 AUDIT_TIMEOUT_S = 30.0
 
 
@@ -61,8 +71,10 @@ class Driver:
         self._ticker: asyncio.Task[None] | None = None
         self._finish_rate = 0.0
         self._num_finished_before = 0
-        self.on_change: Callable[[], None] = lambda: None
-        """Called on the loop after a report: something an operator would want to see has changed."""
+        self._next_change = 1
+        self._changed = asyncio.Event()
+        self._listeners: set[Callable[[dict[str, Any]], None]] = set()
+        self._seen: tuple[Any, ...] = ()
 
     # -- life ---------------------------------------------------------------------------------------------
 
@@ -257,6 +269,84 @@ class Driver:
             ],
         }
 
+    # -- changing the layout ------------------------------------------------------------------------------
+
+    def change_layout(self, wish: dict[str, Any]) -> int:
+        """Begin (or queue) a change of layout; its id. `wish` is the body of ``POST /admin/layout``.
+
+        Raises:
+            LayoutError: it is not a layout of this model over these workers, or an option is wrong.
+            Refused: it cannot be made now; nothing has changed.
+        """
+        state = self._state
+        if state.layout is None:
+            raise Refused(f"the server is {state.status.replace('_', ' ')}; a layout changes while it serves")
+        layout = read_layout(wish, state.layout, state.members.in_order())
+        return self._change(layout, wish)
+
+    def drain_worker(self, name: str, wish: dict[str, Any]) -> int:
+        """Move everything off a worker, balanced over the other ones of the layout; the id of the change.
+
+        Raises:
+            LayoutError, Refused: as `change_layout`.
+        """
+        state = self._state
+        if state.layout is None:
+            raise Refused(f"the server is {state.status.replace('_', ' ')}; a worker is drained while it serves")
+        names = state.members.in_order()
+        if name not in names:
+            raise LayoutError(f"there is no worker {name!r}; there are {', '.join(names)}", "worker")
+        if len(names) == 1:
+            raise Refused(f"{name} is the only worker; start another one first")
+        others = max(1, len([worker for worker in state.layout.workers if worker != name]))
+        return self._change(without_worker(state.layout, name, names, state.balanced(others)), wish)
+
+    def abort_change(self, change: int) -> bool:
+        """Abort a change that is queued or has not flipped anything; False when it is too late or unknown."""
+        report = self._state.reconfiguration.reports.get(change)
+        if report is None or report.outcome not in ("running", "queued"):
+            return False
+        before = self._state.reconfiguration.num_aborts_asked
+        self._handle(AbortChange(change, self._loop.time()))
+        return self._state.reconfiguration.num_aborts_asked > before
+
+    def change_view(self, change: int) -> dict[str, Any] | None:
+        """The report of a change so far; None when it is not known (any more)."""
+        report = self._state.reconfiguration.reports.get(change)
+        if report is None:
+            return None
+        view = msgspec.to_builtins(report)
+        now = self._state.reconfiguration.view()
+        view["progress"] = now if now is not None and now["id"] == change else None
+        return view
+
+    def changes_view(self) -> list[dict[str, Any]]:
+        """The reports of the last changes, oldest first."""
+        return [msgspec.to_builtins(report) for report in self._state.reconfiguration.reports.values()]
+
+    async def wait_change(self, change: int) -> dict[str, Any]:
+        """The report, once the change has ended."""
+        while (view := self.change_view(change)) is not None and view["outcome"] in ("running", "queued"):
+            self._changed.clear()
+            await self._changed.wait()
+        assert view is not None, f"the report of change {change} was dropped before anybody read it"
+        return view
+
+    def _change(self, layout: Layout, wish: dict[str, Any]) -> int:
+        change = Change(
+            self._next_change,
+            layout,
+            _option(wish, "strategy", "live", lambda v: v in STRATEGIES, f"one of {', '.join(STRATEGIES)}"),
+            _option(wish, "deadline_s", 600.0, lambda v: _is_number(v) and v > 0, "a positive number of seconds"),
+            _option(
+                wish, "bytes_per_s", SNAPSHOT_BYTES_PER_S, lambda v: type(v) is int and v > 0, "a positive integer"
+            ),
+        )
+        queue = _option(wish, "queue", False, lambda v: isinstance(v, bool), "true or false")
+        self._handle(ChangeLayout(change, queue, self._loop.time()))
+        self._next_change += 1
+        return change.id
+
     # -- events and effects -------------------------------------------------------------------------------
 
     def _cancel(self, sequence: SequenceId, reason: Any) -> None:
@@ -267,9 +357,29 @@ class Driver:
         if not self._closed:
             self._handle(FromWorker(message, self._loop.time()))
 
+    def listen(self, listener: Callable[[dict[str, Any]], None]) -> Callable[[], None]:
+        """Call `listener` on the loop with every event for operators, until the returned function is called."""
+        self._listeners.add(listener)
+        return lambda: self._listeners.discard(listener)
+
     def _handle(self, event: Event) -> None:
         for effect in self._state.step(event):
             self._carry_out(effect)
+        if self._state.reconfiguration.is_active or self._seen:
+            self._watch()
+
+    def _watch(self) -> None:
+        """Tell listeners when the transition has gone on: another phase, more arrived, its end."""
+        view = self._state.reconfiguration.view()
+        seen = () if view is None else tuple(view[key] for key in _WATCHED)
+        if seen != self._seen:
+            self._seen = seen
+            self._tell({"type": "transition", "transition": view})
+            self._changed.set()
+
+    def _tell(self, event: dict[str, Any]) -> None:
+        for listener in list(self._listeners):
+            listener(event)
 
     def _carry_out(self, effect: Effect) -> None:
         door = self._door
@@ -286,10 +396,9 @@ class Driver:
             case EvictWorker():
                 assert door is not None
                 door.evict(effect.worker)
-                self.on_change()
             case Report():
                 log.log(getattr(logging, effect.level.upper()), "%s", effect.text)
-                self.on_change()
+                self._tell({"type": "note", "level": effect.level, "text": effect.text})
             case _:
                 assert_never(effect)
 
@@ -334,3 +443,16 @@ class Driver:
         reply = decode_to_head(await asyncio.wrap_future(future))
         assert isinstance(reply, Audited)
         return reply
+
+
+def _option(wish: dict[str, Any], name: str, default: Any, is_valid: Callable[[Any], bool], wanted: str) -> Any:
+    value = wish.get(name)
+    if value is None:
+        return default
+    if not is_valid(value):
+        raise LayoutError(f"{name}: {value!r} is not {wanted}", name)
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

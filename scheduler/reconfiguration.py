@@ -122,6 +122,8 @@ class Reconfiguration:
         self._queue: deque[Change] = deque()
         self.reports: dict[int, Report] = {}
         self.num_outcomes: dict[str, int] = {}
+        self.num_aborts_asked = 0
+        """Aborts by an operator that came in time."""
 
     @property
     def is_active(self) -> bool:
@@ -179,6 +181,7 @@ class Reconfiguration:
             if change.id == transition:
                 self._queue.remove(change)
                 self._end_report(self.reports[transition], "aborted", why)
+                self.num_aborts_asked += 1
                 return True
         now = self._now
         if now is None or now.change.id != transition or now.phase not in ("reserve", "prepare", "shadow"):
@@ -186,6 +189,7 @@ class Reconfiguration:
         if now.report.num_hops - len(now.later) > 1:
             return False
         self._abort(now, why)
+        self.num_aborts_asked += 1
         return True
 
     # -- what the workers say -------------------------------------------------------------------------------

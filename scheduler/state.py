@@ -401,6 +401,10 @@ class SchedulerState:
     def _counts(self, num_stages: int) -> tuple[int, ...]:
         if self.cluster.layers is not None and len(self.cluster.layers) == num_stages:
             return self.cluster.layers
+        return self.balanced(num_stages)
+
+    def balanced(self, num_stages: int) -> tuple[int, ...]:
+        """Layers per stage that keep `num_stages` stages equally busy."""
         on_cpu = all(w.info.device == "cpu" for w in self.members.workers.values())
         return balanced_counts(unit_costs(self.cluster.spec, CPU_CORE if on_cpu else GPU), num_stages)
 
