@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from runtime.batch import LayerKV, StepBatch
-from runtime.kernels import STORAGE_DTYPES, storage
+from runtime.kernels import has_kernels, storage
 from runtime.kernels.paged import paged_attention, scratch_sizes, write_pages
 from runtime.kernels.tiles import tile_address
 
@@ -42,7 +42,7 @@ def attend(
     Returns:
         ``[T, num_heads, head_dim]`` in q's dtype.
     """
-    if q.device.type == "cpu" and q.dtype in STORAGE_DTYPES and q.shape[2] % 2 == 0:
+    if has_kernels(q.device, q.dtype) and q.shape[2] % 2 == 0:
         return _attend_kernels(q, k, v, batch, kv, scale, sliding_window, softcap)
     return attend_torch(q, k, v, batch, kv, scale=scale, sliding_window=sliding_window, softcap=softcap)
 

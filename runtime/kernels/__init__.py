@@ -1,9 +1,9 @@
 """CPU kernels in numba: paged attention, packed matrix products and the small fused operations between them.
 
 How it works: every kernel is a numba function that releases the GIL, runs on one thread and is cached on disk.
-`lanes` holds what plain Python cannot say (vector registers, bit casts), `products` the packed matrix product,
-`paged` attention over KV pages, `layer` whole decoder layers. A kernel reads and writes its tensors as numpy
-arrays of their *storage type*, which tells it what the bits mean:
+`lanes` holds what is written in LLVM terms because Python cannot say it, `spans` and `softmax` the inner loops made of
+that, `tiles` and `products` the packed matrix product, `paged` attention over KV pages, `layer` a whole decoder layer. A
+kernel reads and writes its tensors as numpy arrays of their *storage type*, which tells it what the bits mean:
 
     torch.float32 -> float32        torch.bfloat16 -> uint16        torch.float16 -> int16
 
@@ -17,22 +17,27 @@ does not depend on how tokens are batched: a row's result is the same bits whate
 import numpy as np
 import torch
 
-STORAGE_DTYPES: dict[torch.dtype, torch.dtype] = {
-    torch.float32: torch.float32,
-    torch.bfloat16: torch.uint16,
-    torch.float16: torch.int16,
-}
+from runtime.kernels.lanes import HAS_HALF
+
+STORAGE_DTYPES: dict[torch.dtype, torch.dtype] = {torch.float32: torch.float32, torch.bfloat16: torch.uint16}
+"""The dtypes that the kernels know on this processor, and their storage types."""
+if HAS_HALF:
+    STORAGE_DTYPES[torch.float16] = torch.int16
+
+
+def has_kernels(device: torch.device | str, dtype: torch.dtype) -> bool:
+    """Whether the kernels serve this dtype on this device."""
+    return torch.device(device).type == "cpu" and dtype in STORAGE_DTYPES
 
 
 def storage(tensor: torch.Tensor) -> np.ndarray:
     """The memory of a CPU tensor as a numpy array of its storage type, without a copy.
 
     Raises:
-        ValueError: when the dtype is none of float32, bfloat16, float16.
+        ValueError: when the kernels do not know the dtype.
     """
     dtype = STORAGE_DTYPES.get(tensor.dtype)
     if dtype is None:
-        raise ValueError(
-            f"the CPU kernels know float32, bfloat16 and float16, not {tensor.dtype}; pick one with --dtype"
-        )
+        known = ", ".join(str(name).removeprefix("torch.") for name in STORAGE_DTYPES)
+        raise ValueError(f"the kernels of this processor know {known}, not {tensor.dtype}; choose one with --dtype")
     return tensor.detach().view(dtype).numpy()

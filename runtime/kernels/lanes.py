@@ -11,6 +11,7 @@ the outermost function, and would run stale code after a change elsewhere.
 """
 
 import hashlib
+import platform
 from pathlib import Path
 
 import llvmlite.binding as llvm
@@ -45,6 +46,8 @@ def _cpu_features() -> frozenset[str]:
 
 _FEATURES = _cpu_features()
 HAS_BF16_DOT = "avx512bf16" in _FEATURES and "avx512f" in _FEATURES
+HAS_HALF = "f16c" in _FEATURES or platform.machine() in ("aarch64", "arm64")
+"""Whether the processor converts float16 itself; the kernels leave float16 to torch where it does not."""
 if "avx512f" in _FEATURES:
     LANES, TILE_VECTORS, TILE_ROWS = 16, 4, 6
 elif "avx" in _FEATURES:

@@ -22,9 +22,8 @@ from runtime.kernels.tiles import tile_rows
 
 ROW_BLOCK = 192
 """Rows that pass through all panels together; bounds the scratch and keeps activations in the cache."""
-DEPTH_BLOCK = 512
-"""Depth that is summed up at once: bounds what a panel takes of the caches, and how rounding errors add up."""
-
+DEPTH_BLOCK_BYTES = 512
+"""How much of a row is summed up at once: bounds what a panel takes of the caches, and how rounding errors add up."""
 PLAIN, ADD, SILU_MUL = 0, 1, 2
 """What `product` does with the sums of a row."""
 
@@ -99,9 +98,9 @@ def product(tiles, x, first_row, num_rows, w, kind, bias, residual, out, out_row
     x_address = x.ctypes.data + first_row * depth * size
     full = PANEL // 2 if kind == SILU_MUL else PANEL
     for panel in range((num_columns + full - 1) // full):
-        for k in range(0, depth, DEPTH_BLOCK):
+        for k in range(0, depth, DEPTH_BLOCK_BYTES // size):
             w_block = w.ctypes.data + (panel * depth + k) * PANEL * size
-            block = min(DEPTH_BLOCK, depth - k)
+            block = min(DEPTH_BLOCK_BYTES // size, depth - k)
             tile_rows(
                 tiles, num_rows, x_address + k * size, depth * size, w_block, block, sums.ctypes.data, PANEL * 4, k > 0
             )

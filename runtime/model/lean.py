@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from runtime import attention
 from runtime.attention import attend, attention_scratch, pool_storage, step_arrays
 from runtime.batch import LayerKV, StepBatch
-from runtime.kernels import STORAGE_DTYPES, storage
+from runtime.kernels import has_kernels, storage
 from runtime.kernels.layer import decoder_layer, rms_norm
 from runtime.kernels.products import PANEL, PLAIN, ROW_BLOCK, pack, pack_gate_up, product
 from runtime.kernels.tiles import tile_address
@@ -109,8 +109,8 @@ class LeanLayer:
             "o": get("self_attn.o_proj.weight"),
             "down": get("mlp.down_proj.weight"),
         }
-        self._on_cpu = self.device.type == "cpu"
-        if self._on_cpu:
+        self._has_kernels = has_kernels(self.device, dtype)
+        if self._has_kernels:
             self._packed = {name: pack(weight) for name, weight in weights.items()}
             self._packed["gate_up"] = pack_gate_up(get("mlp.gate_proj.weight"), get("mlp.up_proj.weight"))
             self._kernel_weights = self._make_kernel_weights()
@@ -121,12 +121,12 @@ class LeanLayer:
     @property
     def nbytes(self) -> int:
         """What the layer holds in memory, padding included."""
-        weights = self._packed if self._on_cpu else self._weights
+        weights = self._packed if self._has_kernels else self._weights
         small = [*self._norms.values(), self._qkv_bias, self._o_bias]
         return sum(w.nbytes for w in weights.values()) + sum(t.nbytes for t in small if t is not None)
 
     def __call__(self, hidden: torch.Tensor, batch: StepBatch, kv: LayerKV) -> torch.Tensor:
-        if self._on_cpu:
+        if self._has_kernels:
             return self._run_kernel(hidden, batch, kv)
         return self._run_torch(hidden, batch, kv)
 
@@ -239,8 +239,8 @@ class LeanHead:
         self.vocab_size, self.hidden_size = weight.shape
         self._norm = norm_weight.detach().to(device, dtype)
         weight = weight.detach().to(device, dtype)
-        self._on_cpu = self.device.type == "cpu"
-        if self._on_cpu:
+        self._has_kernels = has_kernels(self.device, dtype)
+        if self._has_kernels:
             self._packed = pack(weight)
             self._norm_floats = self._norm.float().numpy()
         else:
@@ -248,10 +248,10 @@ class LeanHead:
 
     @property
     def nbytes(self) -> int:
-        return self._norm.nbytes + (self._packed.nbytes if self._on_cpu else self._weight.nbytes)
+        return self._norm.nbytes + (self._packed.nbytes if self._has_kernels else self._weight.nbytes)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        if not self._on_cpu:
+        if not self._has_kernels:
             return F.linear(_rms_norm(hidden, self._norm, self.eps), self._weight).float()
         normed = storage(torch.empty_like(hidden, memory_format=torch.contiguous_format))
         rms_norm(storage(hidden.contiguous()), 0, len(hidden), self._norm_floats, np.float32(self.eps), normed)
@@ -300,7 +300,7 @@ def warm_up(device: torch.device | str, dtype: torch.dtype) -> None:
     Seconds the first time on a machine, a fraction of one after that. The layers themselves may be loaded meanwhile.
     """
     attention.warm_up(device, dtype)
-    if torch.device(device).type != "cpu" or dtype not in STORAGE_DTYPES:
+    if not has_kernels(device, dtype):
         return
     config = PretrainedConfig(
         hidden_size=8,
