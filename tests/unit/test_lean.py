@@ -1,12 +1,16 @@
 """The lean layer against `transformers`' own, on tiny random models: chunked prefill, then decode, equals one pass."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen2MoeConfig, Qwen3Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
+from runtime import attention
 from runtime.batch import LayerKV, StepBatch
+from runtime.model import lean
 from runtime.model.lean import LeanEmbedding, LeanHead, LeanLayer, supports
 
 SHAPE = dict(
@@ -109,17 +113,87 @@ def reference_logits(model, tokens):
         return model(tokens[None]).logits[0]
 
 
-def test_chunked_prefill_then_decode_equals_one_pass(model):
+@pytest.mark.parametrize("path", ["kernels", "torch"])
+def test_chunked_prefill_then_decode_equals_one_pass(model, path, monkeypatch):
+    if path == "torch":
+        for module in (attention, lean):
+            monkeypatch.setattr(module, "has_kernels", lambda device, dtype: False)
+    check_against_transformers(model)
+
+
+def check_against_transformers(model):
     assert supports(model.config)
-    lean = Lean(model)
+    parts = Lean(model)
     first, second = torch.randint(0, 133, (83,)), torch.randint(0, 133, (31,))
     hidden = {1: [], 2: []}
     schedule = [[(1, first[:40])], [(1, first[40:61]), (2, second[:29])], [(2, second[29:30]), (1, first[61:80])]]
     schedule += [[(1, first[80:81]), (2, second[30:31])], [(1, first[81:82])], [(1, first[82:83])]]
     for rows in schedule:
-        for (sequence, _), part in zip(rows, lean.step(rows), strict=True):
+        for (sequence, _), part in zip(rows, parts.step(rows), strict=True):
             hidden[sequence].append(part)
     for sequence, tokens in ((1, first), (2, second)):
-        logits = lean.head(torch.cat(hidden[sequence]))
+        logits = parts.head(torch.cat(hidden[sequence]))
         assert logits.dtype == torch.float32
         torch.testing.assert_close(logits, reference_logits(model, tokens), rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def small():
+    torch.manual_seed(5)
+    return AutoModelForCausalLM.from_config(CONFIGS["qwen3"]).float().eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sequence_has_the_same_bits_whatever_runs_beside_it(small, dtype):
+    tokens = torch.randint(0, 133, (60,))
+    alone, crowded = Lean(small, dtype), Lean(small, dtype)
+    others = [torch.randint(0, 133, (n,)) for n in (1, 7, 45)]
+    for start, stop in ((0, 40), (40, 58), (58, 59), (59, 60)):
+        (expected,) = alone.step([(1, tokens[start:stop])])
+        before, middle, after = ((9 + i, other) for i, other in enumerate(others))
+        crowded.lengths = {1: crowded.lengths.get(1, 0)}
+        result = crowded.step([before, middle, (1, tokens[start:stop]), after])[2]
+        assert torch.equal(result, expected)
+        assert torch.equal(crowded.head(result), alone.head(expected))
+
+
+def test_the_bits_of_a_prefill_do_not_depend_on_its_chunks(small):
+    tokens = torch.randint(0, 133, (200,))
+    (whole,) = Lean(small).step([(1, tokens)])
+    chunked = Lean(small)
+    parts = [chunked.step([(1, tokens[a:b])])[0] for a, b in ((0, 13), (13, 100), (100, 200))]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_short_dtypes_are_as_close_as_transformers_own(small, dtype):
+    tokens = torch.randint(0, 133, (50,))
+    exact = reference_logits(small, tokens)
+    theirs = reference_logits(copy.deepcopy(small).to(dtype), tokens).float()
+    ours = Lean(small, dtype)
+    logits = ours.head(ours.step([(1, tokens)])[0])
+    assert (logits - exact).abs().mean() <= 1.1 * (theirs - exact).abs().mean()
+
+
+def test_nbytes_counts_what_is_held(small):
+    layer = LeanLayer(small.config, 0, small.model.layers[0].state_dict(), "cpu", torch.bfloat16)
+    plain = sum(p.numel() * 2 for p in small.model.layers[0].parameters())
+    assert plain <= layer.nbytes <= 2.5 * plain
+    assert LeanEmbedding(small.model.embed_tokens.weight, "cpu", torch.float16).nbytes == 133 * 72 * 2
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**SHAPE, hidden_act="gelu"),
+        LlamaConfig(**SHAPE, mlp_bias=True),
+        LlamaConfig(**(SHAPE | {"intermediate_size": 103})),
+        LlamaConfig(**SHAPE, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+        Qwen2MoeConfig(),
+        GemmaConfig(),
+    ],
+)
+def test_what_it_does_not_know_is_refused(config):
+    assert not supports(config)
+    with pytest.raises(ValueError, match=f"does not cover this {config.model_type} model"):
+        LeanLayer(config, 0, {}, "cpu", torch.float32)
