@@ -1,9 +1,8 @@
-"""Health, metrics, the administration's views and the status page. Nothing here changes anything."""
+"""Health, metrics, the administration's views and the status page. Nothing here changes anything; `api.changes` does."""
 
-import msgspec
 from aiohttp import web
 
-from api.context import CONTEXT
+from api.context import CONTEXT, json_response
 from api.page import PAGE
 
 _PAGE_HEADERS = {
@@ -17,7 +16,7 @@ async def health(request: web.Request) -> web.Response:
     """200 when requests are taken, 503 with the progress while they are not."""
     view = request.app[CONTEXT].engine.health()
     serving = view.status in ("serving", "recovering")
-    return _json(view, 200 if serving else 503, {} if serving else {"Retry-After": "1"})
+    return json_response(view, 200 if serving else 503, {} if serving else {"Retry-After": "1"})
 
 
 async def metrics(request: web.Request) -> web.Response:
@@ -26,28 +25,29 @@ async def metrics(request: web.Request) -> web.Response:
 
 
 async def layout(request: web.Request) -> web.Response:
-    return _json(request.app[CONTEXT].engine.layout_view())
+    return json_response(request.app[CONTEXT].engine.layout_view())
 
 
 async def workers(request: web.Request) -> web.Response:
-    return _json({"workers": request.app[CONTEXT].engine.workers_view()})
+    return json_response({"workers": request.app[CONTEXT].engine.workers_view()})
 
 
 async def stats(request: web.Request) -> web.Response:
     """The engine's counts, for the status page."""
-    return _json(request.app[CONTEXT].engine.stats())
+    return json_response(request.app[CONTEXT].engine.stats())
+
+
+async def events(request: web.Request) -> web.StreamResponse:
+    """What happens, as it happens: server-sent events, see `api.events`."""
+    context = request.app[CONTEXT]
+    settings = context.settings
+    return await context.listeners.serve(request, context.metrics, settings.heartbeat_s, settings.send_timeout_s)
 
 
 async def audit(request: web.Request) -> web.Response:
     """Every structure's own integrity check, on the head and on all workers."""
-    return _json(await request.app[CONTEXT].engine.audit())
+    return json_response(await request.app[CONTEXT].engine.audit())
 
 
 async def page(request: web.Request) -> web.Response:
     return web.Response(text=PAGE, content_type="text/html", charset="utf-8", headers=_PAGE_HEADERS)
-
-
-def _json(value: object, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
-    return web.Response(
-        body=msgspec.json.encode(value), status=status, content_type="application/json", headers=headers
-    )

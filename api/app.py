@@ -12,14 +12,14 @@ import re
 import uuid
 from collections.abc import Awaitable, Callable
 
-import msgspec
 from aiohttp import web
 
-from api import admin
+from api import admin, changes
 from api.chat import chat_completions
 from api.completions import completions
-from api.context import CONTEXT, REQUEST_ID, ApiContext, ApiSettings
+from api.context import CONTEXT, REQUEST_ID, ApiContext, ApiSettings, json_response
 from api.errors import ApiError
+from api.events import Listeners
 from api.metrics import Metrics
 from api.text import Text
 from api.tokens import detokenize, tokenize
@@ -35,8 +35,9 @@ _log = logging.getLogger(__name__)
 def build_app(engine: Engine, text: Text, settings: ApiSettings) -> web.Application:
     """The application. It may serve before the engine does: then it answers 503, and ``/health`` tells the progress."""
     app = web.Application(middlewares=[_answer, _authorise], client_max_size=settings.max_body_bytes)
-    app[CONTEXT] = ApiContext(engine, text, settings, Metrics(engine))
+    app[CONTEXT] = ApiContext(engine, text, settings, Metrics(engine), Listeners(engine))
     app.on_response_prepare.append(_sign)
+    app.on_shutdown.append(_close_listeners)
     app.router.add_get("/health", admin.health)
     app.router.add_get("/metrics", admin.metrics)
     app.router.add_get("/v1/models", models)
@@ -46,7 +47,13 @@ def build_app(engine: Engine, text: Text, settings: ApiSettings) -> web.Applicat
     app.router.add_post("/tokenize", tokenize)
     app.router.add_post("/detokenize", detokenize)
     app.router.add_get("/admin/layout", admin.layout)
+    app.router.add_post("/admin/layout", changes.change_layout)
+    app.router.add_get("/admin/transitions", changes.transitions)
+    app.router.add_get("/admin/transitions/{id}", changes.transition)
+    app.router.add_delete("/admin/transitions/{id}", changes.abort_transition)
     app.router.add_get("/admin/workers", admin.workers)
+    app.router.add_post("/admin/workers/{name}/drain", changes.drain_worker)
+    app.router.add_get("/admin/events", admin.events)
     app.router.add_get("/admin/stats", admin.stats)
     app.router.add_post("/admin/audit", admin.audit)
     app.router.add_get("/", admin.page)
@@ -97,10 +104,6 @@ def _model_view(name: str, context: ApiContext) -> dict[str, object]:
     return view
 
 
-def json_response(value: object, status: int = 200) -> web.Response:
-    return web.Response(body=msgspec.json.encode(value), status=status, content_type="application/json")
-
-
 # -- around every handler ------------------------------------------------------------------------------------
 
 
@@ -116,11 +119,8 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
         response = error.response()
     except web.HTTPException as error:
         response = _from_aiohttp(error, request).response()
-    except asyncio.CancelledError:
-        context.metrics.client_disconnects += 1
-        raise
-    except ConnectionError:  # the client left while we wrote
-        context.metrics.client_disconnects += 1
+    except (asyncio.CancelledError, ConnectionError):  # the client left while we worked or wrote
+        context.metrics.client_disconnects += not _is_admin(request.path)
         raise
     except Exception:
         _log.exception("request %s failed", request[REQUEST_ID])
@@ -160,11 +160,25 @@ def _from_aiohttp(error: web.HTTPException, request: web.Request) -> ApiError:
 async def _authorise(request: web.Request, handler: Handler) -> web.StreamResponse:
     settings = request.app[CONTEXT].settings
     path = request.path
-    if path == "/" or path == "/admin" or path.startswith("/admin/"):
+    if _is_admin(path):
         _check_admin_key(request, settings)
+        _check_origin(request)
     elif settings.api_key and (path.startswith("/v1/") or path in ("/tokenize", "/detokenize")):
         _check_api_key(request, settings)
     return await handler(request)
+
+
+def _is_admin(path: str) -> bool:
+    return path == "/" or path == "/admin" or path.startswith("/admin/")
+
+
+def _check_origin(request: web.Request) -> None:
+    """A page from elsewhere, open in an operator's browser, must not change anything here."""
+    origin = request.headers.get("Origin")
+    if request.method in ("GET", "HEAD") or origin is None:
+        return
+    if origin.partition("://")[2] != request.headers.get("Host"):
+        raise ApiError("a page from another origin may not administer this server", status=403, code="foreign_origin")
 
 
 def _check_api_key(request: web.Request, settings: ApiSettings) -> None:
@@ -208,6 +222,10 @@ def _basic_password(request: web.Request) -> str:
 
 def _equal(given: str, wanted: str) -> bool:
     return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), wanted.encode("utf-8", "surrogateescape"))
+
+
+async def _close_listeners(app: web.Application) -> None:
+    app[CONTEXT].listeners.close()
 
 
 async def _sign(request: web.Request, response: web.StreamResponse) -> None:

@@ -5,9 +5,11 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 from aiohttp import web
 
 from api.errors import ApiError, shown
+from api.events import Listeners
 from api.metrics import Metrics
 from api.text import Text
 from scheduler.request import AdmissionError, Engine, Limits
@@ -30,6 +32,8 @@ class ApiSettings:
     body_timeout_s: float = 60.0
     send_timeout_s: float = 60.0
     """How long the end of a response may wait for a client that doesn't read."""
+    heartbeat_s: float = 15.0
+    """Silence on ``/admin/events`` after which a comment is sent, so that nothing between takes it for dead."""
     started_at: int = field(default_factory=lambda: int(time.time()))
 
 
@@ -39,6 +43,7 @@ class ApiContext:
     text: Text
     settings: ApiSettings
     metrics: Metrics
+    listeners: Listeners
 
     @property
     def model_name(self) -> str:
@@ -64,6 +69,11 @@ class ApiContext:
 
 CONTEXT = web.AppKey("context", ApiContext)
 REQUEST_ID: Any = web.RequestKey("midflight_request_id", str) if hasattr(web, "RequestKey") else "midflight_request_id"
+
+
+def json_response(value: object, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    body = msgspec.json.encode(value)
+    return web.Response(body=body, status=status, content_type="application/json", headers=headers)
 
 
 async def read_body(request: web.Request) -> bytes:

@@ -6,6 +6,7 @@ additions are all it may cost. Nothing here is shared between threads: scrapes r
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -39,6 +40,50 @@ class Histogram:
         return HistogramMetricFamily(name, help, buckets=buckets, sum_value=self.total)
 
 
+class TransitionSums:
+    """What changes of layout did since the start, added up from their reports as they end."""
+
+    _KINDS = ("weight", "snapshot", "mirror")
+
+    def __init__(self) -> None:
+        self.outcomes = dict.fromkeys(("committed", "aborted", "refused"), 0)
+        self.num_bytes = dict.fromkeys(self._KINDS, 0)
+        self.sequences_flipped = 0
+        self.recomputed_tokens = 0
+        self.last: dict[str, Any] | None = None
+
+    def on_event(self, event: dict[str, Any]) -> None:
+        if event["type"] != "report":
+            return
+        report = self.last = event["report"]
+        self.outcomes[report["outcome"]] = self.outcomes.get(report["outcome"], 0) + 1
+        for kind in self._KINDS:
+            self.num_bytes[kind] += report[f"{kind}_bytes"]
+        self.sequences_flipped += report["sequences_flipped"]
+        self.recomputed_tokens += report["recomputed_tokens"]
+
+    def families(self) -> Iterator[Metric]:
+        outcomes = CounterMetricFamily("midflight_transitions", "Changes of layout that ended", labels=["outcome"])
+        for outcome, count in self.outcomes.items():
+            outcomes.add_metric([outcome], count)
+        yield outcomes
+        num_bytes = CounterMetricFamily("midflight_transition_bytes", "Bytes moved by changes", labels=["kind"])
+        for kind, count in self.num_bytes.items():
+            num_bytes.add_metric([kind], count)
+        yield num_bytes
+        yield _counter("midflight_transition_sequences_flipped", "Running sequences taken over", self.sequences_flipped)
+        yield _counter("midflight_transition_recomputed_tokens", "Computed again by changes", self.recomputed_tokens)
+        if self.last is not None:
+            yield _gauge("midflight_last_transition_seconds", "Duration of the last change", self.last["total_s"])
+            pauses = GaugeMetricFamily(
+                "midflight_last_transition_pause_seconds", "Engine pause of the last change", labels=["statistic"]
+            )
+            for statistic in ("p50", "max"):
+                if statistic in self.last["engine_pause_ms"]:
+                    pauses.add_metric([statistic], self.last["engine_pause_ms"][statistic] / 1e3)
+            yield pauses
+
+
 class Metrics:
     """The API's own observations, and the text of a scrape."""
 
@@ -50,6 +95,8 @@ class Metrics:
         self.responses: dict[tuple[str, int], int] = {}
         self.client_disconnects = 0
         self.slow_readers = 0
+        self.transitions = TransitionSums()
+        engine.listen(self.transitions.on_event)
         self._engine = engine
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(_Families(self))
@@ -79,6 +126,8 @@ class Metrics:
         yield _counter("midflight_slow_readers", "Streams aborted because nobody read them", self.slow_readers)
         yield from _health_families(self._engine)
         yield from _engine_families(self._engine.stats())
+        yield from _layout_families(self._engine.layout_view())
+        yield from self.transitions.families()
 
 
 class _Families(Collector):
@@ -126,6 +175,19 @@ def _engine_families(stats: EngineStats) -> Iterator[Metric]:
     yield _counter("midflight_stale_results", "Results of an older epoch, dropped", stats.stale_results)
     yield _counter("midflight_workers_lost", "Workers that died or left", stats.workers_lost)
     yield from _stage_families(stats)
+
+
+def _layout_families(layout: dict[str, Any]) -> Iterator[Metric]:
+    yield _gauge("midflight_layout_epoch", "Grows by one at every new layout", layout["epoch"] or 0)
+    yield _gauge("midflight_transition_active", "1 while a change of layout is under way", bool(layout["transition"]))
+    counts: dict[str, int] = {}
+    for stage in layout["stages"]:
+        start, stop = stage["layers"]
+        counts[stage["worker"]] = counts.get(stage["worker"], 0) + stop - start
+    layers = GaugeMetricFamily("midflight_worker_layers", "Layers that a worker serves", labels=["worker"])
+    for worker, count in counts.items():
+        layers.add_metric([worker], count)
+    yield layers
 
 
 def _stage_families(stats: EngineStats) -> Iterator[Metric]:

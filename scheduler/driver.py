@@ -75,6 +75,7 @@ class Driver:
         self._changed = asyncio.Event()
         self._listeners: set[Callable[[dict[str, Any]], None]] = set()
         self._seen: tuple[Any, ...] = ()
+        self._unended: list[int] = []
 
     # -- life ---------------------------------------------------------------------------------------------
 
@@ -345,6 +346,8 @@ class Driver:
         queue = _option(wish, "queue", False, lambda v: isinstance(v, bool), "true or false")
         self._handle(ChangeLayout(change, queue, self._loop.time()))
         self._next_change += 1
+        self._unended.append(change.id)
+        self._watch()
         return change.id
 
     # -- events and effects -------------------------------------------------------------------------------
@@ -365,17 +368,21 @@ class Driver:
     def _handle(self, event: Event) -> None:
         for effect in self._state.step(event):
             self._carry_out(effect)
-        if self._state.reconfiguration.is_active or self._seen:
+        if self._state.reconfiguration.is_active or self._unended or self._seen:
             self._watch()
 
     def _watch(self) -> None:
-        """Tell listeners when the transition has gone on: another phase, more arrived, its end."""
+        """Tell listeners when the transition has gone on (another phase, more arrived) and when a change has ended."""
         view = self._state.reconfiguration.view()
         seen = () if view is None else tuple(view[key] for key in _WATCHED)
         if seen != self._seen:
             self._seen = seen
             self._tell({"type": "transition", "transition": view})
+        reports = self._state.reconfiguration.reports
+        for change in [c for c in self._unended if reports[c].outcome not in ("running", "queued")]:
+            self._unended.remove(change)
             self._changed.set()
+            self._tell({"type": "report", "report": msgspec.to_builtins(reports[change])})
 
     def _tell(self, event: dict[str, Any]) -> None:
         for listener in list(self._listeners):

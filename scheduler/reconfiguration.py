@@ -535,8 +535,9 @@ class Reconfiguration:
 
     def _keep(self, report: Report) -> None:
         self.reports[report.id] = report
-        while len(self.reports) > MAX_REPORTS:
-            del self.reports[next(iter(self.reports))]
+        ended = [change for change, kept in self.reports.items() if kept.outcome not in ("running", "queued")]
+        for change in ended[: max(0, len(self.reports) - MAX_REPORTS)]:
+            del self.reports[change]
 
     def _end_report(self, report: Report, outcome: str, why: str) -> None:
         report.outcome, report.why = outcome, why

@@ -162,6 +162,44 @@ class Engine(Protocol):
         """The body of ``POST /admin/audit``: ``problems`` in words (none is good), and what is in use where."""
         ...
 
+    def change_layout(self, wish: dict[str, Any]) -> int:
+        """Begin (or queue) a change of layout; its id. `wish` is the body of ``POST /admin/layout``.
+
+        Raises:
+            scheduler.wishes.LayoutError: it is no layout of this model over these workers, or an option is wrong.
+            scheduler.reconfiguration.Refused: it cannot be made now; nothing has changed.
+        """
+        ...
+
+    def drain_worker(self, name: str, wish: dict[str, Any]) -> int:
+        """Move everything off a worker; the id of the change. `wish` has options only. Raises as `change_layout`."""
+        ...
+
+    def abort_change(self, change: int) -> bool:
+        """Abort a change that is queued or has not flipped anything; False when it is too late or unknown."""
+        ...
+
+    def change_view(self, change: int) -> dict[str, Any] | None:
+        """The report of a change so far, with its ``progress`` while it is under way; None when it is not known."""
+        ...
+
+    def changes_view(self) -> list[dict[str, Any]]:
+        """The reports of the last changes, oldest first."""
+        ...
+
+    async def wait_change(self, change: int) -> dict[str, Any]:
+        """The report of a known change, once it has ended."""
+        ...
+
+    def listen(self, listener: Callable[[dict[str, Any]], None]) -> Callable[[], None]:
+        """Call `listener` on the loop with every event for operators, until the returned function is called.
+
+        Events have a ``type``: ``transition`` (``transition`` as in ``GET /admin/layout``, null once it has ended),
+        ``report`` (the ``report`` of a change that has ended), ``note`` (``level`` and ``text``). A listener never
+        raises.
+        """
+        ...
+
     def begin_drain(self) -> None:
         """Refuse new requests with 503 and let the running ones end."""
         ...

@@ -7,10 +7,11 @@ was asked. What real workers bring is tested in `tests/integration`.
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import aiohttp
+import msgspec
 from aiohttp import web
 
 from api.app import build_app, make_runner
@@ -19,6 +20,7 @@ from api.text import Text
 from kvstore.ids import SequenceId
 from runtime.messages import TokenLogprobs
 from scheduler.request import AdmissionError, EngineStats, Health, Limits, Request, Sink, StageStats, TokenOutput
+from scheduler.transition import Report
 
 LIMITS = Limits(max_context=256, model_max_context=512, kv_tokens=4096, vocab_size=320, max_queue=8, max_running=4)
 MODEL = "tiny"
@@ -37,6 +39,11 @@ class ScriptedEngine:
         self.aborted: list[SequenceId] = []
         self.finished: list[SequenceId] = []
         self.room = 1000
+        self.wishes: list[dict[str, Any]] = []
+        self.refusal: Exception | None = None
+        self.reports: dict[int, dict[str, Any]] = {}
+        self.listeners: set[Callable[[dict[str, Any]], None]] = set()
+        self._ended = asyncio.Event()
 
     def submit(self, request: Request, sink: Sink) -> SequenceId:
         if len(self.sinks) >= self.room:
@@ -106,11 +113,59 @@ class ScriptedEngine:
         return EngineStats(1, len(self.sinks), 64, 5, 3, 20, 10, 99, 42, 7, 1, {"stop": 2}, 4, 0, 0, stages)
 
     def layout_view(self) -> dict[str, Any]:
-        stages = [{"worker": "w0", "layers": [0, 3], "device": "cpu"}, {"worker": "w1", "layers": [3, 4], "device": "cpu"}]
+        stages = [
+            {"worker": "w0", "layers": [0, 3], "device": "cpu"},
+            {"worker": "w1", "layers": [3, 4], "device": "cpu"},
+        ]
         return {"epoch": 1, "model": MODEL, "num_layers": 4, "stages": stages, "transition": None}
 
     def workers_view(self) -> list[dict[str, Any]]:
         return [{"name": "w0", "host": "127.0.0.1", "layers": [0, 3]}]
+
+    # -- changes: each runs until the test ends it ---------------------------------------------------------------
+
+    def change_layout(self, wish: dict[str, Any]) -> int:
+        if self.refusal is not None:
+            raise self.refusal
+        self.wishes.append(wish)
+        change = len(self.wishes)
+        self.reports[change] = make_report(change, wish.get("strategy", "live"))
+        return change
+
+    def drain_worker(self, name: str, wish: dict[str, Any]) -> int:
+        return self.change_layout({"drain": name, **wish})
+
+    def abort_change(self, change: int) -> bool:
+        report = self.reports.get(change)
+        if report is None or report["outcome"] != "running" or report["phases_s"].get("flip"):
+            return False
+        self.end_change(change, "aborted", why="the operator aborted it")
+        return True
+
+    def end_change(self, change: int, outcome: str, **fields: Any) -> None:
+        self.reports[change].update(outcome=outcome, **fields)
+        self.tell({"type": "report", "report": self.reports[change]})
+        self._ended.set()
+
+    def change_view(self, change: int) -> dict[str, Any] | None:
+        return self.reports.get(change)
+
+    def changes_view(self) -> list[dict[str, Any]]:
+        return list(self.reports.values())
+
+    async def wait_change(self, change: int) -> dict[str, Any]:
+        while self.reports[change]["outcome"] == "running":
+            self._ended.clear()
+            await self._ended.wait()
+        return self.reports[change]
+
+    def listen(self, listener: Callable[[dict[str, Any]], None]) -> Callable[[], None]:
+        self.listeners.add(listener)
+        return lambda: self.listeners.discard(listener)
+
+    def tell(self, event: dict[str, Any]) -> None:
+        for listener in list(self.listeners):
+            listener(event)
 
     async def audit(self) -> dict[str, Any]:
         return {"problems": []}
@@ -122,14 +177,21 @@ class ScriptedEngine:
         return len(self.sinks)
 
 
+def make_report(change: int, strategy: str) -> dict[str, Any]:
+    source = [{"worker": "w0", "layers": [0, 3]}, {"worker": "w1", "layers": [3, 4]}]
+    target = [{"worker": "w0", "layers": [0, 1]}, {"worker": "w1", "layers": [1, 4]}]
+    return msgspec.to_builtins(Report(change, strategy, source, target, 1, 2))  # pyright: ignore[reportArgumentType]
+
+
 class Api:
     """A server and a client for it."""
 
-    def __init__(self, engine: ScriptedEngine, client: aiohttp.ClientSession, url: str, app: web.Application):
+    def __init__(self, engine: ScriptedEngine, client: aiohttp.ClientSession, url: str, runner: web.AppRunner):
         self.engine = engine
+        self.stop = runner.cleanup
         self.client = client
         self.url = url
-        self.metrics = app[CONTEXT].metrics
+        self.metrics = runner.app[CONTEXT].metrics
 
     @property
     def port(self) -> int:
@@ -173,7 +235,7 @@ async def serve(text: Text, script: list[int], **settings: Any) -> AsyncIterator
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     try:
         async with aiohttp.ClientSession() as client:
-            yield Api(engine, client, f"http://127.0.0.1:{runner.addresses[0][1]}", app)
+            yield Api(engine, client, f"http://127.0.0.1:{runner.addresses[0][1]}", runner)
         assert not engine.sinks, "every sequence has ended"
     finally:
         await runner.cleanup()
