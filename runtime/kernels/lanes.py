@@ -121,6 +121,11 @@ def offset(builder, address, index, size):
     return builder.add(address, builder.mul(index, I64(size)))
 
 
+def prefetch_line(builder, address):
+    """Ask for the cache line at an address; any address will do. Too many at once are dropped by the processor."""
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer(builder, address, I8), I32(0), I32(3), I32(1))
+
+
 def splat(builder, scalar):
     """A vector with this scalar in every lane."""
     vector = ir.VectorType(scalar.type, LANES)

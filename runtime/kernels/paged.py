@@ -28,10 +28,11 @@ from runtime.kernels.softmax import (
     shrink,
     weigh,
 )
-from runtime.kernels.spans import copy_bytes, prefetch, store_scaled
+from runtime.kernels.spans import copy_bytes, store_scaled
 from runtime.kernels.tiles import tile_rows
 
-AHEAD = 2
+AHEAD = 32
+"""Positions by which decode asks the cache for keys and values before it needs them."""
 QUERY_BLOCK = 48
 """Query rows (token and head) worked on together in prefill."""
 KEY_BLOCK = 256
@@ -127,7 +128,9 @@ def _attend_one(query, data, page_of_block, block_tables, r, position, group, sc
     num_heads = num_kv_heads * group
     stop = position + 1
     start = max(0, stop - window) if window > 0 else 0
+    shape, pace = (num_kv_heads, group, head_dim), line // num_heads
     end = (stop + block_size - 1) // block_size
+    ahead_blocks = max(1, AHEAD // block_size)
     scores_stride = (stop - start + 2 * LANES - 1) // LANES * LANES
     sums_stride = (head_dim + LANES - 1) // LANES * LANES
     scores = floats.ctypes.data
@@ -135,14 +138,15 @@ def _attend_one(query, data, page_of_block, block_tables, r, position, group, sc
     for block in range(start // block_size, end):
         first, last = max(start, block * block_size), min(stop, (block + 1) * block_size)
         page = data.ctypes.data + page_of_block[block_tables[r, block]] * 2 * block_size * line
-        ahead = data.ctypes.data + page_of_block[block_tables[r, min(block + AHEAD, end - 1)]] * 2 * block_size * line
-        share = block_size * line // num_heads
+        ahead = (
+            data.ctypes.data
+            + page_of_block[block_tables[r, min(block + ahead_blocks, end - 1)]] * 2 * block_size * line
+        )
         for j in range(first, last, LANES):
             keys = page + (j - block * block_size) * line
-            for h in range(num_heads):
-                place = scores + (h * scores_stride + j - start) * 4
-                prefetch(ahead + h * share, share)
-                score_keys(data, query + h * head, keys + h // group * head, line, last - j, head_dim, place)
+            place = scores + (j - start) * 4
+            score_keys(data, query, keys, line, last - j, shape, place, scores_stride * 4, ahead, pace)
+            ahead += LANES * line
     totals = num_heads * (scores_stride + sums_stride)
     for h in range(num_heads):
         place = scores + h * scores_stride * 4
@@ -158,35 +162,33 @@ def _attend_one(query, data, page_of_block, block_tables, r, position, group, sc
         first, last = max(start, block * block_size), min(stop, (block + 1) * block_size)
         page = data.ctypes.data + (page_of_block[block_tables[r, block]] * 2 + 1) * block_size * line
         values = page + (first - block * block_size) * line
-        ahead = (
-            data.ctypes.data + (page_of_block[block_tables[r, min(block + AHEAD, end - 1)]] * 2 + 1) * block_size * line
-        )
-        share = block_size * line // num_kv_heads
+        ahead = page_of_block[block_tables[r, min(block + ahead_blocks, end - 1)]] * 2 + 1
+        ahead = data.ctypes.data + ahead * block_size * line
         for h in range(num_kv_heads):
-            prefetch(ahead + h * share, share)
             weights = scores + (h * group * scores_stride + first - start) * 4
             _mix_group(
                 data, group, weights, scores_stride * 4, values + h * head, line, last - first, head_dim,
-                sums + h * group * sums_stride * 4, sums_stride * 4,
+                sums + h * group * sums_stride * 4, sums_stride * 4, ahead, line // num_kv_heads // 2,
             )  # fmt: skip
+            ahead += block_size * line // num_kv_heads
     for h in range(num_heads):
         store_scaled(data, sums + h * sums_stride * 4, head_dim, _ONE / floats[totals + h], target + h * head)
 
 
 @kernel
-def _mix_group(like, group, weights, weights_stride, values, stride, count, head_dim, sums, sums_stride):
+def _mix_group(like, group, weights, weights_stride, values, stride, count, head_dim, sums, sums_stride, ahead, pace):
     """`mix` for a group of any size."""
     g = 0
     while g < group:
         w, s = weights + g * weights_stride, sums + g * sums_stride
         if group - g >= 4:
-            mix_4(like, w, weights_stride, values, stride, count, head_dim, s, sums_stride)
+            mix_4(like, w, weights_stride, values, stride, count, head_dim, s, sums_stride, ahead, pace)
         elif group - g == 3:
-            mix_3(like, w, weights_stride, values, stride, count, head_dim, s, sums_stride)
+            mix_3(like, w, weights_stride, values, stride, count, head_dim, s, sums_stride, ahead, pace)
         elif group - g == 2:
-            mix_2(like, w, weights_stride, values, stride, count, head_dim, s, sums_stride)
+            mix_2(like, w, weights_stride, values, stride, count, head_dim, s, sums_stride, ahead, pace)
         else:
-            mix_1(like, w, weights_stride, values, stride, count, head_dim, s, sums_stride)
+            mix_1(like, w, weights_stride, values, stride, count, head_dim, s, sums_stride, ahead, pace)
         g += 4
 
 

@@ -32,6 +32,7 @@ from runtime.kernels.lanes import (
     masked_load,
     offset,
     pointer,
+    prefetch_line,
     size_of,
     splat,
     store_narrow,
@@ -43,35 +44,51 @@ _ADDRESS = types.intp
 
 
 @intrinsic
-def score_keys(typingctx, like, query, keys, stride, count, head_dim, out):
-    """out[i] = query . key i for i < LANES; those from `count` on repeat the last key.
+def score_keys(typingctx, like, queries, keys, stride, count, shape, out, out_stride, ahead, pace):
+    """out[h, i] = query h . key i of its KV head, for all heads and i < LANES; keys from `count` on repeat the last.
 
-    `head_dim` is even; query and keys are of the storage type of `like`.
+    `shape` is (num_kv_heads, group, head_dim), head_dim even. Queries, and the KV heads of a key, lie side by side, all
+    of the storage type of `like`. Meanwhile the cache is asked for ``num_heads * LANES`` places, `pace` bytes apart
+    from `ahead` on.
     """
 
     def codegen(context, builder, signature, args):
-        _, query, keys, stride, count, head_dim, out = args
+        _, queries, keys, stride, count, shape, out, out_stride, ahead, pace = args
+        num_kv_heads, group, head_dim = cgutils.unpack_tuple(builder, shape)
         unit = Unit(signature.args[0].dtype)
-        totals = [cgutils.alloca_once_value(builder, constant(FLOAT, 0.0)) for _ in range(LANES)]
+        num_units = builder.udiv(head_dim, I64(unit.depth))
         last = builder.sub(count, I64(1))
-        places = []
+        shifts = []
         for i in range(LANES):
             index = builder.select(builder.icmp_signed("<", last, I64(i)), last, I64(i))
-            places.append(builder.add(keys, builder.mul(index, stride)))
+            shifts.append(builder.mul(index, stride))
+        totals = [cgutils.alloca_once(builder, FLOATS) for _ in range(LANES)]
+        with cgutils.for_range(builder, num_kv_heads) as kv_heads:
+            places = [builder.add(keys, shift) for shift in shifts]
+            places = [offset(builder, place, builder.mul(kv_heads.index, num_units), unit.size) for place in places]
+            with cgutils.for_range(builder, group) as members:
+                head = builder.add(builder.mul(kv_heads.index, group), members.index)
+                query = offset(builder, queries, builder.mul(head, num_units), unit.size)
+                line = builder.add(ahead, builder.mul(head, builder.mul(pace, I64(LANES))))
+                for i, total in enumerate(totals):
+                    builder.store(constant(FLOAT, 0.0), total)
+                    prefetch_line(builder, builder.add(line, builder.mul(pace, I64(i))))
 
-        def body(first, mask):
-            q_terms = unit.terms(builder, [unit.load(builder, query, first, mask)])
-            for place, total in zip(places, totals, strict=True):
-                k_terms = unit.terms(builder, [unit.load(builder, place, first, mask)])
-                for q_term, k_term in zip(q_terms, k_terms, strict=True):
-                    builder.store(unit.multiply_add(builder, q_term[0], k_term[0], builder.load(total)), total)
+                def body(first, mask, query=query, places=places):
+                    q_terms = unit.terms(builder, [unit.load(builder, query, first, mask)])
+                    for place, total in zip(places, totals, strict=True):
+                        k_terms = unit.terms(builder, [unit.load(builder, place, first, mask)])
+                        for q_term, k_term in zip(q_terms, k_terms, strict=True):
+                            builder.store(unit.multiply_add(builder, q_term[0], k_term[0], builder.load(total)), total)
 
-        for_span(builder, builder.udiv(head_dim, I64(unit.depth)), body)
-        scores = sums_of(builder, [builder.load(total) for total in totals])
-        builder.store(scores, pointer(builder, out, FLOATS), align=4)
+                for_span(builder, num_units, body)
+                scores = sums_of(builder, [builder.load(total) for total in totals])
+                place = builder.add(out, builder.mul(head, out_stride))
+                builder.store(scores, pointer(builder, place, FLOATS), align=4)
         return context.get_dummy_value()
 
-    return types.void(like, _ADDRESS, _ADDRESS, *[types.intp] * 3, _ADDRESS), codegen
+    sizes = types.UniTuple(types.intp, 3)
+    return types.void(like, _ADDRESS, _ADDRESS, types.intp, types.intp, sizes, *[types.intp] * 4), codegen
 
 
 @intrinsic
@@ -153,14 +170,15 @@ def scale_floats(typingctx, target, count, factor):
 
 def _make_mix(group: int):
     @intrinsic
-    def mix(typingctx, like, weights, weights_stride, values, stride, count, head_dim, sums, sums_stride):
+    def mix(typingctx, like, weights, weights_stride, values, stride, count, head_dim, sums, sums_stride, ahead, pace):
         """sums[g, :head_dim] += weights[g, :count] @ values[:count, :head_dim], for g < group.
 
-        Weights and sums are float32, values of the storage type of `like`.
+        Weights and sums are float32, values of the storage type of `like`. Meanwhile the cache is asked for
+        ``2 * count`` places, `pace` bytes apart from `ahead` on.
         """
 
         def codegen(context, builder, signature, args):
-            _, weights, weights_stride, values, stride, count, head_dim, sums, sums_stride = args
+            _, weights, weights_stride, values, stride, count, head_dim, sums, sums_stride, ahead, pace = args
             element = signature.args[0].dtype
             weight_rows = [builder.add(weights, builder.mul(weights_stride, I64(g))) for g in range(group)]
             sum_rows = [builder.add(sums, builder.mul(sums_stride, I64(g))) for g in range(group)]
@@ -176,6 +194,9 @@ def _make_mix(group: int):
                 }
                 with cgutils.for_range(builder, count) as loop:
                     row = builder.add(values, builder.mul(loop.index, stride))
+                    line = builder.add(ahead, builder.mul(builder.add(loop.index, loop.index), pace))
+                    prefetch_line(builder, line)
+                    prefetch_line(builder, builder.add(line, pace))
                     parts = [load_wide(builder, element, row, start, mask) for start in starts]
                     places = [pointer(builder, offset(builder, line, loop.index, 4), FLOAT) for line in weight_rows]
                     spread = [splat(builder, builder.load(place)) for place in places]
@@ -191,7 +212,7 @@ def _make_mix(group: int):
             for_span(builder, builder.sub(head_dim, done), lambda first, mask: run(builder.add(done, first), mask, 1))
             return context.get_dummy_value()
 
-        return types.void(like, *[types.intp] * 8), codegen
+        return types.void(like, *[types.intp] * 10), codegen
 
     return mix
 

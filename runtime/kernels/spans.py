@@ -4,7 +4,6 @@ How it works: whole vectors of `LANES` first, the rest under a mask, so that not
 `like` is an array whose storage type the other side of the operation has; counts are elements unless they say bytes.
 """
 
-from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -12,9 +11,6 @@ from numba.extending import intrinsic
 from runtime.kernels.lanes import (
     FLOAT,
     I8,
-    I32,
-    I64,
-    call,
     constant,
     exp_of_negative,
     fma,
@@ -41,20 +37,6 @@ def copy_bytes(typingctx, target, source, count):
         return context.get_dummy_value()
 
     return types.void(_ADDRESS, _ADDRESS, types.intp), codegen
-
-
-@intrinsic
-def prefetch(typingctx, address, count):
-    """Ask for the `count` bytes at an address to be brought into the cache; any address will do."""
-
-    def codegen(context, builder, signature, args):
-        address, count = args
-        with cgutils.for_range(builder, builder.udiv(builder.add(count, I64(63)), I64(64))) as loop:
-            place = pointer(builder, offset(builder, address, loop.index, 64), I8)
-            call(builder, "llvm.prefetch.p0", ir.VoidType(), place, I32(0), I32(3), I32(1))
-        return context.get_dummy_value()
-
-    return types.void(_ADDRESS, types.intp), codegen
 
 
 @intrinsic

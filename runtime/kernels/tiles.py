@@ -22,7 +22,6 @@ from runtime.kernels.lanes import (
     FLOAT,
     FLOATS,
     I8,
-    I32,
     I64,
     LANES,
     PANEL,
@@ -30,11 +29,11 @@ from runtime.kernels.lanes import (
     TILE_VECTORS,
     Unit,
     address_of,
-    call,
     constant,
     kernel,
     offset,
     pointer,
+    prefetch_line,
     splat,
 )
 
@@ -81,8 +80,7 @@ def _run_depth(builder, unit, x_rows, w, depth, sums, ahead, pace):
         weights = [builder.load(builder.gep(line, [I64(j)]), align=4) for j in range(TILE_VECTORS)]
         for j in range(TILE_VECTORS):
             index = builder.add(builder.mul(loop.index, I64(TILE_VECTORS)), I64(j))
-            place = pointer(builder, builder.add(ahead, builder.mul(index, pace)), I8)
-            call(builder, "llvm.prefetch.p0", ir.VoidType(), place, I32(0), I32(3), I32(1))
+            prefetch_line(builder, builder.add(ahead, builder.mul(index, pace)))
         w_terms = unit.terms(builder, weights)
         for i, row in enumerate(x_rows):
             place = pointer(builder, offset(builder, row, loop.index, unit.size), unit.stored)
