@@ -72,10 +72,11 @@ def step_arrays(batch: StepBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(block_tables, query_starts, context_lens) in the one form that the kernels are compiled for."""
     arrays = batch.memo.get("attention.arrays")
     if arrays is None:
-        arrays = batch.memo["attention.arrays"] = tuple(
+        tables, starts, lengths = (
             np.require(array, np.int32, ["C", "W"])
             for array in (batch.block_tables, batch.query_starts, batch.context_lens)
         )
+        arrays = batch.memo["attention.arrays"] = (tables, starts, lengths)
     return arrays
 
 

@@ -12,11 +12,13 @@ the outermost function, and would run stale code after a change elsewhere.
 
 import hashlib
 import platform
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import llvmlite.binding as llvm
 from llvmlite import ir
-from numba import config, njit, types
+from numba import config, extending, njit, types
 from numba.core import cgutils, sigutils
 from numba.core.ccallback import CFunc
 
@@ -39,8 +41,9 @@ class _BFloat(ir.Type):
 
 def _cpu_features() -> frozenset[str]:
     """What the processor can do, as numba will compile for it (`NUMBA_CPU_FEATURES` included)."""
-    if config.CPU_FEATURES is not None:
-        return frozenset(name[1:] for name in config.CPU_FEATURES.split(",") if name.startswith("+"))
+    chosen = getattr(config, "CPU_FEATURES", None)
+    if chosen is not None:
+        return frozenset(name[1:] for name in chosen.split(",") if name.startswith("+"))
     return frozenset(name for name, present in llvm.get_host_cpu_features().items() if present)
 
 
@@ -64,23 +67,29 @@ LOWEST = -3.0e38
 """Stands for minus infinity where only a maximum is looked for."""
 
 
-def kernel(function):
+def kernel(function: Callable[..., Any]) -> Any:
     """Compile with numba on first use: no GIL, cached on disk."""
     return _stamp(njit(nogil=True, cache=True, fastmath=FAST_MATH)(function))
 
 
-def address_of(function, signature) -> int:
+def intrinsic(function: Callable[..., Any]) -> Any:
+    """`numba.extending.intrinsic`: `function` types its arguments and returns the emitter of its code."""
+    return extending.intrinsic(function)
+
+
+def address_of(function: Callable[..., Any], signature) -> int:
     """Compile a function for C callers, cached on disk like a kernel, and return its address."""
     compiled = CFunc(function, sigutils.normalize_signature(signature), {}, {"nopython": True, "fastmath": FAST_MATH})
     compiled.enable_caching()
     _stamp(compiled).compile()
     _COMPILED.append(compiled)
+    assert compiled.address is not None
     return compiled.address
 
 
 def _stamp(compiled):
     cache_file = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
-    if hasattr(cache_file, "_source_stamp"):
+    if cache_file is not None and hasattr(cache_file, "_source_stamp"):
         cache_file._source_stamp = _DIGEST
     return compiled
 

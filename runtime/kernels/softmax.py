@@ -9,7 +9,6 @@ room up to the next multiple of `LANES`. Operands are never read beyond their en
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
 from runtime.kernels.lanes import (
     FLOAT,
@@ -26,6 +25,7 @@ from runtime.kernels.lanes import (
     fma,
     for_span,
     for_vectors,
+    intrinsic,
     lanes_inside,
     larger,
     load_wide,

@@ -6,7 +6,6 @@ How it works: whole vectors of `LANES` first, the rest under a mask, so that not
 
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
 from runtime.kernels.lanes import (
     FLOAT,
@@ -15,6 +14,7 @@ from runtime.kernels.lanes import (
     exp_of_negative,
     fma,
     for_span,
+    intrinsic,
     load_wide,
     offset,
     pointer,

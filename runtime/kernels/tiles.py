@@ -16,7 +16,6 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
 from runtime.kernels.lanes import (
     FLOAT,
@@ -30,6 +29,7 @@ from runtime.kernels.lanes import (
     Unit,
     address_of,
     constant,
+    intrinsic,
     kernel,
     offset,
     pointer,

@@ -2,21 +2,21 @@
 
 How it works: q, k and v are one product, gate and up another. On the CPU the weights are packed for the kernels of
 `runtime.kernels` and a layer is one kernel call; the packed weights are the only copy. On other devices the same layer
-is a handful of plain torch operations. Rotary frequencies and their scaling come from `transformers`; their tables are
-computed once per step, in float32, and shared by all layers through the step's memo.
+is a handful of plain torch operations. Scaled rotary frequencies come from `transformers`; the tables are computed once
+per step, in float32, and shared by all layers through the step's memo. A configuration is a `transformers` one or any
+object with the same fields.
 
 What is never true: a lean layer is never an approximation. In float32 it differs from `transformers`' own layer only by
 the order in which sums are rounded, and a configuration that it does not know exactly is refused by `supports`.
 """
 
 from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional as F
-from transformers import PretrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from runtime import attention
 from runtime.attention import attend, attention_scratch, pool_storage, step_arrays
@@ -33,7 +33,7 @@ ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn", "dynamic"})
 _NOTHING = np.empty(0, np.float32)
 
 
-def supports(config: PretrainedConfig) -> bool:
+def supports(config: Any) -> bool:
     """Whether every layer of this model can be a `LeanLayer`."""
     rope = getattr(config, "rope_parameters", None) or {}
     layer_types = getattr(config, "layer_types", None) or []
@@ -68,7 +68,7 @@ class LeanLayer:
 
     def __init__(
         self,
-        config: PretrainedConfig,
+        config: Any,
         layer_index: int,
         state: Mapping[str, torch.Tensor],
         device: torch.device | str,
@@ -267,12 +267,10 @@ class LeanHead:
 
 
 class Rotary:
-    """cos and sin of a step's positions, float32 ``[T, head_dim / 2]``, from `transformers`' own frequencies."""
+    """cos and sin of a step's positions, float32 ``[T, head_dim / 2]``."""
 
-    def __init__(self, config: PretrainedConfig, device: torch.device) -> None:
-        kind = config.rope_parameters["rope_type"]
-        make = LlamaRotaryEmbedding.compute_default_rope_parameters if kind == "default" else ROPE_INIT_FUNCTIONS[kind]
-        inv_freq, self._attention_scaling = make(config)
+    def __init__(self, config: Any, device: torch.device) -> None:
+        inv_freq, self._attention_scaling = _frequencies(config)
         self._inv_freq = inv_freq.float().to(device)
         self._key = ("lean.rotary", inv_freq.float().numpy().tobytes(), self._attention_scaling)
 
@@ -302,7 +300,9 @@ def warm_up(device: torch.device | str, dtype: torch.dtype) -> None:
     attention.warm_up(device, dtype)
     if not has_kernels(device, dtype):
         return
-    config = PretrainedConfig(
+    config = SimpleNamespace(
+        model_type="llama",
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
         hidden_size=8,
         intermediate_size=8,
         num_attention_heads=2,
@@ -311,7 +311,6 @@ def warm_up(device: torch.device | str, dtype: torch.dtype) -> None:
         hidden_act="silu",
         rms_norm_eps=1e-5,
     )
-    config.model_type, config.rope_parameters = "llama", {"rope_type": "default", "rope_theta": 1e4}
     shapes = {"q": (8, 8), "k": (4, 8), "v": (4, 8), "o": (8, 8)}
     state = {f"self_attn.{x}_proj.weight": torch.zeros(shape) for x, shape in shapes.items()}
     state |= {f"mlp.{x}_proj.weight": torch.zeros(8, 8) for x in ("gate", "up", "down")}
@@ -330,11 +329,23 @@ _NORM_PATHS = {
 }
 
 
-def _head_dim(config: PretrainedConfig) -> int:
+def _frequencies(config: Any) -> tuple[torch.Tensor, float]:
+    """The rotary frequencies, float32 ``[head_dim / 2]``, and what cos and sin are multiplied by."""
+    kind = config.rope_parameters["rope_type"]
+    if kind == "default":
+        dim = _head_dim(config)
+        return 1.0 / (config.rope_parameters["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float) / dim)), 1.0
+    # Importing transformers takes seconds, and only scaled frequencies need it.
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    return ROPE_INIT_FUNCTIONS[kind](config)
+
+
+def _head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _sliding_window(config: PretrainedConfig, layer_index: int) -> int | None:
+def _sliding_window(config: Any, layer_index: int) -> int | None:
     """The window of this layer, as `transformers`' own layers choose it."""
     if config.model_type == "mistral":
         return config.sliding_window
@@ -344,7 +355,7 @@ def _sliding_window(config: PretrainedConfig, layer_index: int) -> int | None:
     return None
 
 
-def _rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+def _rms_norm(x: torch.Tensor, weight: Any, eps: float) -> torch.Tensor:
     wide = x.float()
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
