@@ -68,14 +68,20 @@ def _first_difference(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS))
+IN_CI = {"llama_rope_scaled", "qwen2", "qwen3", "mistral_sliding", "qwen2_sliding", "mixtral", "qwen3_moe", "gemma3"}
+"""One server each; the other kinds differ in what the unit tests compare with `transformers` too."""
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in IN_CI else pytest.mark.slow) for kind in sorted(KINDS)]
+)
 async def test_every_architecture(kind: str, tmp_path: Path) -> None:
     folder = write_tiny(kind, tmp_path / kind, sharded=kind == "qwen2")
     with Server(folder, "--layers", "1,3", *OPTIONS, log=tmp_path / "log") as server:
         await check(server, load_reference(folder), make_prompts(1))
 
 
-@pytest.mark.parametrize("layers", ["4", "1,1,1,1", "2,1,1"])
+@pytest.mark.parametrize("layers", ["4", "1,1,1,1"])
 async def test_every_number_of_stages(layers: str, tiny_llama: Path, tmp_path: Path) -> None:
     with Server(tiny_llama, "--layers", layers, *OPTIONS, log=tmp_path / "log") as server:
         model = load_reference(tiny_llama)
