@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from api.config import DTYPES, IMPLEMENTATIONS, LOAD_FORMATS, LOG_LEVELS, ServeConfig
+from api.config import DTYPES, IMPLEMENTATIONS, LOAD_FORMATS, LOG_LEVELS, STRATEGIES, ServeConfig
 
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[kmgt]?)(?:i?b)?", re.IGNORECASE)
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -63,15 +63,29 @@ def _pull(options: argparse.Namespace, environment: Mapping[str, str]) -> int:
 
 
 def _layout(options: argparse.Namespace, environment: Mapping[str, str]) -> int:
-    from api.client import show_layout
+    from api.layouts import change_layout, show_layout
 
-    return show_layout(_url(options, environment), environment.get("MIDFLIGHT_ADMIN_KEY", ""), options.json)
+    url, key = _url(options, environment), environment.get("MIDFLIGHT_ADMIN_KEY", "")
+    if options.wish is not None:
+        return change_layout(url, key, {**options.wish, **_change_options(options)}, not options.no_wait, options.json)
+    if _change_options(options) or options.no_wait:
+        _fail("layout: say which layout is wanted, as 11,19, or leave the options of a change out", code=2)
+    return show_layout(url, key, options.json)
 
 
 def _workers(options: argparse.Namespace, environment: Mapping[str, str]) -> int:
-    from api.client import show_workers
+    from api.layouts import drain_worker, show_workers
 
-    return show_workers(_url(options, environment), environment.get("MIDFLIGHT_ADMIN_KEY", ""), options.json)
+    url, key = _url(options, environment), environment.get("MIDFLIGHT_ADMIN_KEY", "")
+    if options.action == "drain":
+        return drain_worker(url, key, options.name, _change_options(options), not options.no_wait, options.json)
+    return show_workers(url, key, options.json)
+
+
+def _change_options(options: argparse.Namespace) -> dict[str, object]:
+    """What was said about how to change; the server knows the defaults."""
+    names = ("strategy", "queue", "deadline_s", "bytes_per_s")
+    return {name: value for name in names if (value := getattr(options, name))}
 
 
 def _chat(options: argparse.Namespace, environment: Mapping[str, str]) -> int:
@@ -99,12 +113,25 @@ def build_parser() -> argparse.ArgumentParser:
     _add_serve(commands.add_parser("serve", help="start the head and its workers", formatter_class=_Help))
     pull = commands.add_parser("pull", help="fetch a model that needs no hub")
     pull.add_argument("name", nargs="?", metavar="NAME", help="a known model; the default model when left out")
-    for name, what in (("layout", "show which worker serves which layers"), ("workers", "show the workers")):
-        command = commands.add_parser(name, help=what)
-        _add_url(command)
-        command.add_argument("--json", action="store_true", help="print the server's JSON")
+    layout = commands.add_parser("layout", help="show which worker serves which layers, or change it")
+    layout.add_argument(
+        "wish",
+        nargs="?",
+        type=_wish,
+        metavar="LAYOUT",
+        help="the layout wanted: layers per stage, as 11,19, or worker and layers, as w1:0-12,w0:12-30",
+    )
+    _add_url(layout)
+    _add_change(layout)
+    workers = commands.add_parser("workers", help="show the workers, or drain one")
+    _add_url(workers)
+    actions = workers.add_subparsers(dest="action", metavar="drain", parser_class=_Parser)
+    drain = actions.add_parser("drain", help="move everything off a worker")
+    drain.add_argument("name", metavar="NAME")
+    _add_url(drain, is_inner=True)
+    _add_change(drain)
     chat = commands.add_parser("chat", help="talk to a running server")
-    _add_url(chat)
+    _add_url(chat, json=False)
     chat.add_argument("--system", default="", metavar="TEXT", help="a system message to begin with")
     chat.add_argument("--temperature", type=float, default=0.7)
     chat.add_argument("--max-tokens", type=_positive, default=None, help="of an answer; default: what fits the context")
@@ -239,8 +266,30 @@ def _serve_config(options: argparse.Namespace, environment: Mapping[str, str]) -
     )
 
 
-def _add_url(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--url", default=None, help=f"the server; default: MIDFLIGHT_URL or {_DEFAULT_URL}")
+def _add_url(parser: argparse.ArgumentParser, *, json: bool = True, is_inner: bool = False) -> None:
+    """`is_inner`: the command around it has the same options, and a default here would undo what was said there."""
+    what = f"the server; default: MIDFLIGHT_URL or {_DEFAULT_URL}"
+    parser.add_argument("--url", default=argparse.SUPPRESS if is_inner else None, help=what)
+    if json:
+        no = argparse.SUPPRESS if is_inner else False
+        parser.add_argument("--json", action="store_true", default=no, help="print the server's JSON")
+
+
+def _add_change(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("changing")
+    add = group.add_argument
+    add("--strategy", choices=STRATEGIES, default=None, help="default: live; the others are for comparison")
+    add("--queue", action="store_true", help="behind a change that is under way, instead of being refused")
+    add(
+        "--deadline",
+        dest="deadline_s",
+        type=_seconds,
+        default=None,
+        metavar="SECONDS",
+        help="abort when nothing has flipped by then",
+    )
+    add("--rate", dest="bytes_per_s", type=_size, default=None, metavar="SIZE", help="of the KV snapshot per second")
+    add("--no-wait", action="store_true", help="print the id and leave")
 
 
 def _url(options: argparse.Namespace, environment: Mapping[str, str]) -> str:
@@ -304,6 +353,22 @@ def _layers(text: str) -> tuple[int, ...]:
             f"{text!r} has a stage without a layer; only the first and the last may be empty"
         )
     return counts
+
+
+def _wish(text: str) -> dict[str, object]:
+    """``11,19`` or ``w1:0-12,w0:12-30`` as the body of a request; the server checks that it fits."""
+    parts = [part.strip() for part in text.split(",")]
+    if all(part.isascii() and part.isdigit() for part in parts):
+        return {"layers": [int(part) for part in parts]}
+    stages = []
+    for part in parts:
+        match = re.fullmatch(r"(\S+):(\d{1,9})-(\d{1,9})", part, re.ASCII)
+        if match is None:
+            raise argparse.ArgumentTypeError(
+                f"{part!r} is no stage; a layout looks like 11,19 or w1:0-12,w0:12-30 (the end is not included)"
+            )
+        stages.append({"worker": match[1], "layers": [int(match[2]), int(match[3])]})
+    return {"stages": stages}
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from pathlib import Path
 LOAD_FORMATS = ("safetensors", "dummy")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 IMPLEMENTATIONS = ("auto", "lean", "transformers")
+STRATEGIES = ("live", "stop-copy", "drain", "recompute")
+"""The same as `scheduler.transition.STRATEGIES`, without importing it."""
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 

@@ -148,7 +148,8 @@ class ScriptedEngine:
         self._ended.set()
 
     def change_view(self, change: int) -> dict[str, Any] | None:
-        return self.reports.get(change)
+        report = self.reports.get(change)
+        return None if report is None else {**report, "progress": None}
 
     def changes_view(self) -> list[dict[str, Any]]:
         return list(self.reports.values())
@@ -189,6 +190,7 @@ class Api:
     def __init__(self, engine: ScriptedEngine, client: aiohttp.ClientSession, url: str, runner: web.AppRunner):
         self.engine = engine
         self.stop = runner.cleanup
+        self.close_listeners = runner.app[CONTEXT].listeners.close
         self.client = client
         self.url = url
         self.metrics = runner.app[CONTEXT].metrics

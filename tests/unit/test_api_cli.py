@@ -1,7 +1,10 @@
 """The command line: what it parses, how it refuses, and what its client commands print."""
 
+import asyncio
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,13 +12,15 @@ from typing import Any
 
 import pytest
 
-from api import cli, client
-from api.config import ServeConfig
+from api import cli, layouts
+from api.config import STRATEGIES, ServeConfig
 from api.status import StartupReporter, progress_line, ready_lines
 from api.text import Text
+from scheduler import transition
+from scheduler.reconfiguration import Refused
 from scheduler.request import Health
 from tests.tiny_models import build_tokenizer
-from tests.unit.api_harness import serve
+from tests.unit.api_harness import make_report, serve
 
 LAYOUT: dict[str, Any] = {
     "epoch": 3,
@@ -27,6 +32,11 @@ LAYOUT: dict[str, Any] = {
     ],
     "transition": None,
 }
+
+VIEW: dict[str, Any] = {
+    "id": 1, "strategy": "live", "phase": "flip", "target": [], "hop": 1, "num_hops": 2, "loading": [], "snapshot_blocks": 4,
+    "snapshot_blocks_arrived": 3, "sequences_flipped": 1, "sequences_left": 2, "elapsed_s": 0.5,
+}  # fmt: skip
 
 
 def parsed(*arguments: str, **environment: str) -> ServeConfig:
@@ -107,6 +117,16 @@ def test_sizes(text: str, size: int) -> None:
         (("fly",), "fly"),
         (("pull", "gpt-17"), "smollm2-135m-instruct"),
         (("layout", "--url", "here"), "http://"),
+        (("layout", "11,x"), "w1:0-12"),
+        (("layout", "w1:0-12,w0"), "w1:0-12"),
+        (("layout", "w1:12"), "w1:0-12"),
+        (("layout", "11,-19"), "11,19"),
+        (("layout", "--queue"), "11,19"),
+        (("layout", "--no-wait"), "11,19"),
+        (("layout", "11,19", "--strategy", "hope"), "stop-copy"),
+        (("layout", "11,19", "--rate", "fast"), "2GiB"),
+        (("workers", "fly"), "drain"),
+        (("workers", "drain"), "NAME"),
     ],
 )
 def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], said: str) -> None:
@@ -139,15 +159,16 @@ def test_no_server_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 # -- against a server ----------------------------------------------------------------------------------------
 
 
-async def run(*arguments: str, stdin: str = "", **environment: str) -> tuple[int, str, str]:
+async def start(*arguments: str, **environment: str) -> asyncio.subprocess.Process:
     """`midflight ARGUMENTS` as a process of its own."""
-    import asyncio
-    import os
-
-    process = await asyncio.create_subprocess_exec(
+    return await asyncio.create_subprocess_exec(
         sys.executable, "-m", "api.cli", *arguments,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **environment},
     )  # fmt: skip
+
+
+async def run(*arguments: str, stdin: str = "", **environment: str) -> tuple[int, str, str]:
+    process = await start(*arguments, **environment)
     out, err = await asyncio.wait_for(process.communicate(stdin.encode()), 60)
     return process.returncode or 0, out.decode(), err.decode()
 
@@ -182,12 +203,132 @@ async def test_layout_workers_and_chat_against_a_server() -> None:
 
 
 def test_layout_lines() -> None:
-    assert client.layout_lines(LAYOUT) == [
+    assert layouts.layout_lines(LAYOUT) == [
         "m: epoch 3, 30 layers, 2 stages",
         "0  w0  [0, 19)   19 layers  cpu",
         "1  w1  [19, 30)  11 layers  cpu",
     ]
-    assert client.worker_lines({"workers": []}) == ["no workers"]
+    assert layouts.worker_lines({"workers": []}) == ["no workers"]
+    workers = [{"name": "w0", "status": "ready", "layers": [0, 1, 2, 7, 9, 10], "rss": 852_299_776, "pages_used": 3}]
+    line = layouts.worker_lines({"workers": workers})[1]
+    assert "[0, 3) [7, 8) [9, 11)" in line
+    assert "852.3 MB" in line
+
+
+# -- changing the layout -------------------------------------------------------------------------------------
+
+
+async def test_a_change_is_followed_to_its_end() -> None:
+    async with serve(Text(build_tokenizer()), [1], admin_key="a") as api:
+        line = ["layout", "w1:0-3,w0:3-4", "--strategy", "drain", "--queue", "--deadline", "2", "--rate", "1M", "--url"]
+        running = asyncio.ensure_future(run(*line, api.url, MIDFLIGHT_ADMIN_KEY="a"))
+        await api.until(lambda: api.engine.wishes)
+        stages = [{"worker": "w1", "layers": [0, 3]}, {"worker": "w0", "layers": [3, 4]}]
+        assert api.engine.wishes == [
+            {"stages": stages, "strategy": "drain", "queue": True, "deadline_s": 2.0, "bytes_per_s": 1 << 20}
+        ]
+        api.engine.tell({"type": "transition", "transition": {**VIEW, "id": 7, "phase": "abort"}})
+        api.engine.tell({"type": "transition", "transition": VIEW})
+        api.engine.tell({"type": "report", "report": make_report(7, "live")})
+        api.engine.end_change(1, "committed", total_s=1.5, layers_moved=2, sequences_flipped=1)
+        code, out, err = await running
+        assert code == 0
+        assert err == "  0.50 s  flip (hop 1 of 2): snapshot 3 of 4 blocks; 1 sequences over, 2 left\n"
+        assert out.startswith(
+            "transition 1 committed after 1.50 s (drain)\n  from     w0 [0, 3) | w1 [3, 4), epoch 1\n"
+        )
+        assert "2 layers" in out
+        assert "1 sequence taken over" in out
+
+
+@pytest.mark.parametrize("outcome", ["aborted", "refused"])
+async def test_a_change_that_came_to_nothing_is_a_failure(outcome: str) -> None:
+    async with serve(Text(build_tokenizer()), [1]) as api:
+        running = asyncio.ensure_future(run("workers", "drain", "w1", "--json", "--url", api.url))
+        await api.until(lambda: api.engine.wishes)
+        assert api.engine.wishes == [{"drain": "w1"}]
+        api.engine.end_change(1, outcome, why="no room")
+        code, out, _ = await running
+        assert (code, json.loads(out)["why"]) == (1, "no room")
+
+
+async def test_a_refusal_is_one_line() -> None:
+    async with serve(Text(build_tokenizer()), [1]) as api:
+        api.engine.refusal = Refused("transition 7 is under way")
+        assert await run("layout", "1,3", "--url", api.url) == (1, "", "midflight: transition 7 is under way\n")
+        api.engine.refusal = None
+        assert await run("layout", "1,3", "--no-wait", "--url", api.url) == (0, "transition 1 is under way\n", "")
+
+
+@pytest.mark.parametrize("in_time", [True, False])
+async def test_ctrl_c_asks_the_server_to_abort(in_time: bool) -> None:
+    async with serve(Text(build_tokenizer()), [1]) as api:
+        process = await start("layout", "1,3", "--url", api.url)
+        await api.until(lambda: api.engine.wishes)
+        assert process.stderr is not None
+        api.engine.tell({"type": "transition", "transition": VIEW})
+        await process.stderr.readline()
+        if not in_time:
+            api.engine.reports[1]["phases_s"] = {"flip": 1.0}
+        process.send_signal(signal.SIGINT)
+        if not in_time:
+            while b"cannot be aborted" not in await process.stderr.readline():
+                pass
+            api.engine.end_change(1, "committed")
+        out, err = await asyncio.wait_for(process.communicate(), 20)
+        assert (b"aborted after" in out) == in_time, (out, err)
+        assert process.returncode == (1 if in_time else 0)
+        assert b"Traceback" not in err
+
+
+async def test_when_the_events_break_off_the_report_is_asked_for() -> None:
+    async with serve(Text(build_tokenizer()), [1]) as api:
+        process = await start("layout", "1,3", "--url", api.url)
+        await api.until(lambda: api.engine.wishes)
+        api.close_listeners()
+        await api.until(lambda: api.metrics.responses.get(("/admin/transitions/{id}", 200), 0) > 1)
+        api.engine.end_change(1, "committed")
+        out, _ = await asyncio.wait_for(process.communicate(), 20)
+        assert (process.returncode, out.startswith(b"transition 1 committed")) == (0, True)
+
+
+def test_reports_are_readable() -> None:
+    report = {
+        **make_report(4, "live"), "outcome": "committed", "total_s": 2.962, "layers_moved": 20, "weight_bytes": 198_228_096,
+        "snapshot_bytes": 2_457_600, "mirror_bytes": 999, "blocks_copied": 1, "sequences_flipped": 4, "fence_waits": 1,
+        "fence_wait_ms": 0.04, "engine_pause_ms": {"max": 19.746, "p50": 2.5, "count": 4.0}, "num_hops": 3,
+        "phases_s": {"reserve": 0.0617, "shadow": 2.5},
+    }  # fmt: skip
+    assert layouts.report_lines(report) == [
+        "transition 4 committed after 2.96 s (live)",
+        "  from     w0 [0, 3) | w1 [3, 4), epoch 1",
+        "  to       w0 [0, 1) | w1 [1, 4), epoch 2",
+        "  moved    20 layers in 3 hops: weights 198.2 MB, KV snapshot 2.5 MB (1 block), KV mirror 999 B",
+        "  running  4 sequences taken over, 0 tokens recomputed, 0 requests dropped",
+        "  pause    p50 2.5 ms, max 19.7 ms over 4 flips; 1 fence wait (0.0 ms)",
+        "  time     reserve 0.06 s, shadow 2.50 s",
+    ]
+    queued = {**report, "outcome": "aborted", "why": "gone", "source": [], "phases_s": {}, "total_s": 0.0}
+    assert layouts.report_lines(queued) == [
+        "transition 4 aborted after 0.00 s (live): gone",
+        "  wanted  w0 [0, 1) | w1 [1, 4)",
+    ]
+
+
+def test_a_terminal_gets_one_line_written_over() -> None:
+    out = io.StringIO()
+    out.isatty = lambda: True
+    progress = layouts.Progress(out)
+    progress.show(VIEW)
+    progress.show({**VIEW, "elapsed_s": 0.6})
+    progress.clear()
+    shown = out.getvalue().split("\r\x1b[K")
+    assert [line[:13] for line in shown] == ["", "  0.50 s  fli", "  0.60 s  fli", ""]
+    assert "\n" not in out.getvalue()
+
+
+def test_the_strategies_are_the_schedulers() -> None:
+    assert STRATEGIES == transition.STRATEGIES
 
 
 # -- what the terminal shows ---------------------------------------------------------------------------------
