@@ -392,6 +392,8 @@ class Member:
                 fence_waits=handover.fence_waits,
                 fence_wait_us=int(1e6 * handover.fence_wait_s),
                 pauses_us=[int(1e6 * pause) for pause in handover.pauses_s],
+                excesses_us=[int(1e6 * excess) for excess in handover.excesses_s],
+                weight_bytes=self._store.weight_bytes,
             )
         )
 

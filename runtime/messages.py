@@ -378,7 +378,8 @@ class Retired(msgspec.Struct, frozen=True, array_like=True, tag=45):
     """The answer to `Retire` and `Cancel`: what this worker saw of the transition.
 
     `pauses_us` has, for each flipped sequence, the time between its last forward in the old epoch and its first in
-    the new one on this worker, where it had both.
+    the new one on this worker, where it had both; `excesses_us` the same less the sequence's mean gap between steps,
+    for those that had run here at least twice before. `weight_bytes` is what it holds now; -1 when nothing changed.
     """
 
     worker: WorkerName
@@ -388,6 +389,8 @@ class Retired(msgspec.Struct, frozen=True, array_like=True, tag=45):
     fence_waits: int
     fence_wait_us: int
     pauses_us: list[int]
+    weight_bytes: int = -1
+    excesses_us: list[int] = []
 
 
 ToHead: TypeAlias = (

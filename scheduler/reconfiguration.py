@@ -75,6 +75,14 @@ class Head(Protocol):
 
 
 @dataclass(slots=True)
+class _Pauses:
+    """What the workers saw of the flips, over all hops of a change: `runtime.messages.Retired`."""
+
+    pauses_us: list[int] = field(default_factory=list)
+    excesses_us: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class _Transition:
     """One hop of a change."""
 
@@ -95,7 +103,7 @@ class _Transition:
     num_pages: dict[WorkerName, int] = field(default_factory=dict)
     snapshot: Snapshot | None = None
     opening: Opening | None = None
-    pauses_us: list[int] = field(default_factory=list)
+    pauses: _Pauses = field(default_factory=_Pauses)
     why: str = ""
     again: bool = False
     """Once aborted, begin the change anew."""
@@ -228,12 +236,16 @@ class Reconfiguration:
         if now is None or now.phase not in ("retire", "abort"):
             return
         now.awaiting.discard(message.worker)
+        worker = self._head.members.workers.get(message.worker)
+        if worker is not None and message.weight_bytes >= 0:
+            worker.weight_bytes = message.weight_bytes
         report = now.report
         report.mirror_bytes += message.row_bytes
         report.snapshot_bytes += message.page_bytes
         report.fence_waits += message.fence_waits
         report.fence_wait_ms += message.fence_wait_us / 1e3
-        now.pauses_us += message.pauses_us
+        now.pauses.pauses_us += message.pauses_us
+        now.pauses.excesses_us += message.excesses_us
 
     def lost(self, name: WorkerName) -> bool:
         """A worker is gone. True when the old layout goes on without it; False when the pipeline is broken."""
@@ -351,7 +363,7 @@ class Reconfiguration:
         )
         self._keep(report)
         head.batcher.guard()
-        self._start_hop(change, report, old, deque(hops), head.now_s, [], head.batcher.counters.recomputed_tokens)
+        self._start_hop(change, report, old, deque(hops), head.now_s, _Pauses(), head.batcher.counters.recomputed_tokens)
         head.note(f"transition {change.id} begins: {_short(old)} -> {_short(change.layout)} ({change.strategy})")
 
     def _start_hop(
@@ -361,7 +373,7 @@ class Reconfiguration:
         old: Layout,
         hops: deque[Layout],
         began_s: float,
-        pauses_us: list[int],
+        pauses: _Pauses,
         recomputed_before: int,
     ) -> None:
         head = self._head
@@ -380,7 +392,7 @@ class Reconfiguration:
             began_s=began_s,
             entered_s=head.now_s,
             workers=workers,
-            pauses_us=pauses_us,
+            pauses=pauses,
             recomputed_before=recomputed_before,
         )
         for name in workers:
@@ -472,12 +484,12 @@ class Reconfiguration:
         head.set_capacity(self._capacity(now.new, now.new))
         if now.later:
             now.enter("reserve", head.now_s)
-            self._start_hop(now.change, report, now.new, now.later, now.began_s, now.pauses_us, now.recomputed_before)
+            self._start_hop(now.change, report, now.new, now.later, now.began_s, now.pauses, now.recomputed_before)
             return
         now.enter("done", head.now_s)
         head.batcher.unguard()
         self._now = None
-        report.add_pauses(now.pauses_us)
+        report.add_pauses(now.pauses.pauses_us, now.pauses.excesses_us)
         report.recomputed_tokens = head.batcher.counters.recomputed_tokens - now.recomputed_before
         report.total_s = head.now_s - now.began_s
         self._end_report(report, "committed", "")
