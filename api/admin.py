@@ -3,13 +3,7 @@
 from aiohttp import web
 
 from api.context import CONTEXT, json_response
-from api.page import PAGE
-
-_PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'",
-    "X-Content-Type-Options": "nosniff",
-    "Cache-Control": "no-store",
-}
+from api.page import HEADERS, PAGE
 
 
 async def health(request: web.Request) -> web.Response:
@@ -50,4 +44,4 @@ async def audit(request: web.Request) -> web.Response:
 
 
 async def page(request: web.Request) -> web.Response:
-    return web.Response(text=PAGE, content_type="text/html", charset="utf-8", headers=_PAGE_HEADERS)
+    return web.Response(text=PAGE, content_type="text/html", charset="utf-8", headers=HEADERS)

@@ -1,7 +1,10 @@
 """Asking for another layout over HTTP: what the engine is asked, what comes back, and the events meanwhile."""
 
 import asyncio
+import base64
+import hashlib
 import json
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -228,3 +231,20 @@ async def test_changes_are_counted(api: Api) -> None:
         'midflight_worker_layers{worker="w0"} 3.0',
     ):
         assert line in text.splitlines(), line
+
+
+# -- the page ------------------------------------------------------------------------------------------------
+
+
+async def test_the_page_runs_its_own_script_and_nothing_else(api: Api) -> None:
+    async with api.client.get(api.url + "/") as response:
+        page, policy = await response.text(), response.headers["Content-Security-Policy"]
+    assert "unsafe" not in policy
+    for tag in ("script", "style"):
+        (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy
+    assert not re.findall(r"""(?:src|href)=["']?https?:|style=|\son\w+=|innerHTML""", page)
+    ids = set(re.findall(r'\sid="([\w-]+)"', page))
+    used = set(re.findall(r'\bat\("([\w-]+)"\)', page))
+    assert used - ids == set(), "the script asks for elements that are not there"
