@@ -69,7 +69,12 @@ LOWEST = -3.0e38
 
 def kernel(function: Callable[..., Any]) -> Any:
     """Compile with numba on first use: no GIL, cached on disk."""
-    return _stamp(njit(nogil=True, cache=True, fastmath=FAST_MATH)(function))
+    return _stamp(njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST_MATH)(function))
+
+
+def part(function: Callable[..., Any]) -> Any:
+    """A part of a kernel, taken apart for the reader: compiled as if it stood in the kernel that calls it."""
+    return njit(inline="always")(function)
 
 
 def intrinsic(function: Callable[..., Any]) -> Any:
@@ -77,7 +82,18 @@ def intrinsic(function: Callable[..., Any]) -> Any:
     return extending.intrinsic(function)
 
 
-def address_of(function: Callable[..., Any], signature) -> int:
+@intrinsic
+def address(typingctx, array):
+    """Where an array's elements begin."""
+
+    def codegen(context, builder, signature, args):
+        struct = cgutils.create_struct_proxy(signature.args[0])(context, builder, args[0])
+        return builder.ptrtoint(struct.data, I64)
+
+    return types.intp(array), codegen
+
+
+def compile_for_c(function: Callable[..., Any], signature) -> int:
     """Compile a function for C callers, cached on disk like a kernel, and return its address."""
     compiled = CFunc(function, sigutils.normalize_signature(signature), {}, {"nopython": True, "fastmath": FAST_MATH})
     compiled.enable_caching()

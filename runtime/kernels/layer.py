@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from runtime.kernels.lanes import kernel
+from runtime.kernels.lanes import address, kernel, part
 from runtime.kernels.paged import paged_attention
 from runtime.kernels.products import ADD, PLAIN, ROW_BLOCK, SILU_MUL, product
 from runtime.kernels.spans import rotate_head, store_scaled, store_weighted, sum_of_squares
@@ -25,9 +25,9 @@ def rms_norm(x, first, count, weight, eps, out):
     """out[:count] = x / sqrt(mean(x * x) + eps) * weight, for rows ``first ..`` of x; `weight` float32."""
     width = x.shape[1]
     for i in range(count):
-        source = x.ctypes.data + (first + i) * width * x.itemsize
+        source = address(x) + (first + i) * width * x.itemsize
         factor = _ONE / np.float32(math.sqrt(sum_of_squares(x, source, width) / np.float32(width) + eps))
-        store_weighted(x, out, source, width, factor, weight.ctypes.data, out.ctypes.data + i * width * out.itemsize)
+        store_weighted(x, out, source, width, factor, address(weight), address(out) + i * width * out.itemsize)
 
 
 @kernel
@@ -97,7 +97,7 @@ def decoder_layer(
     return True
 
 
-@kernel
+@part
 def _rotate(qkv, first, count, q_norm, k_norm, eps, cos, sin, q):
     """Norm (if any) and rotate the heads of q and k in place; the finished q goes to `q`, tokens `first` and on."""
     num_heads, head_dim = q.shape[1], q.shape[2]
@@ -105,20 +105,20 @@ def _rotate(qkv, first, count, q_norm, k_norm, eps, cos, sin, q):
     half = head_dim // 2
     for i in range(count):
         for h in range(num_heads + num_kv_heads):
-            head = qkv.ctypes.data + (i * qkv.shape[1] + h * head_dim) * 4
+            head = address(qkv) + (i * qkv.shape[1] + h * head_dim) * 4
             norm = q_norm if h < num_heads else k_norm
             if len(norm):
                 square = sum_of_squares(qkv, head, head_dim) / np.float32(head_dim)
                 factor = _ONE / np.float32(math.sqrt(square + eps))
-                store_weighted(qkv, qkv, head, head_dim, factor, norm.ctypes.data, head)
+                store_weighted(qkv, qkv, head, head_dim, factor, address(norm), head)
             shift = (first + i) * half * 4
-            rotate_head(head, half, cos.ctypes.data + shift, sin.ctypes.data + shift)
+            rotate_head(head, half, address(cos) + shift, address(sin) + shift)
             if h < num_heads:
-                place = q.ctypes.data + ((first + i) * num_heads + h) * head_dim * q.itemsize
+                place = address(q) + ((first + i) * num_heads + h) * head_dim * q.itemsize
                 store_scaled(q, head, head_dim, _ONE, place)
 
 
-@kernel
+@part
 def _write_rows(qkv, first, count, num_heads, page_of_block, block_tables, query_starts, context_lens, pool):
     """Put the k and v of tokens ``first .. first + count`` into their pages; False when one has no page."""
     block_size, width, size = pool.shape[2], pool.shape[3] * pool.shape[4], pool.itemsize
@@ -129,8 +129,8 @@ def _write_rows(qkv, first, count, num_heads, page_of_block, block_tables, query
             page = page_of_block[block_tables[r, position // block_size]]
             if page < 0:
                 return False
-            source = qkv.ctypes.data + ((t - first) * qkv.shape[1] + num_heads * head_dim) * 4
-            target = pool.ctypes.data + (page * 2 * block_size + position % block_size) * width * size
+            source = address(qkv) + ((t - first) * qkv.shape[1] + num_heads * head_dim) * 4
+            target = address(pool) + (page * 2 * block_size + position % block_size) * width * size
             store_scaled(pool, source, width, _ONE, target)
             store_scaled(pool, source + width * 4, width, _ONE, target + block_size * width * size)
     return True

@@ -13,7 +13,7 @@ import math
 
 import numpy as np
 
-from runtime.kernels.lanes import LANES, LOWEST, PANEL, kernel
+from runtime.kernels.lanes import LANES, LOWEST, PANEL, address, kernel, part
 from runtime.kernels.softmax import (
     depth_step,
     find_top,
@@ -71,9 +71,9 @@ def write_pages(k, v, page_of_block, block_tables, query_starts, context_lens, d
             page = page_of_block[block_tables[r, position // block_size]]
             if page < 0:
                 return False
-            target = data.ctypes.data + (page * 2 * block_size + position % block_size) * line
-            copy_bytes(target, k.ctypes.data + t * line, line)
-            copy_bytes(target + block_size * line, v.ctypes.data + t * line, line)
+            target = address(data) + (page * 2 * block_size + position % block_size) * line
+            copy_bytes(target, address(k) + t * line, line)
+            copy_bytes(target + block_size * line, address(v) + t * line, line)
     return True
 
 
@@ -104,13 +104,13 @@ def paged_attention(
         position = context_lens[r] - (stop - first)
         if (stop - first) * group < MIN_BLOCKED_QUERIES:
             for t in range(first, stop):
-                query, target = q.ctypes.data + t * line, out.ctypes.data + t * line
+                query, target = address(q) + t * line, address(out) + t * line
                 _attend_one(
                     query, data, page_of_block, block_tables, r, position + t - first, group, scale, window, softcap,
                     target, floats,
                 )  # fmt: skip
         else:
-            query, target = q.ctypes.data + first * line, out.ctypes.data + first * line
+            query, target = address(q) + first * line, address(out) + first * line
             _attend_chunk(
                 tiles, query, stop - first, data, page_of_block, block_tables, r, position, group, scale, window, softcap,
                 target, floats, packed, places,
@@ -120,7 +120,7 @@ def paged_attention(
 # -- one query ----------------------------------------------------------------------------------------------
 
 
-@kernel
+@part
 def _attend_one(query, data, page_of_block, block_tables, r, position, group, scale, window, softcap, target, floats):
     """All heads of the query of row `r` at `position`; `query` and `target` are addresses."""
     block_size, num_kv_heads, head_dim, size = data.shape[2], data.shape[3], data.shape[4], data.itemsize
@@ -133,14 +133,13 @@ def _attend_one(query, data, page_of_block, block_tables, r, position, group, sc
     ahead_blocks = max(1, AHEAD // block_size)
     scores_stride = (stop - start + 2 * LANES - 1) // LANES * LANES
     sums_stride = (head_dim + LANES - 1) // LANES * LANES
-    scores = floats.ctypes.data
+    scores = address(floats)
     sums = scores + num_heads * scores_stride * 4
     for block in range(start // block_size, end):
         first, last = max(start, block * block_size), min(stop, (block + 1) * block_size)
-        page = data.ctypes.data + page_of_block[block_tables[r, block]] * 2 * block_size * line
+        page = address(data) + page_of_block[block_tables[r, block]] * 2 * block_size * line
         ahead = (
-            data.ctypes.data
-            + page_of_block[block_tables[r, min(block + ahead_blocks, end - 1)]] * 2 * block_size * line
+            address(data) + page_of_block[block_tables[r, min(block + ahead_blocks, end - 1)]] * 2 * block_size * line
         )
         for j in range(first, last, LANES):
             keys = page + (j - block * block_size) * line
@@ -160,10 +159,10 @@ def _attend_one(query, data, page_of_block, block_tables, r, position, group, sc
         floats[num_heads * scores_stride + i] = _ZERO
     for block in range(start // block_size, end):
         first, last = max(start, block * block_size), min(stop, (block + 1) * block_size)
-        page = data.ctypes.data + (page_of_block[block_tables[r, block]] * 2 + 1) * block_size * line
+        page = address(data) + (page_of_block[block_tables[r, block]] * 2 + 1) * block_size * line
         values = page + (first - block * block_size) * line
         ahead = page_of_block[block_tables[r, min(block + ahead_blocks, end - 1)]] * 2 + 1
-        ahead = data.ctypes.data + ahead * block_size * line
+        ahead = address(data) + ahead * block_size * line
         for h in range(num_kv_heads):
             weights = scores + (h * group * scores_stride + first - start) * 4
             _mix_group(
@@ -175,7 +174,7 @@ def _attend_one(query, data, page_of_block, block_tables, r, position, group, sc
         store_scaled(data, sums + h * sums_stride * 4, head_dim, _ONE / floats[totals + h], target + h * head)
 
 
-@kernel
+@part
 def _mix_group(like, group, weights, weights_stride, values, stride, count, head_dim, sums, sums_stride, ahead, pace):
     """`mix` for a group of any size."""
     g = 0
@@ -192,7 +191,7 @@ def _mix_group(like, group, weights, weights_stride, values, stride, count, head
         g += 4
 
 
-@kernel
+@part
 def _cap(floats, first, count, scale, softcap):
     """Scale scores, then soften them towards +-softcap."""
     for j in range(first, first + count):
@@ -202,7 +201,7 @@ def _cap(floats, first, count, scale, softcap):
 # -- many queries -------------------------------------------------------------------------------------------
 
 
-@kernel
+@part
 def _attend_chunk(
     tiles, query, num_tokens, data, page_of_block, block_tables, r, position, group, scale, window, softcap, target, floats,
     packed, places,
@@ -214,7 +213,7 @@ def _attend_chunk(
     start = max(0, position + 1 - window) if window > 0 else 0
     start -= start % KEY_BLOCK
     capacity = (stop - start + KEY_BLOCK - 1) // KEY_BLOCK * KEY_BLOCK
-    keys = packed.ctypes.data
+    keys = address(packed)
     values = keys + capacity * head
     queries = values + capacity * padded * size
     weights = queries + QUERY_BLOCK * head
@@ -230,14 +229,14 @@ def _attend_chunk(
                 tiles, data, num_rows, first, position, group, start, capacity, keys, values, queries, weights, scale, window,
                 softcap, floats,
             )  # fmt: skip
-            sums, totals = floats.ctypes.data + QUERY_BLOCK * KEY_BLOCK * 4, QUERY_BLOCK * (KEY_BLOCK + padded + 1)
+            sums, totals = address(floats) + QUERY_BLOCK * KEY_BLOCK * 4, QUERY_BLOCK * (KEY_BLOCK + padded + 1)
             for i in range(num_rows):
                 index = (first + i) // group * num_kv_heads * group + h * group + (first + i) % group
                 factor = _ONE / floats[totals + i]
                 store_scaled(data, sums + i * padded * 4, head_dim, factor, target + index * head)
 
 
-@kernel
+@part
 def _attend_block(
     tiles,
     like,
@@ -259,7 +258,7 @@ def _attend_block(
     """One block of queries against all the keys it sees: leaves sums and totals, unnormalised, in `floats`."""
     head_dim, size = like.shape[4], like.itemsize
     padded = (head_dim + PANEL - 1) // PANEL * PANEL
-    scores = floats.ctypes.data
+    scores = address(floats)
     sums = scores + QUERY_BLOCK * KEY_BLOCK * 4
     tops = QUERY_BLOCK * (KEY_BLOCK + padded)
     totals = tops + QUERY_BLOCK
@@ -300,7 +299,7 @@ def _attend_block(
             tile_rows(tiles, num_rows, weights, KEY_BLOCK * size, w, depth, place, padded * 4, True)
 
 
-@kernel
+@part
 def _find_keys(data, page_of_block, block_tables, r, start, stop, places):
     """places[j] = the address of key start + j; the last one again up to a multiple of `PANEL`."""
     block_size = data.shape[2]
@@ -308,17 +307,17 @@ def _find_keys(data, page_of_block, block_tables, r, start, stop, places):
     for j in range((stop - start + PANEL - 1) // PANEL * PANEL):
         position = min(start + j, stop - 1)
         page = page_of_block[block_tables[r, position // block_size]]
-        places[j] = data.ctypes.data + (page * 2 * block_size + position % block_size) * line
+        places[j] = address(data) + (page * 2 * block_size + position % block_size) * line
 
 
-@kernel
+@part
 def _pack_context(data, places, shift, count, capacity, keys, values):
     """The keys of one head as panels of a matrix ``[head_dim, keys]``, its values as one of ``[keys, head_dim]``."""
     block_size, num_kv_heads, head_dim, size = data.shape[2], data.shape[3], data.shape[4], data.itemsize
     step = depth_step(data)
     for j in range(0, count, LANES):
         target = keys + (j // PANEL * PANEL * head_dim + j % PANEL * step) * size
-        pack_keys(data, places.ctypes.data + j * 8, shift, head_dim, target)
+        pack_keys(data, address(places) + j * 8, shift, head_dim, target)
     shift += block_size * num_kv_heads * head_dim * size
     for j in range(0, count, step):
         for d in range(0, head_dim, PANEL):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from runtime.kernels import storage
-from runtime.kernels.lanes import PANEL, kernel
+from runtime.kernels.lanes import PANEL, address, kernel
 from runtime.kernels.spans import add_floats, store_scaled, store_silu_mul, store_sum
 from runtime.kernels.tiles import tile_rows
 
@@ -95,25 +95,25 @@ def product(tiles, x, first_row, num_rows, w, kind, bias, residual, out, out_row
     than x; `num_columns` counts the columns of out; `tiles` is the `tile_address` of x's storage type; `sums` is float32 scratch ``[num_rows, PANEL]``.
     """
     depth, size = x.shape[1], x.itemsize
-    x_address = x.ctypes.data + first_row * depth * size
+    x_address = address(x) + first_row * depth * size
     full = PANEL // 2 if kind == SILU_MUL else PANEL
     for panel in range((num_columns + full - 1) // full):
         for k in range(0, depth, DEPTH_BLOCK_BYTES // size):
-            w_block = w.ctypes.data + (panel * depth + k) * PANEL * size
+            w_block = address(w) + (panel * depth + k) * PANEL * size
             block = min(DEPTH_BLOCK_BYTES // size, depth - k)
             tile_rows(
-                tiles, num_rows, x_address + k * size, depth * size, w_block, block, sums.ctypes.data, PANEL * 4, k > 0
+                tiles, num_rows, x_address + k * size, depth * size, w_block, block, address(sums), PANEL * 4, k > 0
             )
         first = panel * full
         width = min(full, num_columns - first)
         for i in range(num_rows):
-            total = sums.ctypes.data + i * PANEL * 4
+            total = address(sums) + i * PANEL * 4
             place = ((out_row + i) * num_columns + first) * out.itemsize
             if len(bias):
-                add_floats(total, width, bias.ctypes.data + first * 4)
+                add_floats(total, width, address(bias) + first * 4)
             if kind == SILU_MUL:
-                store_silu_mul(out, total, total + full * 4, width, out.ctypes.data + place)
+                store_silu_mul(out, total, total + full * 4, width, address(out) + place)
             elif kind == ADD:
-                store_sum(out, total, width, residual.ctypes.data + place, out.ctypes.data + place)
+                store_sum(out, total, width, address(residual) + place, address(out) + place)
             else:
-                store_scaled(out, total, width, _ONE, out.ctypes.data + place)
+                store_scaled(out, total, width, _ONE, address(out) + place)

@@ -27,7 +27,7 @@ from runtime.kernels.lanes import (
     TILE_ROWS,
     TILE_VECTORS,
     Unit,
-    address_of,
+    compile_for_c,
     constant,
     intrinsic,
     kernel,
@@ -143,7 +143,7 @@ _FUNCTIONS = {
 @cache
 def tile_address(storage_dtype: np.dtype) -> int:
     """The tiles of a storage type, compiled now or loaded from the disk cache, for `tile_rows`."""
-    return address_of(_FUNCTIONS[storage_dtype], types.void(*[types.intp] * 7, types.boolean))
+    return compile_for_c(_FUNCTIONS[storage_dtype], types.void(*[types.intp] * 7, types.boolean))
 
 
 @intrinsic

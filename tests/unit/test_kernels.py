@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from runtime import attention
 from runtime.batch import LayerKV, StepBatch
 from runtime.kernels import STORAGE_DTYPES, layer, paged, products, storage
-from runtime.kernels.lanes import LANES, PANEL, kernel
+from runtime.kernels.lanes import LANES, PANEL, address, kernel
 from runtime.kernels.products import ADD, PLAIN, SILU_MUL, pack, pack_gate_up, product
 from runtime.kernels.softmax import find_top, weigh
 from runtime.kernels.spans import store_scaled, store_silu_mul
@@ -104,18 +104,18 @@ def test_rms_norm(dtype):
 
 @kernel
 def round_all(source, out):
-    store_scaled(out, source.ctypes.data, len(source), np.float32(1.0), out.ctypes.data)
+    store_scaled(out, address(source), len(source), np.float32(1.0), address(out))
 
 
 @kernel
 def silu_mul_all(gate, up, out):
-    store_silu_mul(out, gate.ctypes.data, up.ctypes.data, len(gate), out.ctypes.data)
+    store_silu_mul(out, address(gate), address(up), len(gate), address(out))
 
 
 @kernel
 def softmax_all(scores, scale, out):
-    top = find_top(scores.ctypes.data, 0, len(scores))
-    total = weigh(out, scores.ctypes.data, 0, len(scores), len(scores), scale, top, out.ctypes.data)
+    top = find_top(address(scores), 0, len(scores))
+    total = weigh(out, address(scores), 0, len(scores), len(scores), scale, top, address(out))
     return top, total
 
 
