@@ -47,6 +47,20 @@ class _CopyJob:
 
 
 @dataclass(slots=True)
+class _Rhythm:
+    """When a sequence last ran here in the old epoch, and how long it usually waited between two steps."""
+
+    ended_s: float
+    num_gaps: int = 0
+    sum_gaps_s: float = 0.0
+
+    def ran(self, begun_s: float, ended_s: float) -> None:
+        self.num_gaps += 1
+        self.sum_gaps_s += begun_s - self.ended_s
+        self.ended_s = ended_s
+
+
+@dataclass(slots=True)
 class Handover:
     """The state of one transition on one worker."""
 
@@ -59,11 +73,13 @@ class Handover:
     fence_waits: int = 0
     fence_wait_s: float = 0.0
     pauses_s: list[float] = field(default_factory=list)
+    excesses_s: list[float] = field(default_factory=list)
+    """The pauses less the mean gap of the same sequence, for those that ran here at least twice before."""
     _jobs: list[_CopyJob] = field(default_factory=list)
     _bytes_per_s: int = IDLE_BYTES_PER_S
     _next_slice_s: float = 0.0
     _last_step_s: float = -1e9
-    _last_run: dict[SequenceId, float] = field(default_factory=dict)
+    _rhythms: dict[SequenceId, _Rhythm] = field(default_factory=dict)
     _counts: dict[int, int] = field(default_factory=dict)
     _early_pages: dict[int, dict[int, int]] = field(default_factory=dict)
 
@@ -102,13 +118,18 @@ class Handover:
         self._last_step_s = ended_s
         if plan.epoch == self.source_epoch:
             for row in plan.rows:
-                self._last_run[row.sequence] = ended_s
+                if (rhythm := self._rhythms.get(row.sequence)) is None:
+                    self._rhythms[row.sequence] = _Rhythm(ended_s)
+                else:
+                    rhythm.ran(begun_s, ended_s)
             self._mirror(plan, planned, hop, send)
             return
         for row in plan.rows:
-            last_s = self._last_run.pop(row.sequence, None) if row.begin is not None else None
-            if last_s is not None and len(self.pauses_s) < MAX_PAUSES:
-                self.pauses_s.append(begun_s - last_s)
+            rhythm = self._rhythms.pop(row.sequence, None) if row.begin is not None else None
+            if rhythm is not None and len(self.pauses_s) < MAX_PAUSES:
+                self.pauses_s.append(begun_s - rhythm.ended_s)
+                if rhythm.num_gaps:
+                    self.excesses_s.append(self.pauses_s[-1] - rhythm.sum_gaps_s / rhythm.num_gaps)
         if self.incoming:
             blocks, offsets = planned.slots(self._block_size())
             for incoming in self.incoming.values():

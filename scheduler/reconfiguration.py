@@ -363,7 +363,9 @@ class Reconfiguration:
         )
         self._keep(report)
         head.batcher.guard()
-        self._start_hop(change, report, old, deque(hops), head.now_s, _Pauses(), head.batcher.counters.recomputed_tokens)
+        self._start_hop(
+            change, report, old, deque(hops), head.now_s, _Pauses(), head.batcher.counters.recomputed_tokens
+        )
         head.note(f"transition {change.id} begins: {_short(old)} -> {_short(change.layout)} ({change.strategy})")
 
     def _start_hop(

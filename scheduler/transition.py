@@ -102,15 +102,19 @@ class Report(msgspec.Struct):
     recomputed_tokens: int = 0
     dropped_requests: int = 0
 
-    def add_pauses(self, pauses_us: ListOf[int]) -> None:
-        """`pauses_us` are all that any worker saw; kept as their maximum, median and number."""
-        if pauses_us:
-            ordered = sorted(pauses_us)
-            self.engine_pause_ms = {
-                "max": ordered[-1] / 1e3,
-                "p50": ordered[len(ordered) // 2] / 1e3,
-                "count": float(len(ordered)),
-            }
+    def add_pauses(self, pauses_us: ListOf[int], excesses_us: ListOf[int] = ()) -> None:
+        """`pauses_us` are all that any worker saw, kept as their maximum, median, 99th percentile and number.
+
+        `excesses_us` are those of them whose sequence had run at least twice before, less its mean gap between steps;
+        kept in the same way, each key with ``excess_`` before it.
+        """
+        for prefix, values in (("", pauses_us), ("excess_", excesses_us)):
+            if values:
+                ordered = sorted(values)
+                self.engine_pause_ms[prefix + "max"] = ordered[-1] / 1e3
+                self.engine_pause_ms[prefix + "p50"] = ordered[len(ordered) // 2] / 1e3
+                self.engine_pause_ms[prefix + "p99"] = ordered[min(len(ordered) * 99 // 100, len(ordered) - 1)] / 1e3
+                self.engine_pause_ms[prefix + "count"] = float(len(ordered))
 
 
 def describe(layout: Layout) -> list[dict[str, Any]]:
