@@ -169,16 +169,19 @@ async def _request(session, url: str, model: str, workload: Workload, index: int
     return record
 
 
+def split_events(received: bytes) -> tuple[list[_Event], bytes]:
+    """The whole server-sent events in `received`, without ``[DONE]``, and what is left of one that is still coming."""
+    *events, rest = received.split(b"\n\n")
+    return [_decode_event(event[6:]) for event in events if event.startswith(b"data: {")], rest
+
+
 async def _read_events(content: aiohttp.StreamReader, record: Record) -> None:
     """Reads to the end of the stream. All events of one network read came at the same moment."""
     rest = b""
     async for chunk in content.iter_any():
         now_s = time.perf_counter()
-        *events, rest = (rest + chunk).split(b"\n\n")
-        for event in events:
-            if not event.startswith(b"data: ") or event == b"data: [DONE]":
-                continue
-            decoded = _decode_event(event[6:])
+        events, rest = split_events(rest + chunk)
+        for decoded in events:
             if decoded.error is not None:
                 record.error = f"in the stream: {decoded.error}"
             if decoded.usage is not None:
