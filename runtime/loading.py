@@ -18,7 +18,7 @@ import psutil
 import torch
 
 from kvstore.page_pool import PagePool
-from runtime import sampling
+from runtime import attention, sampling
 from runtime.batch import LayerKV, StepBatch
 from runtime.device import DeviceInfo
 from runtime.member import UnitKey
@@ -76,6 +76,7 @@ class Loader:
             progress(count + 1, "reading weights")
         self._count_bytes()
         progress(len(keys), "warming up")
+        self._compile(spec)
         warm_up(self.units, keys, spec, self._device.device)
         return self.make_pool(load, num_layers)
 
@@ -147,6 +148,7 @@ class Loader:
                     return
             self._count_bytes()
             if is_idle:
+                self._compile(spec)
                 warm_up(self.units, keys, spec, self._device.device)
             error = None
         except Exception as problem:
@@ -202,6 +204,16 @@ class Loader:
             return self._builder.lm_head()
         assert isinstance(key, int)
         return self._builder.layer(key)
+
+    def _compile(self, spec: ModelSpec) -> None:
+        """Every kernel that a step may need: from the cache on disk, or anew the first time on a machine."""
+        dtype = getattr(torch, spec.dtype)
+        if self.implementation == "lean":
+            from runtime.model import lean
+
+            lean.warm_up(self._device.device, dtype)
+        else:
+            attention.warm_up(self._device.device, dtype)
 
     def _get(self, key: UnitKey) -> Any:
         if isinstance(key, int):
