@@ -25,7 +25,9 @@ from typing import Any
 from arms import DEFAULT_MODEL, machine_now, note
 from shift_fleet import STRATEGIES, Fleet
 from shift_grid import CONTEXTS, PAIRS, Plan, measure
+from shift_pipelive import FOR_ANSWERS, measure_pipelive
 from shift_plots import draw
+from shift_steady import HOME, format_steady, measure_steady
 from shift_summary import Sample, figures, format_table, summarise
 
 BYTES_PER_S = 200_000_000
@@ -34,27 +36,54 @@ BYTES_PER_S = 200_000_000
 
 def main() -> int:
     args = _parser().parse_args()
-    plan = _plan(args)
     machine = machine_now()
     log_folder = Path(tempfile.mkdtemp(prefix="midflight-shift-"))
     note(f"server logs in {log_folder}")
-    first = plan.pairs[0].first
-    num_workers = max(layout.num_workers for pair in plan.pairs for layout in (pair.first, pair.second))
-    arguments = ["--threads", "1", "--no-prefix-cache", "--kv-memory", args.kv_memory, "--dtype", args.dtype]
-    fleet = Fleet(args.model, num_workers, arguments, log_folder)
-    document: dict[str, Any] = {"benchmark": "shift", "machine": machine, "command": sys.argv, "server": arguments}
+    server = ["--threads", "1", "--no-prefix-cache", "--kv-memory", args.kv_memory, "--dtype", args.dtype]
+    document: dict[str, Any] = {"benchmark": "shift", "machine": machine, "command": sys.argv, "server": server}
     try:
-        fleet.start(first)
-        failed = asyncio.run(_measure(fleet, plan, document))
+        if args.steady:
+            document["steady"] = _steady(args, server, log_folder)
+            failed = 0
+        else:
+            failed = _shift(args, server, log_folder, document)
+    except KeyboardInterrupt:
+        return 130
+    _write(document, args.out, args.plots)
+    return failed
+
+
+def _shift(args: argparse.Namespace, server: list[str], log_folder: Path, document: dict[str, Any]) -> int:
+    """The grid or the pattern; fills in the document as far as it gets. 1 when a request failed."""
+    plan = _plan(args)
+    pipelive = args.pattern == "pipelive"
+    layouts = [layout for pair in plan.pairs for layout in (pair.first, pair.second)]
+    num_workers = 2 if pipelive else max(layout.num_workers for layout in layouts)
+    fleet = Fleet(args.model, num_workers, server, log_folder)
+    samples: list[Sample] = []
+    try:
+        fleet.start(FOR_ANSWERS if pipelive else layouts[0])
+        asyncio.run(_measure(fleet, args, plan, samples, document))
     finally:
         fleet.stop()
-    return _write(document, args.out, args.plots) or failed
+        failed = _conclude(samples, document)
+    return failed
 
 
-async def _measure(fleet: Fleet, plan: Plan, document: dict[str, Any]) -> int:
-    """Fill in the document; 1 when a request failed under a change that promises that none does."""
+async def _measure(
+    fleet: Fleet, args: argparse.Namespace, plan: Plan, samples: list[Sample], document: dict[str, Any]
+) -> None:
     await fleet.load_text()
-    samples = await measure(fleet, plan)
+    if args.pattern == "pipelive":
+        halves = document["halves"] = []
+        await measure_pipelive(
+            fleet, args.rates, plan.seeds, args.requests, plan.options, plan.concurrency, samples, halves
+        )
+    else:
+        await measure(fleet, plan, samples)
+
+
+def _conclude(samples: Sequence[Sample], document: dict[str, Any]) -> int:
     found = [(sample.case, sample.seed, figures(sample)) for sample in samples]
     rows = summarise(found)
     note(format_table(rows))
@@ -63,8 +92,21 @@ async def _measure(fleet: Fleet, plan: Plan, document: dict[str, Any]) -> int:
         {"case": asdict(sample.case), "seed": sample.seed, "source": sample.source, "target": sample.target, **each}
         for sample, (_, _, each) in zip(samples, found, strict=True)
     ]
-    document["timelines"] = [_timeline(sample) for sample in samples if sample.seed == plan.seeds[0]]
+    document["timelines"] = [_timeline(sample) for sample in samples if sample.seed == samples[0].seed]
     return int(any(row["errors"] or row["errors_plain"] for row in rows))
+
+
+def _steady(args: argparse.Namespace, server: list[str], log_folder: Path) -> dict[str, Any]:
+    fleets = [Fleet(args.model, 2, server, log_folder / name) for name in ("touched", "untouched")]
+    try:
+        for fleet in fleets:
+            fleet.start(HOME)
+        result = asyncio.run(measure_steady(*fleets, num_rounds=args.rounds, num_changes=args.steady_changes))
+    finally:
+        for fleet in fleets:
+            fleet.stop()
+    note(format_steady(result["summary"]))
+    return result
 
 
 def _timeline(sample: Sample) -> dict[str, Any]:
@@ -90,7 +132,7 @@ def _timeline(sample: Sample) -> dict[str, Any]:
     }
 
 
-def _write(document: dict[str, Any], out: Path | None, plots: Path | None) -> int:
+def _write(document: dict[str, Any], out: Path | None, plots: Path | None) -> None:
     text = json.dumps(document)
     if out is None:
         print(text)
@@ -101,13 +143,14 @@ def _write(document: dict[str, Any], out: Path | None, plots: Path | None) -> in
     folder = plots or (out.parent if out is not None else None)
     if folder is not None:
         draw(document, folder)
-    return 0
 
 
 def _plan(args: argparse.Namespace) -> Plan:
     loads, contexts, changes, num_seeds = args.loads, args.contexts, args.changes, args.seeds
+    if num_seeds is None:
+        num_seeds = 1 if args.pattern == "pipelive" else 2 if args.quick else 5
     if args.quick:
-        loads, contexts, changes, num_seeds = [75], ["short"], ["4"], 2
+        loads, contexts, changes = [75.0], ["short"], ["4"]
     chosen = [CONTEXTS[name] for name in contexts]
     if args.duration:
         chosen = [replace(context, duration_s=args.duration) for context in chosen]
@@ -132,13 +175,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="75 %% load, short context, 4 layers, 2 seeds of 10 s")
+    add("--steady", action="store_true", help="two servers, one of which goes through changes; is it as fast after?")
+    add("--pattern", choices=("grid", "pipelive"), default="grid")
     add("--loads", type=_numbers, default="50,75,90", help="percent of the measured saturation, comma separated")
     add("--contexts", type=_one_of(CONTEXTS), default="short,long", help=f"of {', '.join(CONTEXTS)}")
     add("--changes", type=_one_of(PAIRS), default="1,4,15,stages", help=f"of {', '.join(PAIRS)}")
     add("--strategies", type=_one_of(STRATEGIES), default="live", help=f"of {', '.join(STRATEGIES)}")
-    add("--seeds", type=int, default=5, help="how many traces")
+    add("--seeds", type=int, help="how many traces; default: 5 (quick: 2, pipelive: 1)")
     add("--duration", type=float, default=0.0, metavar="S", help="of a trace's arrivals; default: the context's")
     add("--concurrency", type=int, default=16, help="of the closed loop that measures saturation")
+    add("--rates", type=_numbers, default="1,3,5", help="pipelive: nominal requests per second, up to 5")
+    add("--requests", type=int, default=200, help="pipelive: of both halves together")
+    add("--rounds", type=int, default=8, help="steady: before and after the changes")
+    add("--steady-changes", type=int, default=10, help="steady: an even number")
     add("--bytes-per-s", type=int, default=BYTES_PER_S, help="the snapshot's rate")
     add("--model", default=DEFAULT_MODEL, help="a name or a folder, as for `midflight serve`")
     add("--dtype", default="bfloat16")

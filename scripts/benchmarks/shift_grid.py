@@ -69,9 +69,8 @@ class Plan:
     options: dict[str, Any]
 
 
-async def measure(fleet: Fleet, plan: Plan) -> list[Sample]:
-    """All samples of the grid."""
-    samples: list[Sample] = []
+async def measure(fleet: Fleet, plan: Plan, samples: list[Sample]) -> None:
+    """Add all samples of the grid to `samples`, seed by seed, so that what was measured outlives an interruption."""
     for pair in plan.pairs:
         for context in plan.contexts:
             per_s = min(
@@ -80,7 +79,6 @@ async def measure(fleet: Fleet, plan: Plan) -> list[Sample]:
             for load in plan.loads:
                 for turn, seed in enumerate(plan.seeds):
                     samples += await _one_seed(fleet, plan, pair, context, load, per_s * load, seed, turn)
-    return samples
 
 
 async def saturation(fleet: Fleet, layout: LayoutSpec, context: Context, concurrency: int) -> float:

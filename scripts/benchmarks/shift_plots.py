@@ -3,6 +3,7 @@
 Run on its own, ``shift_plots.py RESULT.json [FOLDER]`` draws an earlier result again.
 """
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -16,30 +17,28 @@ _LIVE, _PLAIN, _MARK = "#c0392b", "#7f8c8d", "#2c3e50"
 def draw(document: dict[str, Any], folder: Path) -> list[Path]:
     """The pictures that `document` has figures for; none, and a line that says why, without matplotlib."""
     try:
-        import matplotlib
+        pyplot = importlib.import_module("matplotlib.pyplot")
     except ImportError:
         note("no pictures: matplotlib is not installed (pip install -e '.[bench]')")
         return []
-    matplotlib.use("Agg")
+    pyplot.switch_backend("Agg")
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     if document.get("timelines"):
-        drawn.append(_timelines(document["timelines"], folder / "shift-timeline.png"))
+        drawn.append(_timelines(pyplot, document["timelines"], folder / "shift-timeline.png"))
     live = [change for change in document.get("changes", []) if change["case"]["strategy"] == "live"]
     if live:
-        drawn.append(_pauses(live, "snapshot_bytes", 1e-6, "KV copied, MB", folder / "shift-pause-kv.png"))
-        drawn.append(_pauses(live, "layers_moved", 1.0, "layers moved", folder / "shift-pause-layers.png"))
+        drawn.append(_pauses(pyplot, live, "snapshot_bytes", 1e-6, "KV copied, MB", folder / "shift-pause-kv.png"))
+        drawn.append(_pauses(pyplot, live, "layers_moved", 1.0, "layers moved", folder / "shift-pause-layers.png"))
     if len({change["case"]["strategy"] for change in document.get("changes", [])}) > 1:
-        drawn.append(_strategies(document["summary"], folder / "shift-strategies.png"))
+        drawn.append(_strategies(pyplot, document["summary"], folder / "shift-strategies.png"))
     for path in drawn:
         note(f"picture in {path}")
     return drawn
 
 
-def _timelines(timelines: list[dict[str, Any]], path: Path, *, most: int = 6) -> Path:
+def _timelines(pyplot: Any, timelines: list[dict[str, Any]], path: Path, *, most: int = 6) -> Path:
     """One panel per strategy (the first timeline of each), inter-token gaps over the time around the change."""
-    from matplotlib import pyplot
-
     chosen = list({entry["case"]["strategy"] + entry["case"]["change"]: entry for entry in timelines[::-1]}.values())
     chosen = chosen[::-1][:most]
     figure, axes = pyplot.subplots(len(chosen), 1, figsize=(9, 2.6 * len(chosen)), squeeze=False)
@@ -66,13 +65,11 @@ def _timelines(timelines: list[dict[str, Any]], path: Path, *, most: int = 6) ->
         )
     axes[0, 0].legend(loc="upper right", fontsize=8)
     axes[-1, 0].set_xlabel("seconds since the trigger")
-    return _save(figure, path)
+    return _save(pyplot, figure, path)
 
 
-def _pauses(changes: list[dict[str, Any]], key: str, scale: float, label: str, path: Path) -> Path:
+def _pauses(pyplot: Any, changes: list[dict[str, Any]], key: str, scale: float, label: str, path: Path) -> Path:
     """Engine pause and service gap of each change over something that it moved."""
-    from matplotlib import pyplot
-
     figure, axis = pyplot.subplots(figsize=(6.5, 4))
     sizes = [scale * change["report"][key] for change in changes]
     for name, marker, color, values in (
@@ -87,13 +84,11 @@ def _pauses(changes: list[dict[str, Any]], key: str, scale: float, label: str, p
     axis.set_xlabel(label)
     axis.set_ylabel("ms")
     axis.legend(fontsize=8)
-    return _save(figure, path)
+    return _save(pyplot, figure, path)
 
 
-def _strategies(summary: list[dict[str, Any]], path: Path) -> Path:
+def _strategies(pyplot: Any, summary: list[dict[str, Any]], path: Path) -> Path:
     """The longest time without a token to anybody, for each case; a logarithmic scale, since they differ by powers of ten."""
-    from matplotlib import pyplot
-
     rows = [row for row in summary if row["silence_s"] is not None]
     figure, axis = pyplot.subplots(figsize=(9, 0.4 * len(rows) + 1.2))
     names = [
@@ -111,12 +106,10 @@ def _strategies(summary: list[dict[str, Any]], path: Path) -> Path:
     axis.set_xscale("log")
     axis.invert_yaxis()
     axis.set_xlabel("longest time without a token while a request was open, ms")
-    return _save(figure, path)
+    return _save(pyplot, figure, path)
 
 
-def _save(figure: Any, path: Path) -> Path:
-    from matplotlib import pyplot
-
+def _save(pyplot: Any, figure: Any, path: Path) -> Path:
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
