@@ -61,20 +61,27 @@ def good(streams: Sequence[Stream]) -> list[Stream]:
 
 def service_gap_s(streams: Sequence[Stream], window: Window) -> float:
     """The longest interval inside `window` in which no stream got a token though one was decoding; 0.0 if none."""
+    begin_s, end_s = service_gap(streams, window)
+    return end_s - begin_s
+
+
+def service_gap(streams: Sequence[Stream], window: Window) -> tuple[float, float]:
+    """Where that interval begins and ends; ``(0.0, 0.0)`` if there is none."""
     chosen = good(streams)
     if not chosen:
-        return 0.0
+        return 0.0, 0.0
     times = np.unique(np.concatenate([stream.times_s for stream in chosen]))
     firsts = np.array([stream.times_s[0] for stream in chosen])
     lasts = np.array([stream.times_s[-1] for stream in chosen])
     begins, ends = times[:-1], times[1:]
-    lengths = np.minimum(ends, window.end_s) - np.maximum(begins, window.start_s)
+    inner_begins, inner_ends = np.maximum(begins, window.start_s), np.minimum(ends, window.end_s)
+    lengths = inner_ends - inner_begins
     for at in np.argsort(-lengths):
         if lengths[at] <= 0.0:
             break
         if np.any((firsts <= begins[at]) & (lasts >= ends[at])):
-            return float(lengths[at])
-    return 0.0
+            return float(inner_begins[at]), float(inner_ends[at])
+    return 0.0, 0.0
 
 
 def silence_s(streams: Sequence[Stream], window: Window) -> float:
