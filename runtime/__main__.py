@@ -17,10 +17,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+_SWITCH_INTERVAL_S = 0.0005
+"""How long the compute thread may wait for the interpreter's lock while another thread (a shadow's loader) has it."""
+
 
 def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
     faulthandler.enable()
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     home = Path(os.environ.get("MIDFLIGHT_HOME") or Path.home() / ".cache" / "midflight")
     os.environ.setdefault("NUMBA_CACHE_DIR", str(home / "numba"))
     logging.basicConfig(
@@ -118,4 +122,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # all is closed; to take torch apart module by module would need seconds

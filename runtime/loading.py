@@ -1,13 +1,12 @@
 """A worker's units in memory: read what is missing, drop what is not needed, size the page pool, warm up.
 
 Units are loaded one at a time, so the peak is the worker's units plus the one being read. A *shadow* is loaded by a
-thread of its own while steps run: at the lowest priority the system has, with pauses between units, and warmed up
-on pages that nobody else uses. Its units stand beside the others as soon as they are built; nothing runs on them before
+thread of its own while steps run, with pauses between units, and warmed up on pages that nobody else uses. (Not at a lower
+priority: a thread that the system starves while it holds the interpreter's lock starves the steps with it.) Its units stand beside the others as soon as they are built; nothing runs on them before
 the flip. Only one thread builds at a time.
 """
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -137,8 +136,6 @@ class Loader:
 
     def _load_shadow(self, load: Load, keys: Sequence[UnitKey], transition: int, is_idle: bool, token: int) -> None:
         started_s = time.perf_counter()
-        if not is_idle:
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         try:
             spec = self._open(load)
             missing = [key for key in keys if self._get(key) is None]
