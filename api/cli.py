@@ -43,9 +43,13 @@ def parse_serve(arguments: Sequence[str], environment: Mapping[str, str]) -> Ser
 
 def _serve(options: argparse.Namespace, environment: Mapping[str, str]) -> int:
     config = _serve_config(options, environment)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or TensorPipe warns of every worker that leaves
     from api.head import run_head
 
-    return run_head(config) or 0
+    code = run_head(config)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # all is closed; to take torch apart module by module would need seconds
 
 
 def _pull(options: argparse.Namespace, environment: Mapping[str, str]) -> int:

@@ -7,13 +7,15 @@ signal or Ctrl-C does not wait; either way every process that was started here i
 
 import asyncio
 import hashlib
+import ipaddress
 import logging
 import os
-import signal
 import sys
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import uvloop
 from aiohttp import web
 
@@ -21,6 +23,8 @@ from api.app import build_app, make_runner
 from api.config import ServeConfig
 from api.context import ApiSettings
 from api.pull import PullError, resolve_model
+from api.signals import Signals, Stopped, first_of, unless_stopped
+from api.status import StatusReporter, Terminal, TerminalHandler, ready_lines
 from api.text import Text, load_text
 from runtime.launcher import LocalWorker
 from runtime.model.config import inspect_model
@@ -34,6 +38,7 @@ log = logging.getLogger("midflight.head")
 
 _WORKER_GRACE_S = 3.0
 _DRAIN_POLL_S = 0.05
+_REPORT_INTERVAL_S = 0.25
 
 
 class StartError(Exception):
@@ -42,68 +47,58 @@ class StartError(Exception):
 
 def run_head(config: ServeConfig) -> int:
     """Serve until a signal ends it. The exit code: 0 after a signal, 1 when it failed."""
+    terminal = Terminal(sys.stderr)
     logging.basicConfig(
-        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
+        level=config.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(message)s",
+        handlers=[TerminalHandler(terminal)],
     )
     try:
-        return uvloop.run(_Head(config).run())
+        return uvloop.run(_Head(config, terminal).run())
     except (StartError, DoorError, PullError, ValueError, OSError) as error:
-        print(f"midflight: error: {error}", file=sys.stderr)
+        terminal.say(f"error: {error}")
         return 1
 
 
-@dataclass(slots=True)
-class _Signals:
-    """SIGTERM asks to drain, SIGINT or a second signal to stop now."""
-
-    draining: asyncio.Event
-    stopping: asyncio.Event
-
-    def install(self, loop: asyncio.AbstractEventLoop) -> None:
-        loop.add_signal_handler(signal.SIGTERM, self._terminate)
-        loop.add_signal_handler(signal.SIGINT, self._interrupt)
-
-    def _terminate(self) -> None:
-        if self.draining.is_set():
-            self.stopping.set()
-        self.draining.set()
-
-    def _interrupt(self) -> None:
-        self.draining.set()
-        self.stopping.set()
-
-
 class _Head:
-    def __init__(self, config: ServeConfig) -> None:
+    def __init__(self, config: ServeConfig, terminal: Terminal) -> None:
         self._config = config
+        self._say = terminal.say
+        self._terminal = terminal
         self._locals: list[LocalWorker] = []
         self._failed = asyncio.Event()
         self._failure = ""
+        self._is_ending = False
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
-        signals = _Signals(asyncio.Event(), asyncio.Event())
+        signals = Signals(asyncio.Event(), asyncio.Event())
         signals.install(loop)
         config = self._config
-        spec = await loop.run_in_executor(None, _inspect, config)
+        try:
+            spec = await unless_stopped(signals, _inspect, config, self._say)
+        except Stopped:
+            return 0
         driver = Driver(_make_state(config, spec), loop)
         door = await loop.run_in_executor(None, _open_door, config, driver)
         runner: web.AppRunner | None = None
         try:
             driver.start(door)
             self._launch(door.address, loop)
-            text = await loop.run_in_executor(None, _load_text, spec)
+            text = await unless_stopped(signals, _load_text, spec)
             runner = make_runner(build_app(driver, text, _settings(config, spec)))
             await _listen(runner, config)
             if config.num_local_workers < config.num_stages:
-                _say(_join_line(config, door.address))
-            reporter = loop.create_task(self._report(driver, config, spec))
+                self._say(_join_line(config, door.address))
+            reporter = loop.create_task(self._report(driver, _address(runner, config)))
             await self._until_told(signals, driver)
             reporter.cancel()
+        except Stopped:
+            pass
         finally:
             await self._end(driver, runner)
         if self._failed.is_set():
-            _say(f"error: {self._failure}")
+            self._say(f"error: {self._failure}")
             return 1
         return 0
 
@@ -120,60 +115,75 @@ class _Head:
                 _worker_args(config, index),
                 num_threads=threads,
                 environment={"MIDFLIGHT_HOME": str(config.home)},
-                on_line=lambda name, line: print(f"[{name}] {line}", file=sys.stderr, flush=True),
-                on_exit=lambda name, code: loop.call_soon_threadsafe(self._local_ended, name, code),
+                on_line=lambda name, line: self._terminal.line(f"[{name}] {line}"),
+                on_exit=lambda name, code: self._local_exit(loop, name, code),
             )
             worker.start()
             self._locals.append(worker)
 
+    def _local_exit(self, loop: asyncio.AbstractEventLoop, name: str, code: int) -> None:
+        """In the worker's monitor thread; the last one may come when the loop is closed already."""
+        if not self._is_ending:
+            loop.call_soon_threadsafe(self._local_ended, name, code)
+
     def _local_ended(self, name: str, code: int) -> None:
-        if code != 0:
+        if code != 0 and not self._is_ending:
             self._fail(f"local worker {name} ended with code {code} and will not be started again")
 
     def _fail(self, reason: str) -> None:
         self._failure = self._failure or reason
         self._failed.set()
 
-    async def _report(self, driver: Driver, config: ServeConfig, spec: ModelSpec) -> None:
+    async def _report(self, driver: Driver, url: str) -> None:
         """Tell the terminal what is going on, until it is up, and again whenever the status changes."""
-        shown = ""
-        announced = False
+        config = self._config
+        reporter = StatusReporter(
+            self._terminal,
+            lambda: ready_lines(
+                url,
+                driver.layout_view(),
+                has_api_key=bool(config.api_key),
+                has_admin_key=bool(config.admin_key),
+                is_public=_is_public(config.host),
+            ),
+            _uptime_s,
+        )
         while True:
             health = driver.health()
             if health.status == "failed":
                 self._fail(health.detail)
                 return
-            line = f"{health.status.replace('_', ' ')}: {health.workers_joined}/{health.workers_wanted} workers"
-            if health.status in ("loading", "recovering"):
-                line += f", {health.units_loaded}/{health.units_total} units loaded"
-            if health.status == "serving" and not announced:
-                announced = True
-                _say(_ready_lines(config, spec))
-            elif line != shown and health.status != "draining" and not (announced and health.status == "serving"):
-                _say(line)
-            shown = line
-            await asyncio.sleep(0.25)
+            reporter.update(health)
+            await asyncio.sleep(_REPORT_INTERVAL_S)
 
     # -- ending ---------------------------------------------------------------------------------------------
 
-    async def _until_told(self, signals: _Signals, driver: Driver) -> None:
+    async def _until_told(self, signals: Signals, driver: Driver) -> None:
         """Return when it is time to end: at once after a failure or an interrupt, drained after SIGTERM."""
-        await _first_of(signals.draining, self._failed)
+        await first_of(signals.draining, self._failed)
         driver.begin_drain()
         deadline_s = asyncio.get_running_loop().time() + self._config.drain_timeout_s
         if driver.num_unfinished() and not signals.stopping.is_set() and not self._failed.is_set():
-            _say(f"draining {driver.num_unfinished()} requests, {self._config.drain_timeout_s:g} s at most")
+            self._say(f"draining {driver.num_unfinished()} requests, {self._config.drain_timeout_s:g} s at most")
         while driver.num_unfinished() and not signals.stopping.is_set() and not self._failed.is_set():
             if asyncio.get_running_loop().time() > deadline_s:
-                _say(f"the drain deadline has passed; {driver.num_unfinished()} requests are cut off")
+                self._say(f"the drain deadline has passed; {driver.num_unfinished()} requests are cut off")
                 break
             await asyncio.sleep(_DRAIN_POLL_S)
 
     async def _end(self, driver: Driver, runner: web.AppRunner | None) -> None:
-        _say("stopping")
+        """Say farewell to clients and workers, and return when every process is gone."""
+        self._is_ending = True
+        self._say("stopping")
+        members = {worker["name"].partition("-r")[0] for worker in driver.workers_view()}
         await driver.close("the server is shutting down")
-        if runner is not None:
-            await runner.cleanup()
+        await asyncio.gather(_clean_up(runner), self._end_workers(members))
+
+    async def _end_workers(self, members: set[str]) -> None:
+        """Members have been told to end. Those that never joined have not; and nobody gets long."""
+        for worker in self._locals:
+            if worker.name not in members:
+                worker.terminate(_WORKER_GRACE_S)
         ended = asyncio.gather(*(worker.wait() for worker in self._locals))
         try:
             await asyncio.wait_for(asyncio.shield(ended), _WORKER_GRACE_S)
@@ -183,8 +193,13 @@ class _Head:
         await ended
 
 
-def _inspect(config: ServeConfig) -> ModelSpec:
-    folder = resolve_model(config.model, config.home, _say)
+async def _clean_up(runner: web.AppRunner | None) -> None:
+    if runner is not None:
+        await runner.cleanup()
+
+
+def _inspect(config: ServeConfig, say: Callable[[str], None]) -> ModelSpec:
+    folder = resolve_model(config.model, config.home, say)
     return inspect_model(
         folder,
         dtype=config.dtype,
@@ -275,13 +290,6 @@ async def _listen(runner: web.AppRunner, config: ServeConfig) -> None:
         ) from error
 
 
-async def _first_of(*events: asyncio.Event) -> None:
-    tasks = [asyncio.ensure_future(event.wait()) for event in events]
-    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    for task in tasks:
-        task.cancel()
-
-
 def _join_line(config: ServeConfig, address: str) -> str:
     missing = config.num_stages - config.num_local_workers
     return (
@@ -290,15 +298,19 @@ def _join_line(config: ServeConfig, address: str) -> str:
     )
 
 
-def _ready_lines(config: ServeConfig, spec: ModelSpec) -> str:
-    url = f"http://{config.host}:{config.port}"
-    key = "-H 'Authorization: Bearer YOUR_KEY' " if config.api_key else ""
-    return (
-        f"serving {spec.name} at {url}\n"
-        f"  curl -N {url}/v1/chat/completions {key}-H 'Content-Type: application/json' "
-        """-d '{"messages": [{"role": "user", "content": "Why is the sky blue?"}], "stream": true}'"""
-    )
+def _address(runner: web.AppRunner, config: ServeConfig) -> str:
+    """Where a client on this host finds us; the port may have been chosen by the system."""
+    host = "127.0.0.1" if config.host in ("", "0.0.0.0", "::") else config.host
+    return f"http://{f'[{host}]' if ':' in host else host}:{runner.addresses[0][1]}"
 
 
-def _say(text: str) -> None:
-    print(f"midflight: {text}", file=sys.stderr, flush=True)
+def _is_public(host: str) -> bool:
+    try:
+        return not ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host != "localhost"
+
+
+def _uptime_s() -> float:
+    """Since the process was started: what the user has waited, imports included."""
+    return time.time() - psutil.Process().create_time()

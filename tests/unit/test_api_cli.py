@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 
 from api import cli, layouts
 from api.config import STRATEGIES, ServeConfig
-from api.status import StartupReporter, progress_line, ready_lines
+from api.status import StatusReporter, Terminal, TerminalHandler, progress_line, ready_lines
 from api.text import Text
 from scheduler import transition
 from scheduler.reconfiguration import Refused
@@ -339,17 +340,54 @@ def test_progress() -> None:
     assert progress_line(Health("loading", "warming up", 2, 2, 7, 32)) == "loading: 7 of 32 units (warming up)"
 
 
+def reporter(out: io.StringIO) -> StatusReporter:
+    return StatusReporter(Terminal(out), lambda: ["serving m at U", "w0: all"], uptime_s=lambda: 0.0)
+
+
 def test_a_pipe_gets_each_line_once() -> None:
     out = io.StringIO()
-    reporter = StartupReporter(out, now=lambda: 0.0)
+    told = reporter(out)
     for joined in (0, 0, 1):
-        reporter.update(Health("waiting_for_workers", "", joined, 2, 0, 0))
-    assert out.getvalue().splitlines() == ["waiting for workers: 0 of 2 joined", "waiting for workers: 1 of 2 joined"]
+        told.update(Health("waiting_for_workers", "", joined, 2, 0, 0))
+    for status in ("serving", "serving", "recovering", "serving", "draining"):
+        told.update(Health(status, "", 2, 2, 8, 8))
+    assert out.getvalue().splitlines() == [
+        "midflight: waiting for workers: 0 of 2 joined",
+        "midflight: waiting for workers: 1 of 2 joined",
+        "midflight: serving m at U after 0.0 s",
+        "  w0: all",
+        "midflight: recovering",
+        "midflight: serving again",
+    ]
+
+
+def test_on_a_terminal_progress_gives_way() -> None:
+    out = io.StringIO()
+    out.isatty = lambda: True
+    terminal = Terminal(out)
+    told = StatusReporter(terminal, lambda: ["serving m"], uptime_s=lambda: 0.0)
+    log = logging.getLogger("test of the terminal")
+    log.propagate = False
+    log.addHandler(TerminalHandler(terminal))
+    told.update(Health("loading", "", 2, 2, 1, 8))
+    told.update(Health("loading", "", 2, 2, 2, 8))
+    log.warning("a line of the log")
+    told.update(Health("loading", "", 2, 2, 2, 8))
+    told.update(Health("serving", "", 2, 2, 8, 8))
+    clear = "\r\x1b[K"
+    assert out.getvalue() == (
+        f"{clear}midflight: loading: 1 of 8 units{clear}midflight: loading: 2 of 8 units"
+        f"{clear}a line of the log\n"
+        f"{clear}midflight: loading: 2 of 8 units{clear}midflight: serving m after 0.0 s\n"
+    )
 
 
 def test_what_is_said_when_up() -> None:
-    lines = ready_lines("http://127.0.0.1:8000", "m", LAYOUT, has_api_key=True, has_admin_key=False, is_public=True)
-    assert "  w1: layers 19 to 29 of 30" in lines
-    assert any("--admin-key" in line for line in lines if line.startswith("warning"))
+    lines = ready_lines("http://127.0.0.1:8000", LAYOUT, has_api_key=True, has_admin_key=False, is_public=True)
+    assert lines[0] == "serving m at http://127.0.0.1:8000"
+    assert "w1: layers 19 to 29 of 30, cpu" in lines
+    assert any("MIDFLIGHT_ADMIN_KEY" in line for line in lines if line.startswith("warning"))
     assert "http://127.0.0.1:8000/v1/chat/completions" in lines[-1]
     assert "$MIDFLIGHT_API_KEY" in lines[-1]
+    quiet = ready_lines("http://127.0.0.1:8000", LAYOUT, has_api_key=False, has_admin_key=False, is_public=False)
+    assert not any(line.startswith("warning") for line in quiet)
