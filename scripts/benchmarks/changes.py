@@ -87,7 +87,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--streams", type=int, default=12, help="at once")
     parser.add_argument("--jobs", type=int, default=240, help="different requests")
     parser.add_argument("--tokens", type=int, default=200, help="of the longest stream")
-    parser.add_argument("--kv-memory", default="24M", help="per worker; small enough to evict, or to need hops")
+    parser.add_argument("--kv-memory", default="24M", help="per worker; 24M is enough for one hop")
+    parser.add_argument("--evictions", action="store_true", help="the pool is so small that even the probe is evicted")
     parser.add_argument("--step-tokens", type=int, default=48)
     parser.add_argument("--out", type=Path, help="write the JSON here instead of to stdout")
     args = parser.parse_args()
@@ -110,7 +111,7 @@ def _summary(figures: dict[str, Any]) -> str:
         f"{figures['changes']} changes in {figures['seconds']:.0f} s ({figures['changes_per_s']:.2f}/s): commit p50 "
         f"{commit['p50'] * 1e3:.0f} ms, p99 {commit['p99'] * 1e3:.0f} ms; {figures['streams']} streams, {figures['tokens']} "
         f"tokens, {figures['commits_inside_streams']} commits inside streams, log-probabilities at most "
-        f"{figures['max_logprob_gap']:.1e} off; {sums['snapshot_bytes'] / 2**20:.0f} MiB of snapshot, "
+        f"{figures['max_logprob_gap']:.1e} off ({figures['max_logprob_gap_unchanged']:.1e} unchanged); {sums['snapshot_bytes'] / 2**20:.0f} MiB of snapshot, "
         f"{sums['mirror_bytes'] / 2**20:.0f} MiB mirrored, {sums['sequences_flipped']} sequences flipped, "
         f"{sums['recomputed_tokens']} tokens recomputed; longest gap in a stream p50 {stall['p50'] * 1e3:.0f} ms, "
         f"p99 {stall['p99'] * 1e3:.0f} ms"

@@ -17,6 +17,9 @@ import aiohttp
 from arms import note
 
 LOGPROB_LIMIT = 1e-5
+CONTROL_FACTOR = 2.0
+"""Where batches of other sizes alone, without any change, move log-probabilities by more than half the limit, this many
+times that is the limit."""
 TIE = 1e-5
 REQUEST_TIMEOUT_S = 600.0
 
@@ -90,6 +93,7 @@ class Load:
         self.jobs = jobs
         self.ledger = ledger
         self.expected: list[Told] = []
+        self.logprob_limit = LOGPROB_LIMIT
         self.commits_s: list[float] = []
         self.is_over = False
         self._session = session
@@ -103,6 +107,19 @@ class Load:
                 return await self.tell(job)
 
         return list(await asyncio.gather(*(one(job) for job in self.jobs)))
+
+    async def control(self, concurrency: int) -> float:
+        """Every job once more, on a server that nobody has changed yet: how far its log-probabilities are off.
+
+        Other company in the batch and prompts out of the cache make other sums; a limit below that would judge them instead of
+        the changes.
+        """
+        self.logprob_limit = float("inf")
+        for index, told in enumerate(await self.learn(concurrency)):
+            await self.compare(index, told)
+        gap, self.ledger.max_logprob_gap = self.ledger.max_logprob_gap, 0.0
+        self.logprob_limit = max(LOGPROB_LIMIT, CONTROL_FACTOR * gap)
+        return gap
 
     async def repeat(self, number: int, seed: int) -> None:
         """Job after job, each compared with what is expected, until `is_over`."""
@@ -171,8 +188,8 @@ class Load:
         gaps = [abs(a - b) for a, b in pairs]
         worst = max(gaps, default=0.0)
         ledger.max_logprob_gap = max(ledger.max_logprob_gap, worst)
-        if worst > LOGPROB_LIMIT:
-            first = next(i for i, gap in enumerate(gaps) if gap > LOGPROB_LIMIT)
+        if worst > self.logprob_limit:
+            first = next(i for i, gap in enumerate(gaps) if gap > self.logprob_limit)
             ledger.problem(
                 f"job {index} ({'reading' if self.jobs[index].reads else 'stream'}, prompt of "
                 f"{len(self.jobs[index].prompt)}): log-probability {first} of {len(gaps)} is {gaps[first]:.2e} off, the worst "
