@@ -48,7 +48,8 @@ def main() -> int:
         else:
             failed = _shift(args, server, log_folder, document)
     except KeyboardInterrupt:
-        return 130
+        note("interrupted; what was measured until then is kept")
+        failed = 130
     _write(document, args.out, args.plots)
     return failed
 
