@@ -1,5 +1,6 @@
 """The metrics of `scripts/bench shift` on streams whose answers are known by hand."""
 
+import itertools
 import random
 import sys
 from pathlib import Path
@@ -90,7 +91,7 @@ def test_service_gap_against_a_dumb_model() -> None:
         window = Window(start, start + draw.uniform(1, 40))
         events = sorted({time for each in streams for time in each.times_s})
         longest = 0.0
-        for begin, end in zip(events, events[1:], strict=False):
+        for begin, end in itertools.pairwise(events):
             if any(each.times_s[0] <= begin and each.times_s[-1] >= end for each in streams):
                 longest = max(longest, min(end, window.end_s) - max(begin, window.start_s))
         assert service_gap_s(streams, window) == pytest.approx(longest)
