@@ -39,7 +39,7 @@ def layout_lines(layout: dict[str, Any]) -> list[str]:
     """The layout for people."""
     stages = layout.get("stages") or []
     lines = [
-        f"{layout.get('model')}: epoch {layout.get('epoch')}, {layout.get('num_layers')} layers, {len(stages)} stages"
+        f"{layout.get('model')}: epoch {layout.get('epoch')}, {layout.get('num_layers')} layers, {_count(len(stages), 'stage')}"
     ]
     rows = []
     for hop, stage in enumerate(stages):
