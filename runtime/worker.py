@@ -1,7 +1,8 @@
 """A worker: one process, one device, some layers. It obeys the head and decides nothing.
 
 Three kinds of threads. RPC threads put what arrives into the inbox. The compute thread (the main thread) takes it out
-and gives it to the `Member`, which does the work; between messages it does slices of what can be done in the background.
+and gives it to the `Member`, which does the work; between messages it does slices of what can be done in the background,
+while the inbox is empty, and for a small share of the time when it never is, so that a busy worker still gives its layers away.
 A heartbeat thread tells the head that the process lives; that the head is gone shows as the end of its connection,
 or as a beat nobody takes. (A fourth, the loader of shadows, is `runtime.loading`'s own.)
 
@@ -54,6 +55,9 @@ log = logging.getLogger("midflight.worker")
 
 HEAD = "head"
 JOIN_TIMEOUT_S = 30.0
+BACKGROUND_SHARE = 0.05
+"""Of the time that messages take: what background work gets when the inbox never becomes empty."""
+MAX_OWED_S = 0.02
 MAX_INBOX = 65536
 
 
@@ -91,6 +95,7 @@ class Worker:
         self._inbox: queue.SimpleQueue[_Arrival] = queue.SimpleQueue()
         self._door: Door | None = None
         self._stopping = threading.Event()
+        self._owed_s = 0.0
         self._process = psutil.Process()
         self._member = Member(name, device.device, loader, self, time.perf_counter)
         loader.on_shadow = lambda *built: self._put(_ShadowBuilt(*built))
@@ -178,6 +183,7 @@ class Worker:
             arrival = self._next()
             if isinstance(arrival.message, Shutdown):
                 return arrival.message.reason
+            began_s = time.perf_counter()
             try:
                 self._dispatch(arrival)
             except StepError as error:
@@ -185,11 +191,17 @@ class Worker:
                 self.to_head(StepFailed(self._name, error.epoch, error.ordinal, str(error)))
                 time.sleep(0.2)  # the message leaves before the process does
                 raise
+            self._owed_s = min(MAX_OWED_S, self._owed_s + BACKGROUND_SHARE * (time.perf_counter() - began_s))
 
     def _next(self) -> _Arrival:
-        """The next message; while there is none, slices of background work."""
+        """The next message; slices of background work while there is none, and before it while time is owed to them."""
         while True:
             wait_s = self._member.background_wait_s()
+            began_s = time.perf_counter()
+            if wait_s == 0.0 and self._owed_s > 0.0:
+                self._member.background()
+                self._owed_s -= time.perf_counter() - began_s
+                continue
             try:
                 return self._inbox.get(timeout=wait_s) if wait_s != 0.0 else self._inbox.get_nowait()
             except queue.Empty:
