@@ -88,7 +88,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=240, help="different requests")
     parser.add_argument("--tokens", type=int, default=200, help="of the longest stream")
     parser.add_argument("--kv-memory", default="24M", help="per worker; 24M is enough for one hop")
-    parser.add_argument("--evictions", action="store_true", help="the pool is so small that even the probe is evicted")
+    parser.add_argument("--evictions", action="store_true", help="the pool is so small that it preempts anyhow")
     parser.add_argument("--step-tokens", type=int, default=48)
     parser.add_argument("--out", type=Path, help="write the JSON here instead of to stdout")
     args = parser.parse_args()

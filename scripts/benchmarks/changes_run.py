@@ -136,7 +136,8 @@ class Run:
     def _book(self, answer: dict[str, Any]) -> None:
         self._reports.append(answer)
         self._load.commits_s.append(time.monotonic())
-        if self._args.strategy == "live" and (answer["recomputed_tokens"] or answer["dropped_requests"]):
+        preempted = answer["recomputed_tokens"] and not self._args.evictions
+        if self._args.strategy == "live" and (preempted or answer["dropped_requests"]):
             self._ledger.problem(f"change {answer['id']} recomputed or dropped something: {answer}")
 
     async def _change_and_abort(self, wanted: Stages, after_s: float) -> bool:
