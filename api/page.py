@@ -53,13 +53,13 @@ button.plain { background: none; padding: 0 .5rem; color: var(--quiet); font-siz
 .foot { margin: 0; } .wide { grid-column: span 2; }
 svg { display: block; width: 100%; height: 60px; margin: .9rem 0 .3rem; border-bottom: 1px solid var(--line); } polyline { fill: none; stroke: var(--accent); stroke-width: 1.8; vector-effect: non-scaling-stroke; }
 rect { fill: var(--c1); opacity: .16; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+.scroll { overflow-x: auto; white-space: nowrap; } .scroll .why { white-space: normal; max-width: 24rem; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 500; font-size: .85rem; color: var(--quiet); white-space: nowrap; } td, th { padding: .35rem .9rem .35rem 0; vertical-align: top; }
 tbody tr { border-top: 1px solid var(--line); } .right { text-align: right; white-space: nowrap; } td:last-child, th:last-child { padding-right: 0; }
 .dot { display: inline-block; width: .65rem; height: .65rem; border-radius: .2rem; background: var(--own); margin-right: .5rem; }
 #notes { list-style: none; margin: .6rem 0 0; padding: 0; font-size: .85rem; color: var(--quiet); } #notes time { margin-right: .8rem; font-variant-numeric: tabular-nums; }
 #notes .warning, #notes .error { color: var(--bad); }
-@media (max-width: 40rem) { .strip { flex-direction: column; } .progress { grid-template-columns: 1fr; } .wide { grid-column: auto; } }
+@media (max-width: 40rem) { .strip { flex-direction: column; } .stage { flex: none; } .progress { grid-template-columns: 1fr; } .wide { grid-column: auto; } }
 """
 
 _BODY = """

@@ -177,11 +177,11 @@ function showCurve() {
     if (spans.length && spans.at(-1).end === i - 1) spans.at(-1).end = i; else spans.push({begin: i, end: i});
   });
   at("windows").replaceChildren(...spans.map(span => {
-    const box = document.createElementNS("http://www.w3.org/2000/svg", "rect");
+    const box = document.createElementNS(at("windows").namespaceURI, "rect");
     for (const [key, value] of [["x", x(span.begin - 1)], ["y", 0], ["width", (span.end - span.begin + 1) * step], ["height", height]]) box.setAttribute(key, value);
     return box;
   }));
-  at("most").textContent = samples.length ? `${number(most, 0)} tokens/s at most` : "";
+  at("most").textContent = most > 1 ? `${number(most, 0)} tokens/s at most` : "";
 }
 function showHealth(health) {
   at("state").textContent = health.status.replaceAll("_", " ");
