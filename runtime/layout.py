@@ -81,6 +81,10 @@ class Layout(msgspec.Struct, frozen=True, array_like=True):
         """The owner of every layer, ascending."""
         return tuple(s.worker for s in self.segments for _ in s.layers)
 
+    def brief(self) -> str:
+        """One line for a log: ``w0 [0, 19) | w1 [19, 30)``."""
+        return " | ".join(f"{s.worker} [{s.layers.start}, {s.layers.stop})" for s in self.segments)
+
     def counts(self) -> tuple[int, ...]:
         return tuple(len(segment.layers) for segment in self.segments)
 

@@ -366,7 +366,7 @@ class Reconfiguration:
         self._start_hop(
             change, report, old, deque(hops), head.now_s, _Pauses(), head.batcher.counters.recomputed_tokens
         )
-        head.note(f"transition {change.id} begins: {_short(old)} -> {_short(change.layout)} ({change.strategy})")
+        head.note(f"transition {change.id} begins: {old.brief()} -> {change.layout.brief()} ({change.strategy})")
 
     def _start_hop(
         self,
@@ -495,7 +495,7 @@ class Reconfiguration:
         report.recomputed_tokens = head.batcher.counters.recomputed_tokens - now.recomputed_before
         report.total_s = head.now_s - now.began_s
         self._end_report(report, "committed", "")
-        head.note(f"transition {report.id} committed after {report.total_s:.3f} s: {_short(now.new)}")
+        head.note(f"transition {report.id} committed after {report.total_s:.3f} s: {now.new.brief()}")
 
     def _abort(self, now: _Transition, why: str) -> None:
         head = self._head
@@ -556,7 +556,3 @@ class Reconfiguration:
     def _end_report(self, report: Report, outcome: str, why: str) -> None:
         report.outcome, report.why = outcome, why
         self.num_outcomes[outcome] = self.num_outcomes.get(outcome, 0) + 1
-
-
-def _short(layout: Layout) -> str:
-    return " | ".join(f"{s.worker} [{s.layers.start}, {s.layers.stop})" for s in layout.segments)

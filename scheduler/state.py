@@ -386,7 +386,7 @@ class SchedulerState:
         self.open_layout(self.layout)
         if self.status == "waiting_for_workers":
             self.status = "loading"
-        effects.append(Report("info", f"loading layout {_describe(self.layout)} (epoch {self.epoch})"))
+        effects.append(Report("info", f"loading layout {self.layout.brief()} (epoch {self.epoch})"))
         for name in self.members.in_order():
             worker = self.members.workers[name]
             if name not in self.layout.workers:
@@ -443,7 +443,7 @@ class SchedulerState:
         outputs = self.batcher.open_epoch(self.epoch, self.num_blocks, self.cluster.spec.max_context)
         effects.extend(Emit(sequence, output) for sequence, output in outputs)
         tokens = self.num_blocks * self.batching.block_size
-        effects.append(Report("info", f"serving layout {_describe(layout)}, room for {tokens:,} KV tokens"))
+        effects.append(Report("info", f"serving layout {layout.brief()}, room for {tokens:,} KV tokens"))
 
     def _blocks_of(self, name: WorkerName, layout: Layout) -> int:
         """Blocks that fit into a worker's pages. One that holds no layer (only an end unit) limits nothing."""
@@ -530,7 +530,3 @@ class SchedulerState:
         sums.queued_us += timing.queued_us
         sums.compute_us += timing.compute_us
         sums.sample_us += timing.sample_us
-
-
-def _describe(layout: Layout) -> str:
-    return " | ".join(f"{s.worker} [{s.layers.start}, {s.layers.stop})" for s in layout.segments)
