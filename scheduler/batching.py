@@ -71,6 +71,9 @@ class Batcher:
         """While True no step is formed (the `stop-copy` strategy)."""
         self.admits = True
         """While False nobody leaves the queue (the `drain` strategy)."""
+        self.is_squeezed = False
+        """While True the pool is smaller than the layout allows, because a change needs the room: what is preempted now is
+        preempted for its sake."""
         self.counters = Counters()
 
     # -- what is there ------------------------------------------------------------------------------------
@@ -98,6 +101,16 @@ class Batcher:
 
     def live_sequences(self) -> list[SequenceId]:
         return list(self._sequences)
+
+    def growth(self, max_blocks: int) -> int:
+        """Blocks that the running sequences may still need, counting at most `max_blocks` for each."""
+        size = self._config.block_size
+        growth = 0
+        for sequence in self._sequences.values():
+            if sequence.running:
+                end = -(-(sequence.num_prompt_tokens + sequence.request.max_tokens) // size)
+                growth += min(max(0, end - len(sequence.blocks)), max_blocks)
+        return growth
 
     def last_ordinal(self, epoch: Epoch) -> int:
         """The last step that was formed in `epoch`, -1 for none."""
@@ -144,7 +157,7 @@ class Batcher:
         """The pipeline is gone: forget what is in flight and cached, put everything that ran back in line."""
         self._lanes.clear()
         self._num_in_flight = 0
-        self._opening, self._guarded, self.is_held, self.admits = None, False, False, True
+        self._opening, self._guarded, self.is_held, self.admits, self.is_squeezed = None, False, False, True, False
         for _, _, blocks in self._limbo:
             self._pool.release(blocks)
         self._limbo.clear()
@@ -161,6 +174,10 @@ class Batcher:
         running = [s for s in self._sequences.values() if s.running]
         for sequence in sorted(running, key=lambda s: s.id, reverse=True):
             self._preempt(sequence)
+
+    def to_recompute_for_changes(self) -> int:
+        """KV rows that were lost to a change of layout and whose sequences still wait to compute them again."""
+        return sum(sequence.num_lost for sequence in self._waiting if sequence.lost_to_change)
 
     # -- transitions --------------------------------------------------------------------------------------
 
@@ -406,7 +423,10 @@ class Batcher:
         sequence.num_published = len(hits)
         sequence.num_scheduled = len(hits) * config.block_size
         if sequence.attempt:
-            self.counters.recomputed_tokens += max(0, sequence.num_lost - sequence.num_scheduled)
+            recomputed = max(0, sequence.num_lost - sequence.num_scheduled)
+            self.counters.recomputed_tokens += recomputed
+            if sequence.lost_to_change:
+                self.counters.recomputed_for_changes_tokens += recomputed
         else:
             sequence.num_cached_tokens = sequence.num_scheduled
             self.counters.prefix_queries_tokens += len(tokens)
@@ -566,7 +586,7 @@ class Batcher:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the line, in the order of arrival; everything is recomputed (or found in the cache) later."""
-        sequence.num_lost = sequence.num_scheduled
+        sequence.num_lost, sequence.lost_to_change = sequence.num_scheduled, self.is_squeezed
         self._stop_running(sequence)
         sequence.attempt += 1
         sequence.num_scheduled = sequence.num_published = 0

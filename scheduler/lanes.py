@@ -36,6 +36,8 @@ class Counters:
     preemptions: int = 0
     recomputed_tokens: int = 0
     """KV rows computed again because of a preemption, a lost worker or the `recompute` strategy."""
+    recomputed_for_changes_tokens: int = 0
+    """Those of them that a change of layout is to blame for."""
     prefix_queries_tokens: int = 0
     prefix_hit_tokens: int = 0
     rejected: int = 0

@@ -29,6 +29,8 @@ from scheduler.transition import NEXT_PHASES, Phase, Report, Snapshot, Strategy,
 MAX_QUEUED = 16
 MAX_REPORTS = 64
 NO_LIMIT = 1 << 62
+GROWTH_BLOCKS = 8
+"""Blocks by which each running sequence may grow during a change without being preempted; smaller hops make the room."""
 
 
 class Refused(Exception):
@@ -337,7 +339,10 @@ class Reconfiguration:
                 raise Refused(f"there is no worker {name}; there are {', '.join(head.members.in_order())}")
         needed = self._blocks_needed()
         moves = moves_between(old, change.layout)
-        hops = split_into_hops(old, change.layout, moves, lambda a, b: self._capacity(a, b) >= needed)
+        for wanted in (needed + head.batcher.growth(GROWTH_BLOCKS), needed):
+            hops = split_into_hops(old, change.layout, moves, lambda a, b, wanted=wanted: self._capacity(a, b) >= wanted)
+            if hops:
+                break
         if not hops:
             raise Refused(
                 f"no room: {needed} KV blocks are needed, and beside what stays there is room for "
@@ -364,7 +369,7 @@ class Reconfiguration:
         self._keep(report)
         head.batcher.guard()
         self._start_hop(
-            change, report, old, deque(hops), head.now_s, _Pauses(), head.batcher.counters.recomputed_tokens
+            change, report, old, deque(hops), head.now_s, _Pauses(), self._recomputed()
         )
         head.note(f"transition {change.id} begins: {old.brief()} -> {change.layout.brief()} ({change.strategy})")
 
@@ -412,6 +417,7 @@ class Reconfiguration:
         capacity = self._capacity(now.old, now.new)
         if capacity < self._head.pool.num_blocks:
             self._head.set_capacity(capacity)
+        self._head.batcher.is_squeezed = capacity < self._capacity(now.old, now.old)
 
     def _must_wait(self, now: _Transition) -> bool:
         """Conditions of `reserve` beyond the steps in flight."""
@@ -464,6 +470,7 @@ class Reconfiguration:
             head.send(name, Open(now.new.epoch, starts))
         head.open_layout(now.new)
         if now.change.strategy == "recompute":
+            batcher.is_squeezed = True
             batcher.preempt_all()
             head.pool.forget_cached()
         batcher.open_next(now.opening)
@@ -484,6 +491,7 @@ class Reconfiguration:
     def _finish_hop(self, now: _Transition) -> None:
         head, report = self._head, now.report
         head.set_capacity(self._capacity(now.new, now.new))
+        head.batcher.is_squeezed = False
         if now.later:
             now.enter("reserve", head.now_s)
             self._start_hop(now.change, report, now.new, now.later, now.began_s, now.pauses, now.recomputed_before)
@@ -492,7 +500,7 @@ class Reconfiguration:
         head.batcher.unguard()
         self._now = None
         report.add_pauses(now.pauses.pauses_us, now.pauses.excesses_us)
-        report.recomputed_tokens = head.batcher.counters.recomputed_tokens - now.recomputed_before
+        report.recomputed_tokens = self._recomputed() - now.recomputed_before
         report.total_s = head.now_s - now.began_s
         self._end_report(report, "committed", "")
         head.note(f"transition {report.id} committed after {report.total_s:.3f} s: {now.new.brief()}")
@@ -511,6 +519,7 @@ class Reconfiguration:
         head = self._head
         now.enter("done", head.now_s)
         head.set_capacity(self._capacity(now.old, now.old))
+        head.batcher.is_squeezed = False
         head.batcher.unguard()
         self._now = None
         now.report.total_s = head.now_s - now.began_s
@@ -542,6 +551,10 @@ class Reconfiguration:
         return pool.num_used + batcher.num_running + 2
 
     # -- reports --------------------------------------------------------------------------------------------
+
+    def _recomputed(self) -> int:
+        batcher = self._head.batcher
+        return batcher.counters.recomputed_for_changes_tokens + batcher.to_recompute_for_changes()
 
     def _current(self, transition: int) -> _Transition | None:
         now = self._now

@@ -34,6 +34,8 @@ class Sequence:
     """The last step it was in, of its epoch."""
     num_lost: int = 0
     """KV rows that it had when it was last preempted."""
+    lost_to_change: bool = False
+    """Whether a change of layout is to blame for that."""
     begun: bool = False
     running: bool = False
     finished: bool = False
