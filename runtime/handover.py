@@ -1,9 +1,10 @@
 """A worker's part in one transition: what it sends away, what it receives, and when a step must wait.
 
-All of it is driven by `runtime.member.Member` on one thread. The snapshot is read in slices between steps, each as large
-as a millisecond allows, and paced: while steps run the source keeps to the rate that the head gave it.
+All of it is driven by `runtime.member.Member` on one thread. The snapshot is read in slices between steps, each of about a
+millisecond; the member asks for them at its limiter's pace.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -18,8 +19,6 @@ from runtime.messages import Mirror, Pages, Prepare, StepPlan
 from runtime.stage_state import PlannedBatch
 
 SLICE_BYTES = 1 << 20
-IDLE_BYTES_PER_S = 800_000_000
-BUSY_WINDOW_S = 0.1
 MAX_PAUSES = 4096
 
 SendPeer = Callable[[WorkerName, Mirror | Pages, tuple[torch.Tensor, ...]], None]
@@ -75,10 +74,11 @@ class Handover:
     pauses_s: list[float] = field(default_factory=list)
     excesses_s: list[float] = field(default_factory=list)
     """The pauses less the mean gap of the same sequence, for those that ran here at least twice before."""
+    bytes_per_s: float = math.inf
+    copy_s: float = 0.0
+    """From the first slice of the snapshot to the last."""
     _jobs: list[_CopyJob] = field(default_factory=list)
-    _bytes_per_s: int = IDLE_BYTES_PER_S
-    _next_slice_s: float = 0.0
-    _last_step_s: float = -1e9
+    _copy_began_s: float = 0.0
     _rhythms: dict[SequenceId, _Rhythm] = field(default_factory=dict)
     _counts: dict[int, int] = field(default_factory=dict)
     _early_pages: dict[int, dict[int, int]] = field(default_factory=dict)
@@ -115,7 +115,6 @@ class Handover:
         self, plan: StepPlan, planned: PlannedBatch, hop: int, begun_s: float, ended_s: float, send: SendPeer
     ) -> None:
         """A step has run here: mirror what it wrote, or note that what it wrote is newer than any snapshot."""
-        self._last_step_s = ended_s
         if plan.epoch == self.source_epoch:
             for row in plan.rows:
                 if (rhythm := self._rhythms.get(row.sequence)) is None:
@@ -180,19 +179,20 @@ class Handover:
 
     # -- the snapshot ---------------------------------------------------------------------------------------
 
-    def copy(self, blocks: list[int], bytes_per_s: int) -> None:
+    @property
+    def has_slices(self) -> bool:
+        """Whether some of the snapshot remains to be sent."""
+        return bool(self._jobs)
+
+    def copy(self, blocks: list[int], bytes_per_s: int, now_s: float) -> None:
         """Begin to send the snapshot of `blocks` for every move away from here."""
-        self._bytes_per_s = bytes_per_s
+        self.bytes_per_s, self._copy_began_s = bytes_per_s, now_s
         for source in self.sources:
             per_slice = max(1, SLICE_BYTES // source.outgoing.bytes_per_block)
             self._jobs.append(_CopyJob(source, np.asarray(blocks, dtype=np.int64), per_slice))
 
-    def wait_s(self, now_s: float) -> float | None:
-        """Seconds until the next slice is due; None when nothing remains."""
-        return max(0.0, self._next_slice_s - now_s) if self._jobs else None
-
-    def send_slice(self, now_s: float, send: SendPeer) -> None:
-        """Send the next slice of the snapshot."""
+    def send_slice(self, now_s: float, send: SendPeer) -> int:
+        """Send the next slice of the snapshot; its bytes."""
         job = self._jobs[0]
         blocks = job.blocks[job.next : job.next + job.blocks_per_slice]
         pages = job.source.outgoing.pages(blocks)
@@ -201,9 +201,8 @@ class Handover:
         job.next += len(blocks)
         if job.next >= len(job.blocks):
             self._jobs.pop(0)
-        busy = now_s - self._last_step_s < BUSY_WINDOW_S
-        rate = self._bytes_per_s if busy else IDLE_BYTES_PER_S
-        self._next_slice_s = max(now_s, self._next_slice_s) + pages.nbytes / rate
+        self.copy_s = now_s - self._copy_began_s
+        return pages.nbytes
 
     def totals(self) -> tuple[int, int]:
         """Bytes received here: mirrored rows, snapshot pages."""

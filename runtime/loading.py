@@ -1,26 +1,29 @@
 """A worker's units in memory: read what is missing, drop what is not needed, size the page pool, warm up.
 
 Units are loaded one at a time, so the peak is the worker's units plus the one being read. A *shadow* is loaded by a
-thread of its own while steps run, with pauses between units, and warmed up on pages that nobody else uses. (Not at a lower
-priority: a thread that the system starves while it holds the interpreter's lock starves the steps with it.) Its units stand beside the others as soon as they are built; nothing runs on them before
-the flip. Only one thread builds at a time.
+thread of its own while steps run, from the checkpoint or from the peer that holds the unit (`runtime.exchange`), with rests
+between units that the worker's limiter sets, and warmed up on pages that nobody else uses. (Not at a lower
+priority: a thread that the system starves while it holds the interpreter's lock starves the steps with it.) Its units stand
+beside the others as soon as they are built; nothing runs on them before the flip. Only one thread builds at a time.
 """
 
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
 
+from kvstore.ids import WorkerName
 from kvstore.page_pool import PagePool
 from runtime import attention, sampling
 from runtime.batch import LayerKV, StepBatch
 from runtime.device import DeviceInfo
-from runtime.member import UnitKey
+from runtime.exchange import FetchFailed, Importer, Sources
+from runtime.member import Pace, UnitKey
 from runtime.messages import Load
 from runtime.model.builder import UnitBuilder
 from runtime.model.config import inspect_model
@@ -33,10 +36,9 @@ MIN_FREE_BYTES = 512 << 20
 """Left alone when the pool follows the memory that is free, and when a shadow is loaded."""
 _WARM_UP_ROWS = (1, 2, 3, 4, 8, 16)
 _WARM_UP_CHUNK = 64
-_SHADOW_REST = 2.0
-"""A shadow's loader rests this many times as long as it worked, unless the worker is idle."""
 
-OnShadow = Callable[[int, float, Exception | None], None]
+OnShadow = Callable[[int, float, int, Exception | None], None]
+"""Called with the transition, seconds, bytes that came from peers, and what went wrong."""
 
 
 class Loader:
@@ -46,7 +48,8 @@ class Loader:
         self.units = Units({})
         self.weight_bytes = 0
         self.implementation = ""
-        self.on_shadow: OnShadow = lambda transition, seconds, error: None
+        self.on_shadow: OnShadow = lambda transition, seconds, peer_bytes, error: None
+        self.importer = Importer()
         self._device = device
         self._builder: UnitBuilder | None = None
         self._source: tuple[str, str, str, str] | None = None
@@ -54,6 +57,8 @@ class Loader:
         self._lock = threading.Lock()
         self._shadow: threading.Thread | None = None
         self._shadow_token = 0
+        self._sources = Sources()
+        self._form: str | None = None
         self._process = psutil.Process()
 
     # -- at once --------------------------------------------------------------------------------------------
@@ -71,10 +76,14 @@ class Loader:
         self.retain(keys)
         for count, key in enumerate(keys):
             if self._get(key) is None:
-                self._put(key, self._build(key))
+                began_s = time.perf_counter()
+                unit = self._build(key)
+                self._put(key, unit)
+                self._sources.measured(None, unit.nbytes, time.perf_counter() - began_s)
             progress(count + 1, "reading weights")
         self._count_bytes()
         progress(len(keys), "warming up")
+        self._own_form()
         self._compile(spec)
         warm_up(self.units, keys, spec, self._device.device)
         return self.make_pool(load, num_layers)
@@ -116,13 +125,18 @@ class Loader:
 
     # -- in the background ----------------------------------------------------------------------------------
 
-    def shadow(self, load: Load, keys: Sequence[UnitKey], transition: int, is_idle: bool) -> None:
+    def parts(self, key: UnitKey, form: str) -> Mapping[str, torch.Tensor] | None:
+        """The tensors of a unit that is here, if its form is `form`."""
+        unit = self._get(key)
+        return unit.parts if unit is not None and form == self._own_form() else None
+
+    def shadow(self, load: Load, keys: Sequence[UnitKey], transition: int, pace: Pace) -> None:
         self.cancel_shadow()
         with self._lock:
             self._shadow_token += 1
             token = self._shadow_token
         self._shadow = threading.Thread(
-            target=self._load_shadow, args=(load, keys, transition, is_idle, token), name="shadow", daemon=True
+            target=self._load_shadow, args=(load, keys, transition, pace, token), name="shadow", daemon=True
         )
         self._shadow.start()
 
@@ -134,17 +148,19 @@ class Loader:
         if thread is not None and thread is not threading.current_thread():
             thread.join()
 
-    def _load_shadow(self, load: Load, keys: Sequence[UnitKey], transition: int, is_idle: bool, token: int) -> None:
-        started_s = time.perf_counter()
+    def _load_shadow(self, load: Load, keys: Sequence[UnitKey], transition: int, pace: Pace, token: int) -> None:
+        started_s, peer_bytes = time.perf_counter(), 0
         try:
             spec = self._open(load)
             missing = [key for key in keys if self._get(key) is None]
             self._check_room(spec, missing)
             for key in missing:
-                if not self._add_to_shadow(key, spec, is_idle, token):
+                from_peer = self._add_to_shadow(key, spec, pace, token)
+                if from_peer is None:
                     return
+                peer_bytes += from_peer
             self._count_bytes()
-            if is_idle:
+            if pace.is_idle:
                 self._compile(spec)
                 warm_up(self.units, keys, spec, self._device.device)
             error = None
@@ -152,19 +168,40 @@ class Loader:
             log.exception("loading the shadow of transition %d failed", transition)
             error = problem
         if token == self._shadow_token:
-            self.on_shadow(transition, time.perf_counter() - started_s, error)
+            self.on_shadow(transition, time.perf_counter() - started_s, peer_bytes, error)
 
-    def _add_to_shadow(self, key: UnitKey, spec: ModelSpec, is_idle: bool, token: int) -> bool:
-        began_s = time.perf_counter()
-        unit = self._build(key)
+    def _add_to_shadow(self, key: UnitKey, spec: ModelSpec, pace: Pace, token: int) -> int | None:
+        """Bytes of the unit that came from a peer; None when the shadow was cancelled meanwhile."""
+        began_s, began_cpu_s = time.perf_counter(), time.thread_time()
+        holder = pace.holders.get(key)
+        unit = self._import(key, holder, token)
+        if unit is None:
+            holder, unit = None, self._build(key)
         with self._lock:
             if token != self._shadow_token:
-                return False
+                return None
             self._set(key, unit)
-        if not is_idle:
+        got_s, got_cpu_s = time.perf_counter() - began_s, time.thread_time() - began_cpu_s
+        if not pace.is_idle:
             warm_up(self.units, [key], spec, self._device.device, rows=(1, 4))
-            time.sleep(_SHADOW_REST * (time.perf_counter() - began_s))
-        return True
+        rests = 1.0 / pace.share() - 1.0
+        self._sources.measured(holder, unit.nbytes, got_s + rests * got_cpu_s)
+        time.sleep(rests * (time.thread_time() - began_cpu_s))
+        return unit.nbytes if holder is not None else 0
+
+    def _import(self, key: UnitKey, holder: WorkerName | None, token: int) -> Any:
+        """The unit from the peer that holds it, when that is the faster way; else None."""
+        builder = self._builder
+        assert builder is not None
+        if holder is None or holder == self.importer.name or builder.has_tied(key) or not self._sources.prefers(holder):
+            return None
+        try:
+            parts = self.importer.fetch(holder, key, self._own_form(), lambda: token != self._shadow_token)
+        except FetchFailed as error:
+            log.info("%s: %s; it comes from the checkpoint", key, error)
+            self._sources.failed(holder)
+            return None
+        return self._build(key, parts)
 
     def _check_room(self, spec: ModelSpec, missing: Sequence[UnitKey]) -> None:
         needed = sum(_unit_bytes(spec, key) for key in missing)
@@ -190,17 +227,23 @@ class Loader:
             device = str(self._device.device)
             self._builder = UnitBuilder(self._spec, device=device, implementation=load.implementation)  # type: ignore[arg-type]
             self.implementation = self._builder.implementation
-            self._source = source
+            self._source, self._form = source, None
         return self._spec
 
-    def _build(self, key: UnitKey) -> Any:
+    def _own_form(self) -> str:
+        if self._form is None:
+            assert self._builder is not None
+            self._form = self._builder.form()
+        return self._form
+
+    def _build(self, key: UnitKey, parts: Mapping[str, torch.Tensor] | None = None) -> Any:
         assert self._builder is not None
         if key == "embedding":
-            return self._builder.embedding()
+            return self._builder.embedding(parts)
         if key == "lm_head":
-            return self._builder.lm_head()
+            return self._builder.lm_head(parts)
         assert isinstance(key, int)
-        return self._builder.layer(key)
+        return self._builder.layer(key, parts)
 
     def _compile(self, spec: ModelSpec) -> None:
         """Every kernel that a step may need: from the cache on disk, or anew the first time on a machine."""

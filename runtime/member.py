@@ -8,7 +8,10 @@ dropped. A step of the next epoch waits while its fence is not met; steps of the
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 import torch
@@ -16,14 +19,17 @@ import torch
 from kvstore.ids import Epoch, WorkerName
 from kvstore.page_pool import PagePool, PoolExhausted
 from kvstore.transfers import TransferError
+from runtime.exchange import Export
 from runtime.handover import Handover
 from runtime.layout import Layout
+from runtime.limiter import Limiter
 from runtime.messages import (
     Audit,
     Audited,
     Cancel,
     Copied,
     Copy,
+    Fetch,
     HopTiming,
     Load,
     Loaded,
@@ -42,6 +48,7 @@ from runtime.messages import (
     StepResult,
     ToHead,
     TransitionFailed,
+    Weights,
     decode_plan,
 )
 from runtime.stage import Stage, Units
@@ -70,8 +77,12 @@ class UnitStore(Protocol):
 
     def make_pool(self, load: Load, num_layers: int) -> PagePool: ...
 
-    def shadow(self, load: Load, keys: Sequence[UnitKey], transition: int, is_idle: bool) -> None:
+    def shadow(self, load: Load, keys: Sequence[UnitKey], transition: int, pace: "Pace") -> None:
         """Load those of `keys` that are missing, in the background; `Member.shadow_built` is called in the end."""
+        ...
+
+    def parts(self, key: UnitKey, form: str) -> Mapping[str, torch.Tensor] | None:
+        """The tensors of a unit, for a peer that wants them in this form; None when that is not to be had."""
         ...
 
     def cancel_shadow(self) -> None: ...
@@ -88,7 +99,19 @@ class Outbox(Protocol):
 
     def to_head(self, message: ToHead) -> None: ...
 
-    def to_peer(self, worker: WorkerName, message: Step | Mirror | Pages, tensors: Tensors) -> None: ...
+    def to_peer(
+        self, worker: WorkerName, message: Step | Mirror | Pages | Fetch | Weights, tensors: Tensors
+    ) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """What a shadow's loading must know: `share` of the time it may take (asked again and again, from any thread),
+    whether this worker serves nothing yet, and which peers hold the arriving units."""
+
+    share: Callable[[], float]
+    is_idle: bool
+    holders: Mapping[UnitKey, WorkerName]
 
 
 _Due: TypeAlias = tuple[Step, StepPlan, Tensors, float]
@@ -114,6 +137,9 @@ class Member:
         self._retire_due: Retire | None = None
         self._blocked_since_s: float | None = None
         self._idle_since_s = clock()
+        self._limiter = Limiter()
+        self._exports: deque[Export] = deque()
+        self._background_due_s = 0.0
         self.num_stale = 0
 
     def serves(self) -> list[Epoch]:
@@ -144,6 +170,7 @@ class Member:
         self._order.clear()
         self._handover, self._retire_due, self.pool = None, None, None
         self._early.clear()
+        self._exports.clear()
         if self._name not in layout.workers:
             self._store.retain(())
             return
@@ -237,6 +264,7 @@ class Member:
             computed_s = self._clock()
             sampled = stage.sample(hidden) if hop == stage.layout.num_hops - 1 else None
         ended_s = self._clock()
+        self._limiter.ran(begun_s, ended_s)
         timing = HopTiming(
             worker=self._name,
             idle_us=max(0, int(1e6 * (arrived_s - self._idle_since_s))),
@@ -308,21 +336,28 @@ class Member:
         early, self._early = self._early, []
         for message, tensors in early:
             self.arrive(message, tensors)
-        keys = unit_keys(layout, self._name)
-        self._store.shadow(load, keys, prepare.transition, is_idle=old is None)
+        holders: dict[UnitKey, WorkerName] = {"embedding": prepare.ends[0], "lm_head": prepare.ends[1]}
+        holders |= {layer: move.source for move in prepare.moves for layer in move.layers}
+        pace = Pace(lambda: self._limiter.share(self._clock()), is_idle=old is None, holders=holders)
+        self._store.shadow(load, unit_keys(layout, self._name), prepare.transition, pace)
 
-    def shadow_built(self, transition: int, seconds: float, error: Exception | None) -> None:
+    def shadow_built(self, transition: int, seconds: float, peer_bytes: int, error: Exception | None) -> None:
         """The store has loaded the shadow of `transition`, or failed to."""
         if self._handover is None or self._handover.transition != transition:
             return
         if error is not None:
             self._outbox.to_head(TransitionFailed(self._name, transition, f"{type(error).__name__}: {error}"))
         else:
-            self._outbox.to_head(ShadowReady(self._name, transition, self._store.weight_bytes, seconds))
+            ready = ShadowReady(self._name, transition, self._store.weight_bytes, seconds, peer_bytes)
+            self._outbox.to_head(ready)
+
+    def fetch(self, fetch: Fetch) -> None:
+        """A peer asks for a unit that is here; it is sent in the background."""
+        self._exports.append(Export(fetch, self._store.parts(fetch.unit, fetch.form)))
 
     def copy(self, copy: Copy) -> None:
         if self._handover is not None and self._handover.transition == copy.transition:
-            self._handover.copy(copy.blocks, copy.bytes_per_s)
+            self._handover.copy(copy.blocks, copy.bytes_per_s, self._clock())
 
     def open(self, message: Open) -> None:
         if self._handover is not None and self._handover.transition == message.transition:
@@ -394,19 +429,42 @@ class Member:
                 pauses_us=[int(1e6 * pause) for pause in handover.pauses_s],
                 excesses_us=[int(1e6 * excess) for excess in handover.excesses_s],
                 weight_bytes=self._store.weight_bytes,
+                copy_us=int(1e6 * handover.copy_s),
             )
         )
 
     # -- in the background ----------------------------------------------------------------------------------
 
     def background_wait_s(self) -> float | None:
-        """Seconds until `background` has something to do; None when it has nothing."""
-        return self._handover.wait_s(self._clock()) if self._handover is not None else None
+        """Seconds until `background` has something to do, negative when it is overdue; None when it has nothing."""
+        if self._exports or (self._handover is not None and self._handover.has_slices):
+            return self._background_due_s - self._clock()
+        return None
 
     def background(self) -> None:
-        """Do one slice of what can be done between steps."""
-        if self._handover is not None and self._handover.wait_s(self._clock()) == 0.0:
-            self._handover.send_slice(self._clock(), self._outbox.to_peer)
+        """Do one slice of what can be done between steps: weights that a peer asked for, then the snapshot."""
+        began_s, bytes_per_s = self._clock(), math.inf
+        if began_s < self._background_due_s:
+            return
+        if self._exports:
+            num_bytes = self._send_weights()
+        elif self._handover is not None and self._handover.has_slices:
+            num_bytes, bytes_per_s = (
+                self._handover.send_slice(began_s, self._outbox.to_peer),
+                self._handover.bytes_per_s,
+            )
+        else:
+            return
+        now_s = self._clock()
+        self._background_due_s = now_s + self._limiter.rest_s(now_s, now_s - began_s, num_bytes, bytes_per_s)
+
+    def _send_weights(self) -> int:
+        export = self._exports[0]
+        message, tensors = export.take()
+        if export.is_done:
+            self._exports.popleft()
+        self._outbox.to_peer(export.target, message, tensors)
+        return sum(tensor.nbytes for tensor in tensors)
 
     def audit(self, audit: Audit) -> Audited:
         problems: list[str] = []

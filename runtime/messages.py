@@ -166,7 +166,7 @@ class Prepare(msgspec.Struct, frozen=True, array_like=True, tag=6):
 
     A worker that gains units loads them in the background as a shadow and answers `ShadowReady`. One that loses layers
     mirrors, from the step that its answer names, the rows of these layers to their targets. With `mirror` false
-    (nothing will be copied) it does not.
+    (nothing will be copied) it does not. `ends` hold the embedding and the LM head in the old layout.
     """
 
     transition: int
@@ -174,13 +174,14 @@ class Prepare(msgspec.Struct, frozen=True, array_like=True, tag=6):
     load: Load
     moves: tuple[Move, ...]
     retired_blocks: list[BlockId]
-    mirror: bool = True
+    mirror: bool
+    ends: tuple[WorkerName, WorkerName]
 
 
 class Copy(msgspec.Struct, frozen=True, array_like=True, tag=7):
     """Send the snapshot of `blocks`, in this order, for every move of which you are the source.
 
-    `bytes_per_s` bounds it while steps run here; an idle worker copies as fast as it can.
+    `bytes_per_s` bounds it while steps run here, and so does the limiter; an idle worker copies as fast as it can.
     """
 
     transition: int
@@ -240,8 +241,49 @@ class Pages(msgspec.Struct, frozen=True, array_like=True, tag=12):
     checksum: int
 
 
+class Fetch(msgspec.Struct, frozen=True, array_like=True, tag=13):
+    """From a worker to a peer that holds `unit`: send its tensors to `worker`, as `Weights`.
+
+    `form` says which unit of which model, and how it is held: `runtime.model.builder.UnitBuilder.form`. `ticket` is the
+    asker's own number.
+    """
+
+    worker: WorkerName
+    ticket: int
+    unit: int | str
+    form: str
+
+
+class Weights(msgspec.Struct, frozen=True, array_like=True, tag=14):
+    """The answer to `Fetch`: bytes of the tensor `name`, from byte `offset` on; beside it travel these bytes (uint8).
+
+    `num_bytes` is the size of the whole unit. Without a name: the peer has no such unit of this form.
+    """
+
+    ticket: int
+    num_bytes: int = 0
+    name: str = ""
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+    offset: int = 0
+    checksum: int = 0
+
+
 ToWorker: TypeAlias = (
-    Welcome | Load | Step | Shutdown | Audit | Prepare | Copy | Open | Retire | Cancel | Mirror | Pages
+    Welcome
+    | Load
+    | Step
+    | Shutdown
+    | Audit
+    | Prepare
+    | Copy
+    | Open
+    | Retire
+    | Cancel
+    | Mirror
+    | Pages
+    | Fetch
+    | Weights
 )
 
 
@@ -350,12 +392,17 @@ class Prepared(msgspec.Struct, frozen=True, array_like=True, tag=41):
 
 
 class ShadowReady(msgspec.Struct, frozen=True, array_like=True, tag=42):
-    """All units that the next layout gives to this worker are loaded and warm."""
+    """All units that the next layout gives to this worker are loaded and warm.
+
+    `weight_bytes` is what it holds now, `peer_bytes` how much of that came from peers just now; `seconds` is what loading
+    took, the limiter's rests included.
+    """
 
     worker: WorkerName
     transition: int
     weight_bytes: int
     seconds: float
+    peer_bytes: int = 0
 
 
 class TransitionFailed(msgspec.Struct, frozen=True, array_like=True, tag=43):
@@ -380,6 +427,7 @@ class Retired(msgspec.Struct, frozen=True, array_like=True, tag=45):
     `pauses_us` has, for each flipped sequence, the time between its last forward in the old epoch and its first in
     the new one on this worker, where it had both; `excesses_us` the same less the sequence's mean gap between steps,
     for those that had run here at least twice before. `weight_bytes` is what it holds now; -1 when nothing changed.
+    `copy_us` is how long it sent the snapshot, the limiter's rests included.
     """
 
     worker: WorkerName
@@ -391,6 +439,7 @@ class Retired(msgspec.Struct, frozen=True, array_like=True, tag=45):
     pauses_us: list[int]
     weight_bytes: int = -1
     excesses_us: list[int] = []
+    copy_us: int = 0
 
 
 ToHead: TypeAlias = (

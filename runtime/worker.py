@@ -1,8 +1,9 @@
 """A worker: one process, one device, some layers. It obeys the head and decides nothing.
 
 Three kinds of threads. RPC threads put what arrives into the inbox. The compute thread (the main thread) takes it out
-and gives it to the `Member`, which does the work; between messages it does slices of what can be done in the background,
-while the inbox is empty, and for a small share of the time when it never is, so that a busy worker still gives its layers away.
+and gives it to the `Member`, which does the work; between messages it does slices of what can be done in the background
+when they are due: while the inbox is empty, and before the next message when it has not been empty for too long, so that a
+busy worker still gives its layers away.
 A heartbeat thread tells the head that the process lives; that the head is gone shows as the end of its connection,
 or as a beat nobody takes. (A fourth, the loader of shadows, is `runtime.loading`'s own.)
 
@@ -30,6 +31,7 @@ from runtime.messages import (
     Audit,
     Cancel,
     Copy,
+    Fetch,
     Heartbeat,
     Join,
     Leave,
@@ -43,6 +45,7 @@ from runtime.messages import (
     Step,
     StepFailed,
     ToHead,
+    Weights,
     Welcome,
     decode_to_worker,
     encode,
@@ -55,9 +58,8 @@ log = logging.getLogger("midflight.worker")
 
 HEAD = "head"
 JOIN_TIMEOUT_S = 30.0
-BACKGROUND_SHARE = 0.05
-"""Of the time that messages take: what background work gets when the inbox never becomes empty."""
-MAX_OWED_S = 0.02
+OVERDUE_S = 0.02
+"""Background work that has been due for so long goes before the next message."""
 MAX_INBOX = 65536
 
 
@@ -69,11 +71,25 @@ class HeadLost(Exception):
 class _ShadowBuilt:
     transition: int
     seconds: float
+    peer_bytes: int
     error: Exception | None
 
 
 _Message = (
-    Step | Load | Prepare | Copy | Open | Retire | Cancel | Mirror | Pages | Audit | Shutdown | _ShadowBuilt | HeadLost
+    Step
+    | Load
+    | Prepare
+    | Copy
+    | Open
+    | Retire
+    | Cancel
+    | Mirror
+    | Pages
+    | Fetch
+    | Audit
+    | Shutdown
+    | _ShadowBuilt
+    | HeadLost
 )
 
 
@@ -95,10 +111,12 @@ class Worker:
         self._inbox: queue.SimpleQueue[_Arrival] = queue.SimpleQueue()
         self._door: Door | None = None
         self._stopping = threading.Event()
-        self._owed_s = 0.0
         self._process = psutil.Process()
         self._member = Member(name, device.device, loader, self, time.perf_counter)
         loader.on_shadow = lambda *built: self._put(_ShadowBuilt(*built))
+        loader.importer.name = name
+        loader.importer.send = lambda peer, fetch: self.to_peer(peer, fetch, ())
+        self._loader = loader
 
     def run(self, make_door: Callable[[Handler, Callable[[str], None]], Door]) -> str:
         """Join, serve until the head says `Shutdown`, and return its reason.
@@ -130,8 +148,11 @@ class Worker:
         assert self._door is not None
         self._door.send(HEAD, encode(message), on_error=self._head_lost)
 
-    def to_peer(self, worker: WorkerName, message: Step | Mirror | Pages, tensors: Sequence[torch.Tensor]) -> None:
+    def to_peer(
+        self, worker: WorkerName, message: Step | Mirror | Pages | Fetch | Weights, tensors: Sequence[torch.Tensor]
+    ) -> None:
         if worker == self._name:
+            assert not isinstance(message, Weights), "a worker has no need of its own units"
             self._put(message, tensors)
             return
         assert self._door is not None
@@ -142,6 +163,9 @@ class Worker:
     def _arrived(self, payload: bytes, tensors: Sequence[torch.Tensor]) -> "Future[bytes] | None":
         message = decode_to_worker(payload)
         assert not isinstance(message, Welcome), "a Welcome is a reply, never a message"
+        if isinstance(message, Weights):  # for the loader's thread, which waits for it
+            self._loader.importer.take(message, list(tensors))
+            return None
         reply: Future[bytes] | None = Future() if isinstance(message, Audit) else None
         self._put(message, tensors, reply)
         return reply
@@ -183,7 +207,6 @@ class Worker:
             arrival = self._next()
             if isinstance(arrival.message, Shutdown):
                 return arrival.message.reason
-            began_s = time.perf_counter()
             try:
                 self._dispatch(arrival)
             except StepError as error:
@@ -191,19 +214,16 @@ class Worker:
                 self.to_head(StepFailed(self._name, error.epoch, error.ordinal, str(error)))
                 time.sleep(0.2)  # the message leaves before the process does
                 raise
-            self._owed_s = min(MAX_OWED_S, self._owed_s + BACKGROUND_SHARE * (time.perf_counter() - began_s))
 
     def _next(self) -> _Arrival:
-        """The next message; slices of background work while there is none, and before it while time is owed to them."""
+        """The next message; slices of background work while there is none, and before it when they are overdue."""
         while True:
             wait_s = self._member.background_wait_s()
-            began_s = time.perf_counter()
-            if wait_s == 0.0 and self._owed_s > 0.0:
+            if wait_s is not None and wait_s < -OVERDUE_S:
                 self._member.background()
-                self._owed_s -= time.perf_counter() - began_s
                 continue
             try:
-                return self._inbox.get(timeout=wait_s) if wait_s != 0.0 else self._inbox.get_nowait()
+                return self._inbox.get(timeout=wait_s) if wait_s is None or wait_s > 0.0 else self._inbox.get_nowait()
             except queue.Empty:
                 self._member.background()
 
@@ -228,7 +248,9 @@ class Worker:
                 assert arrival.reply is not None
                 arrival.reply.set_result(encode(member.audit(message)))
             case _ShadowBuilt():
-                member.shadow_built(message.transition, message.seconds, message.error)
+                member.shadow_built(message.transition, message.seconds, message.peer_bytes, message.error)
+            case Fetch():
+                member.fetch(message)
             case HeadLost():
                 raise message
             case Shutdown():

@@ -111,6 +111,8 @@ class _Transition:
     """Once aborted, begin the change anew."""
     weights_before: dict[WorkerName, int] = field(default_factory=dict)
     recomputed_before: int = 0
+    paced_s: float = 0.0
+    """The longest that a worker loaded or copied."""
 
     @property
     def copies(self) -> bool:
@@ -217,6 +219,8 @@ class Reconfiguration:
         if now is not None and message.worker in now.not_warm:
             now.not_warm.discard(message.worker)
             now.report.weight_bytes += max(0, message.weight_bytes - now.weights_before.get(message.worker, 0))
+            now.report.peer_weight_bytes += message.peer_bytes
+            now.paced_s = max(now.paced_s, message.seconds)
             worker = self._head.members.workers.get(message.worker)
             if worker is not None:
                 worker.weight_bytes = message.weight_bytes
@@ -244,6 +248,7 @@ class Reconfiguration:
         report = now.report
         report.mirror_bytes += message.row_bytes
         report.snapshot_bytes += message.page_bytes
+        now.paced_s = max(now.paced_s, message.copy_us / 1e6)
         report.fence_waits += message.fence_waits
         report.fence_wait_ms += message.fence_wait_us / 1e3
         now.pauses.pauses_us += message.pauses_us
@@ -340,7 +345,9 @@ class Reconfiguration:
         needed = self._blocks_needed()
         moves = moves_between(old, change.layout)
         for wanted in (needed + head.batcher.growth(GROWTH_BLOCKS), needed):
-            hops = split_into_hops(old, change.layout, moves, lambda a, b, wanted=wanted: self._capacity(a, b) >= wanted)
+            hops = split_into_hops(
+                old, change.layout, moves, lambda a, b, wanted=wanted: self._capacity(a, b) >= wanted
+            )
             if hops:
                 break
         if not hops:
@@ -368,9 +375,7 @@ class Reconfiguration:
         )
         self._keep(report)
         head.batcher.guard()
-        self._start_hop(
-            change, report, old, deque(hops), head.now_s, _Pauses(), self._recomputed()
-        )
+        self._start_hop(change, report, old, deque(hops), head.now_s, _Pauses(), self._recomputed())
         head.note(f"transition {change.id} begins: {old.brief()} -> {change.layout.brief()} ({change.strategy})")
 
     def _start_hop(
@@ -434,9 +439,11 @@ class Reconfiguration:
         now.enter("prepare", head.now_s)
         now.awaiting, now.not_warm = set(now.workers), set(now.workers)
         retired = head.pool.retired()
+        ends = (now.old.embedding_worker, now.old.lm_head_worker)
         for name in now.workers:
             load = head.load_message(now.new, name)
-            head.send(name, Prepare(now.new.epoch, now.old.epoch, load, now.moves, retired, mirror=now.copies))
+            prepare = Prepare(now.new.epoch, now.old.epoch, load, now.moves, retired, mirror=now.copies, ends=ends)
+            head.send(name, prepare)
 
     def _has_room(self, now: _Transition) -> bool:
         """Now that the size of every pool is known: is there room? If not, begin again, knowing it."""
@@ -490,6 +497,7 @@ class Reconfiguration:
 
     def _finish_hop(self, now: _Transition) -> None:
         head, report = self._head, now.report
+        report.paced_s += now.paced_s
         head.set_capacity(self._capacity(now.new, now.new))
         head.batcher.is_squeezed = False
         if now.later:

@@ -91,6 +91,10 @@ class Report(msgspec.Struct):
     total_s: float = 0.0
     layers_moved: int = 0
     weight_bytes: int = 0
+    peer_weight_bytes: int = 0
+    """How much of `weight_bytes` came from the peers that held it, instead of the checkpoint."""
+    paced_s: float = 0.0
+    """What loading and copying needed at the limiters' pace: on the worker that took longest, summed over hops."""
     snapshot_bytes: int = 0
     mirror_bytes: int = 0
     blocks_copied: int = 0
@@ -100,6 +104,7 @@ class Report(msgspec.Struct):
     fence_waits: int = 0
     fence_wait_ms: float = 0.0
     recomputed_tokens: int = 0
+    """KV rows that sequences lost because the change needed their room (or flipped at once), and compute again."""
     dropped_requests: int = 0
 
     def add_pauses(self, pauses_us: ListOf[int], excesses_us: ListOf[int] = ()) -> None:

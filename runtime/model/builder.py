@@ -4,11 +4,16 @@
 with fused, prepacked weights; the generic one serves everything else with `transformers`' own modules. Each is
 imported only when it is chosen: model code of `transformers` takes seconds to import, the kernels of the lean one too.
 
+Every unit shows the tensors that it holds (`parts`), and an equal unit can be built from them, in another process too,
+when the builders have the same `form`.
+
 The builder keeps no unit alive. It remembers, weakly, the two ends, so that tied weights exist once in a process that
 holds both.
 """
 
+import hashlib
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -22,8 +27,15 @@ from runtime.model.spec import ModelSpec
 Implementation: TypeAlias = Literal["auto", "lean", "transformers"]
 
 
+Parts: TypeAlias = Mapping[str, torch.Tensor]
+"""The tensors of a unit as it holds them, by names that its implementation chooses."""
+
+
 class Layer(Protocol):
     """Hidden ``[T, hidden]`` to ``[T, hidden]`` in the serving dtype; writes the step's K and V into `kv`."""
+
+    @property
+    def parts(self) -> Parts: ...
 
     @property
     def nbytes(self) -> int: ...
@@ -35,6 +47,9 @@ class Embedding(Protocol):
     """Tokens int64 ``[T]`` to hidden ``[T, hidden]``."""
 
     @property
+    def parts(self) -> Parts: ...
+
+    @property
     def nbytes(self) -> int: ...
 
     def __call__(self, tokens: torch.Tensor, /) -> torch.Tensor: ...
@@ -42,6 +57,9 @@ class Embedding(Protocol):
 
 class Head(Protocol):
     """Hidden ``[N, hidden]`` of the last layer to float32 logits ``[N, vocab]``."""
+
+    @property
+    def parts(self) -> Parts: ...
 
     @property
     def nbytes(self) -> int: ...
@@ -66,44 +84,73 @@ class UnitBuilder:
         self._weights = open_weights(self._folder, self._config, load_format=spec.load_format, seed=seed)
         self._tied = spec.tied_embeddings
         self._num_layers = spec.num_layers
+        self._vocab_size = spec.vocab_size
         self.implementation = self._choose(implementation, spec)
         self._generic: Any = None
         self._embedding: weakref.ref[Any] | None = None
         self._lm_head: weakref.ref[Any] | None = None
 
-    def layer(self, index: int) -> Layer:
+    def form(self) -> str:
+        """A digest of all that `parts` depend on: the model, the dtype, the implementation and its packing."""
+        packing = ""
+        if self.implementation == "lean":
+            from runtime.model import lean
+
+            packing = lean.form(self._device, self._dtype)
+        config = (self._folder / "config.json").read_bytes()
+        mark = repr((self._weights.identity(), str(self._dtype), self.implementation, packing)).encode()
+        return hashlib.blake2b(config + mark, digest_size=16).hexdigest()
+
+    def has_tied(self, unit: int | str) -> bool:
+        """Whether the weight of this end of the model is in this process already, at the other end."""
+        other = self._lm_head if unit == "embedding" else self._embedding if unit == "lm_head" else None
+        return self._shared(other) is not None
+
+    def layer(self, index: int, parts: Parts | None = None) -> Layer:
+        """Layer `index`, out of the checkpoint, or out of the `parts` of an equal one."""
         assert 0 <= index < self._num_layers, f"layer {index} of {self._num_layers}"
         if self.implementation == "lean":
             from runtime.model import lean
 
+            if parts is not None:
+                return lean.LeanLayer.from_parts(self._config, index, parts, self._device, self._dtype)
             return lean.LeanLayer(self._config, index, self._state(index), self._device, self._dtype)
-        return self._skeleton().layer(index, self._weights)
+        return self._skeleton().layer(index, self._weights, parts)
 
-    def embedding(self) -> Embedding:
-        shared = self._shared(self._lm_head)
+    def embedding(self, parts: Parts | None = None) -> Embedding:
+        """As `layer`; a tied weight that this process holds already is shared."""
+        if (shared := self._shared(self._lm_head)) is not None:
+            parts = {"weight": shared}
         if self.implementation == "lean":
             from runtime.model import lean
 
-            weight = self._state("embedding")["weight"] if shared is None else shared
+            weight = (self._state("embedding") if parts is None else parts)["weight"]
             unit = lean.LeanEmbedding(weight, self._device, self._dtype)
         else:
-            unit = self._skeleton().embedding(self._weights, shared)
+            unit = self._skeleton().embedding(self._weights, parts)
         self._embedding = weakref.ref(unit)
         return unit
 
-    def lm_head(self) -> Head:
-        """On the CPU the lean head packs its weight, so it is a second copy even when it is tied."""
-        shared = self._shared(self._embedding)
+    def lm_head(self, parts: Parts | None = None) -> Head:
+        """As `layer`. On the CPU the lean head packs its weight, so it is a second copy even when it is tied."""
+        shared = self._shared(self._embedding) if parts is None else None
         if self.implementation == "lean":
-            from runtime.model import lean
-
-            state = self._state("lm_head", () if shared is None else ("lm_head.weight",))
-            weight = state["lm_head.weight"] if shared is None else shared
-            unit = lean.LeanHead(state["norm.weight"], weight, self._config.rms_norm_eps, self._device, self._dtype)
+            unit = self._lean_head(shared, parts)
         else:
-            unit = self._skeleton().lm_head(self._weights, shared)
+            given = {"lm_head.weight": shared} if shared is not None else parts
+            unit = self._skeleton().lm_head(self._weights, given)
         self._lm_head = weakref.ref(unit)
         return unit
+
+    def _lean_head(self, shared: torch.Tensor | None, parts: Parts | None) -> Head:
+        from runtime.model import lean
+
+        eps = self._config.rms_norm_eps
+        if parts is not None:
+            return lean.LeanHead.from_parts(parts, self._vocab_size, eps, self._device, self._dtype)
+        state = self._state("lm_head", () if shared is None else ("lm_head.weight",))
+        weight = state["lm_head.weight"] if shared is None else shared
+        return lean.LeanHead(state["norm.weight"], weight, eps, self._device, self._dtype)
 
     def _choose(self, implementation: Implementation, spec: ModelSpec) -> Literal["lean", "transformers"]:
         if implementation == "transformers":

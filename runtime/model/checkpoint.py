@@ -66,6 +66,10 @@ class TensorInfo:
 class Weights(Protocol):
     """Tensors by unit. `infos` costs no tensor memory."""
 
+    def identity(self) -> str:
+        """The same for two sources that hold the same tensors."""
+        ...
+
     def infos(self, unit: Unit) -> Mapping[str, Any]:
         """The tensors of `unit`: relative name to something with `shape` and `numel`."""
         ...
@@ -122,6 +126,15 @@ class SafetensorsWeights:
     def infos(self, unit: Unit) -> Mapping[str, TensorInfo]:
         return self._units[unit]
 
+    def identity(self) -> str:
+        """A digest of all names, dtypes and shapes, and of some bytes out of the middle of every tensor."""
+        digest = hashlib.blake2b(digest_size=16)
+        for unit, tensors in self._units.items():
+            for name, info in sorted(tensors.items()):
+                digest.update(repr((unit, name, info.dtype, info.shape)).encode())
+                digest.update(_sample(info))
+        return digest.hexdigest()
+
     def float_dtype(self) -> str:
         """The dtype that most of the weights have, as torch names it."""
         sums: dict[str, int] = {}
@@ -173,6 +186,10 @@ class DummyWeights:
         self._std = std
         self._tied = tied_embeddings
         self._seed = seed
+
+    def identity(self) -> str:
+        shapes = {unit: {name: info.shape for name, info in infos.items()} for unit, infos in self._units.items()}
+        return f"random {self._seed} {self._std} {self._tied} {shapes}"
 
     def infos(self, unit: Unit) -> Mapping[str, TensorInfo]:
         return self._units[unit]
@@ -269,6 +286,15 @@ def _allocate(shape: tuple[int, ...], dtype: "torch.dtype") -> "torch.Tensor":
         return torch.empty(shape, dtype=dtype)
     pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=dtype).view(shape)
+
+
+def _sample(info: TensorInfo) -> bytes:
+    """Up to 64 bytes out of the middle of a tensor."""
+    try:
+        with info.file.open("rb", buffering=0) as file:
+            return os.pread(file.fileno(), min(64, info.nbytes), info.start + info.nbytes // 2)
+    except OSError as error:
+        raise ModelError(f"cannot read {info.file}: {error}") from error
 
 
 def _read_into(info: TensorInfo, tensor: "torch.Tensor") -> None:

@@ -52,24 +52,23 @@ class GenericModel:
         self.base = self.skeleton.base_model
         self._rotary = _Rotary(self.base, self.config, self.device, dtype)
 
-    def layer(self, index: int, weights: Weights) -> "GenericLayer":
-        module = self._materialise(self._fresh(self.base.layers[index]), weights, index)
+    def layer(self, index: int, weights: Weights, parts: Mapping[str, torch.Tensor] | None = None) -> "GenericLayer":
+        """With `parts`, those of an equal layer, nothing is read."""
+        module = self._materialise(self._fresh(self.base.layers[index]), weights, index, parts)
         return GenericLayer(module, self._rotary, _layer_type(self.config, index))
 
-    def embedding(self, weights: Weights, tied_weight: torch.Tensor | None = None) -> "GenericEmbedding":
-        """With `tied_weight` the embedding is that tensor (``[vocab, hidden]``), and none is read."""
-        given = {} if tied_weight is None else {"weight": tied_weight}
-        module = self._materialise(self._fresh(self.base.embed_tokens), weights, "embedding", given)
+    def embedding(self, weights: Weights, parts: Mapping[str, torch.Tensor] | None = None) -> "GenericEmbedding":
+        """Tensors in `parts` (``weight``: ``[vocab, hidden]``) are taken from there, and not read."""
+        module = self._materialise(self._fresh(self.base.embed_tokens), weights, "embedding", parts)
         return GenericEmbedding(module, float(getattr(self.config, "embedding_multiplier", 1.0)))
 
-    def lm_head(self, weights: Weights, tied_weight: torch.Tensor | None = None) -> "GenericHead":
-        """With `tied_weight` the LM weight is that tensor (``[vocab, hidden]``), and none is read."""
+    def lm_head(self, weights: Weights, parts: Mapping[str, torch.Tensor] | None = None) -> "GenericHead":
+        """Tensors in `parts` (``lm_head.weight``: ``[vocab, hidden]``) are taken from there, and not read."""
         holder = nn.Module()
         name = norm_name(self.base)
         holder.add_module(name, self._fresh(getattr(self.base, name)))
         holder.add_module("lm_head", self._fresh(self.skeleton.lm_head))
-        given = {} if tied_weight is None else {"lm_head.weight": tied_weight}
-        return GenericHead(self._materialise(holder, weights, "lm_head", given), name, self.config)
+        return GenericHead(self._materialise(holder, weights, "lm_head", parts), name, self.config)
 
     def _fresh(self, module: nn.Module) -> nn.Module:
         """A copy on the meta device, tied to nothing, so that the skeleton never holds a real tensor."""
@@ -80,7 +79,8 @@ class GenericModel:
     ) -> nn.Module:
         state = dict(given or {})
         wanted = {name: tensor for name, tensor in module.state_dict().items() if name not in state}
-        state.update(self._collect(wanted, weights, unit, without=tuple(state)))
+        if wanted:
+            state.update(self._collect(wanted, weights, unit, without=tuple(state)))
         module.load_state_dict(state, strict=True, assign=True)
         for parameter in module.parameters():
             parameter.requires_grad_(False)
@@ -167,6 +167,7 @@ class GenericLayer:
         self.module = module
         self._rotary = rotary
         self._layer_type = layer_type
+        self.parts = module.state_dict()
         self.nbytes = num_bytes(module)
 
     def __call__(self, hidden: torch.Tensor, batch: StepBatch, kv: LayerKV) -> torch.Tensor:
@@ -189,6 +190,7 @@ class GenericEmbedding:
     def __init__(self, module: nn.Module, multiplier: float) -> None:
         self.module = module
         self._multiplier = multiplier
+        self.parts = module.state_dict()
         self.nbytes = num_bytes(module)
 
     @property
@@ -212,6 +214,7 @@ class GenericHead:
         self._divisor = float(getattr(config, "logits_scaling", None) or 1.0)
         self._factor = float(getattr(config, "logit_scale", None) or 1.0)
         self._cap = getattr(config, "final_logit_softcapping", None)
+        self.parts = module.state_dict()
         self.nbytes = num_bytes(module)
 
     @property

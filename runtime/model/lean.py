@@ -12,7 +12,7 @@ the order in which sums are rounded, and a configuration that it does not know e
 
 from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from runtime.kernels.layer import decoder_layer, rms_norm
 from runtime.kernels.products import PANEL, PLAIN, ROW_BLOCK, pack, pack_gate_up, product
 from runtime.kernels.tiles import tile_address
 
+Parts: TypeAlias = Mapping[str, torch.Tensor]
+"""The tensors of a unit as it holds them, by names of its own."""
 MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn", "dynamic"})
 """`dynamic` equals `default` up to the trained context, beyond which nothing is served."""
@@ -61,6 +63,9 @@ class LeanLayer:
         device: where the layer runs.
         dtype: the serving dtype; the tensors are cast to it.
 
+    `parts` are the tensors as the layer holds them, packed where it packs; `from_parts` makes an equal layer of them on
+    any machine of the same `form`.
+
     Raises:
         ValueError: when the configuration is not supported.
         KeyError: when a tensor is missing.
@@ -78,6 +83,20 @@ class LeanLayer:
             raise ValueError(
                 f"the lean layer does not cover this {config.model_type} model; use --implementation transformers"
             )
+        parts = _layer_parts(layer_index, state, torch.device(device), dtype)
+        self._set_up(config, layer_index, parts, device, dtype)
+
+    @classmethod
+    def from_parts(
+        cls, config: Any, layer_index: int, parts: Parts, device: torch.device | str, dtype: torch.dtype
+    ) -> "LeanLayer":
+        layer = cls.__new__(cls)
+        layer._set_up(config, layer_index, parts, device, dtype)
+        return layer
+
+    def _set_up(
+        self, config: Any, layer_index: int, parts: Parts, device: torch.device | str, dtype: torch.dtype
+    ) -> None:
         self.layer_index = layer_index
         self.device = torch.device(device)
         self.dtype = dtype
@@ -90,40 +109,16 @@ class LeanLayer:
         self.sliding_window = _sliding_window(config, layer_index)
         self.eps = config.rms_norm_eps
         self.rotary = Rotary(config, self.device)
-
-        def get(name: str) -> torch.Tensor:
-            return state[name].detach().to(self.device, dtype)
-
-        def fused(names: tuple[str, ...], kind: str) -> torch.Tensor | None:
-            parts = [get(f"{name}.{kind}") for name in names if f"{name}.{kind}" in state]
-            assert len(parts) in (0, len(names)), f"layer {layer_index} has {kind} on some of {names}, not on all"
-            return torch.cat(parts) if parts else None
-
-        qkv = tuple(f"self_attn.{x}_proj" for x in "qkv")
-        self._norms = {
-            name: get(f"{path}.weight") if f"{path}.weight" in state else None for name, path in _NORM_PATHS.items()
-        }
-        self._qkv_bias, self._o_bias = fused(qkv, "bias"), fused(("self_attn.o_proj",), "bias")
-        weights = {
-            "qkv": torch.cat([get(f"{name}.weight") for name in qkv]),
-            "o": get("self_attn.o_proj.weight"),
-            "down": get("mlp.down_proj.weight"),
-        }
+        self.parts = dict(parts)
         self._has_kernels = has_kernels(self.device, dtype)
         if self._has_kernels:
-            self._packed = {name: pack(weight) for name, weight in weights.items()}
-            self._packed["gate_up"] = pack_gate_up(get("mlp.gate_proj.weight"), get("mlp.up_proj.weight"))
             self._kernel_weights = self._make_kernel_weights()
-            self._tiles = tile_address(self._packed["o"].data.dtype)
-        else:
-            self._weights = weights | {"gate_up": torch.cat([get("mlp.gate_proj.weight"), get("mlp.up_proj.weight")])}
+            self._tiles = tile_address(self.parts["o"].numpy().dtype)
 
     @property
     def nbytes(self) -> int:
         """What the layer holds in memory, padding included."""
-        weights = self._packed if self._has_kernels else self._weights
-        small = [*self._norms.values(), self._qkv_bias, self._o_bias]
-        return sum(w.nbytes for w in weights.values()) + sum(t.nbytes for t in small if t is not None)
+        return sum(part.nbytes for part in self.parts.values())
 
     def __call__(self, hidden: torch.Tensor, batch: StepBatch, kv: LayerKV) -> torch.Tensor:
         if self._has_kernels:
@@ -131,20 +126,21 @@ class LeanLayer:
         return self._run_torch(hidden, batch, kv)
 
     def _make_kernel_weights(self) -> tuple:
-        def floats(tensor: torch.Tensor | None) -> np.ndarray:
-            return _NOTHING if tensor is None else tensor.float().numpy()
+        def floats(name: str) -> np.ndarray:
+            part = self.parts.get(name)
+            return _NOTHING if part is None else part.float().numpy()
 
         return (
-            floats(self._norms["input"]),
-            self._packed["qkv"].data,
-            floats(self._qkv_bias),
-            floats(self._norms["q"]),
-            floats(self._norms["k"]),
-            self._packed["o"].data,
-            floats(self._o_bias),
-            floats(self._norms["post_attention"]),
-            self._packed["gate_up"].data,
-            self._packed["down"].data,
+            floats("norm.input"),
+            self.parts["qkv"].numpy(),
+            floats("bias.qkv"),
+            floats("norm.q"),
+            floats("norm.k"),
+            self.parts["o"].numpy(),
+            floats("bias.o"),
+            floats("norm.post_attention"),
+            self.parts["gate_up"].numpy(),
+            self.parts["down"].numpy(),
             np.float32(self.eps),
         )
 
@@ -191,19 +187,19 @@ class LeanLayer:
         return scratch
 
     def _run_torch(self, hidden: torch.Tensor, batch: StepBatch, kv: LayerKV) -> torch.Tensor:
-        num_tokens, head_dim = len(hidden), self.head_dim
-        x = _rms_norm(hidden, self._norms["input"], self.eps)
-        qkv = F.linear(x, self._weights["qkv"], self._qkv_bias).view(num_tokens, -1, head_dim)
+        num_tokens, head_dim, parts = len(hidden), self.head_dim, self.parts
+        x = _rms_norm(hidden, parts["norm.input"], self.eps)
+        qkv = F.linear(x, parts["qkv"], parts.get("bias.qkv")).view(num_tokens, -1, head_dim)
         q, k, v = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        if self._norms["q"] is not None:
-            q, k = _rms_norm(q, self._norms["q"], self.eps), _rms_norm(k, self._norms["k"], self.eps)
+        if "norm.q" in parts:
+            q, k = _rms_norm(q, parts["norm.q"], self.eps), _rms_norm(k, parts["norm.k"], self.eps)
         cos, sin = self.rotary.tables(batch)
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
         attended = attend(q, k, v, batch, kv, scale=self.scale, sliding_window=self.sliding_window)
-        hidden = hidden + F.linear(attended.reshape(num_tokens, -1), self._weights["o"], self._o_bias)
-        x = _rms_norm(hidden, self._norms["post_attention"], self.eps)
-        gate, up = F.linear(x, self._weights["gate_up"]).chunk(2, dim=-1)
-        return hidden + F.linear(F.silu(gate) * up, self._weights["down"])
+        hidden = hidden + F.linear(attended.reshape(num_tokens, -1), parts["o"], parts.get("bias.o"))
+        x = _rms_norm(hidden, parts["norm.post_attention"], self.eps)
+        gate, up = F.linear(x, parts["gate_up"]).chunk(2, dim=-1)
+        return hidden + F.linear(F.silu(gate) * up, parts["down"])
 
 
 class LeanEmbedding:
@@ -211,6 +207,10 @@ class LeanEmbedding:
 
     def __init__(self, weight: torch.Tensor, device: torch.device | str, dtype: torch.dtype) -> None:
         self.weight = weight.detach().to(device, dtype)
+
+    @property
+    def parts(self) -> Parts:
+        return {"weight": self.weight}
 
     @property
     def nbytes(self) -> int:
@@ -235,24 +235,40 @@ class LeanHead:
         device: torch.device | str,
         dtype: torch.dtype,
     ) -> None:
-        self.device, self.dtype, self.eps = torch.device(device), dtype, eps
-        self.vocab_size, self.hidden_size = weight.shape
-        self._norm = norm_weight.detach().to(device, dtype)
         weight = weight.detach().to(device, dtype)
+        parts = {
+            "norm": norm_weight.detach().to(device, dtype),
+            "weight": torch.from_numpy(pack(weight).data) if has_kernels(device, dtype) else weight,
+        }
+        self._set_up(parts, len(weight), eps, device, dtype)
+
+    @classmethod
+    def from_parts(
+        cls, parts: Parts, vocab_size: int, eps: float, device: torch.device | str, dtype: torch.dtype
+    ) -> "LeanHead":
+        """The head that `parts` came from."""
+        head = cls.__new__(cls)
+        head._set_up(parts, vocab_size, eps, device, dtype)
+        return head
+
+    def _set_up(
+        self, parts: Parts, vocab_size: int, eps: float, device: torch.device | str, dtype: torch.dtype
+    ) -> None:
+        self.device, self.dtype, self.eps = torch.device(device), dtype, eps
+        self.vocab_size = vocab_size
+        self.parts = dict(parts)
         self._has_kernels = has_kernels(self.device, dtype)
         if self._has_kernels:
-            self._packed = pack(weight)
-            self._norm_floats = self._norm.float().numpy()
-        else:
-            self._weight = weight
+            self._weight = parts["weight"].numpy()
+            self._norm_floats = parts["norm"].float().numpy()
 
     @property
     def nbytes(self) -> int:
-        return self._norm.nbytes + (self._packed.nbytes if self._has_kernels else self._weight.nbytes)
+        return sum(part.nbytes for part in self.parts.values())
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         if not self._has_kernels:
-            return F.linear(_rms_norm(hidden, self._norm, self.eps), self._weight).float()
+            return F.linear(_rms_norm(hidden, self.parts["norm"], self.eps), self.parts["weight"]).float()
         normed = storage(torch.empty_like(hidden, memory_format=torch.contiguous_format))
         rms_norm(storage(hidden.contiguous()), 0, len(hidden), self._norm_floats, np.float32(self.eps), normed)
         logits = torch.empty(len(hidden), self.vocab_size)
@@ -260,9 +276,7 @@ class LeanHead:
         out, sums = logits.numpy(), np.empty((min(len(hidden), ROW_BLOCK), PANEL), np.float32)
         for first in range(0, len(hidden), ROW_BLOCK):
             count = min(len(hidden) - first, ROW_BLOCK)
-            product(
-                tiles, normed, first, count, self._packed.data, PLAIN, _NOTHING, out, out, first, self.vocab_size, sums
-            )
+            product(tiles, normed, first, count, self._weight, PLAIN, _NOTHING, out, out, first, self.vocab_size, sums)
         return logits
 
 
@@ -327,6 +341,40 @@ _NORM_PATHS = {
     "q": "self_attn.q_norm",
     "k": "self_attn.k_norm",
 }
+
+
+def form(device: torch.device | str, dtype: torch.dtype) -> str:
+    """What `parts` depend on besides the model: those of one form fit every machine that has the same."""
+    return f"lean {dtype} panels of {PANEL}" if has_kernels(device, dtype) else f"lean {dtype}"
+
+
+def _layer_parts(
+    layer_index: int, state: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype
+) -> Parts:
+    """What a layer holds, out of its tensors under `transformers`' names."""
+
+    def get(name: str) -> torch.Tensor:
+        return state[name].detach().to(device, dtype)
+
+    def fused(names: tuple[str, ...], kind: str) -> torch.Tensor | None:
+        found = [get(f"{name}.{kind}") for name in names if f"{name}.{kind}" in state]
+        assert len(found) in (0, len(names)), f"layer {layer_index} has {kind} on some of {names}, not on all"
+        return torch.cat(found) if found else None
+
+    qkv = tuple(f"self_attn.{x}_proj" for x in "qkv")
+    small = {f"norm.{name}": get(f"{path}.weight") for name, path in _NORM_PATHS.items() if f"{path}.weight" in state}
+    biases = {"bias.qkv": fused(qkv, "bias"), "bias.o": fused(("self_attn.o_proj",), "bias")}
+    small |= {name: bias for name, bias in biases.items() if bias is not None}
+    weights = {
+        "qkv": torch.cat([get(f"{name}.weight") for name in qkv]),
+        "o": get("self_attn.o_proj.weight"),
+        "down": get("mlp.down_proj.weight"),
+    }
+    gate, up = get("mlp.gate_proj.weight"), get("mlp.up_proj.weight")
+    if not has_kernels(device, dtype):
+        return small | weights | {"gate_up": torch.cat([gate, up])}
+    packed = {name: pack(weight) for name, weight in weights.items()} | {"gate_up": pack_gate_up(gate, up)}
+    return small | {name: torch.from_numpy(weight.data) for name, weight in packed.items()}
 
 
 def _frequencies(config: Any) -> tuple[torch.Tensor, float]:

@@ -89,6 +89,28 @@ async def test_every_number_of_stages(layers: str, tiny_llama: Path, tmp_path: P
         await check(server, model, make_prompts(2))
 
 
+async def test_a_seed_says_it_all(tiny_llama: Path, tmp_path: Path) -> None:
+    """A sampled request gives the same tokens whatever the batch, the number of stages, the chunks and the timing."""
+    draw = random.Random(7)
+    bodies = [
+        {
+            "prompt": prompt, "max_tokens": 40, "ignore_eos": True, "return_token_ids": True, "seed": index,
+            "temperature": draw.choice((0.7, 1.0, 1.5)), "top_p": draw.choice((1.0, 0.9)),
+            "top_k": draw.choice((-1, 20)), "min_p": draw.choice((0.0, 0.02)),
+            "frequency_penalty": draw.choice((0.0, 0.5)), "repetition_penalty": draw.choice((1.0, 1.2)),
+        }
+        for index, prompt in enumerate(make_prompts(6))
+    ]  # fmt: skip
+    with Server(tiny_llama, "--layers", "4", *OPTIONS, log=tmp_path / "one") as server:
+        together = await server.post_all("/v1/completions", bodies)
+    options = ("--dtype", "float32", "--kv-memory", "4M", "--step-tokens", "7", "--block-size", "16")
+    with Server(tiny_llama, "--layers", "1,2,1", *options, log=tmp_path / "three") as server:
+        alone = [(await server.post_all("/v1/completions", [body]))[0] for body in bodies]
+    tokens = [answer["choices"][0]["token_ids"] for answer in together]
+    assert tokens == [answer["choices"][0]["token_ids"] for answer in alone]
+    assert len({tuple(one) for one in tokens}) == len(tokens)
+
+
 async def test_the_transformers_layers_too(tiny_llama: Path, tmp_path: Path) -> None:
     options = ("--stages", "2", "--implementation", "transformers", *OPTIONS)
     with Server(tiny_llama, *options, log=tmp_path / "log") as server:

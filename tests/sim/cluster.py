@@ -18,11 +18,12 @@ from kvstore.ids import LayerRange
 from kvstore.page_pool import PagePool
 from runtime.batch import LayerKV, StepBatch
 from runtime.layout import Layout, Segment
-from runtime.member import Member, UnitKey, unit_keys
+from runtime.member import Member, Pace, UnitKey, unit_keys
 from runtime.messages import (
     Audit,
     Cancel,
     Copy,
+    Fetch,
     Join,
     Load,
     Mirror,
@@ -34,6 +35,7 @@ from runtime.messages import (
     Step,
     ToHead,
     ToWorker,
+    Weights,
     decode_to_head,
     decode_to_worker,
     encode,
@@ -135,7 +137,10 @@ def _head(hidden: torch.Tensor) -> torch.Tensor:
 
 
 class _Store:
-    """Units of the simulated model; shadows take simulated time, and sometimes fail."""
+    """Units of the simulated model; shadows take simulated time, and sometimes fail.
+
+    Half of the arriving units are asked of the peer that holds them; one that does not come in time comes from nowhere.
+    """
 
     def __init__(self, worker: "SimWorker", cluster: "SimCluster") -> None:
         self.units = Units({})
@@ -143,7 +148,9 @@ class _Store:
         self.implementation = "sim"
         self._worker = worker
         self._cluster = cluster
-        self._token = 0
+        self._token = self._ticket = 0
+        self._missing: dict[int, int] = {}
+        self._seen: set[tuple[int, str, int]] = set()
 
     def load(
         self, load: Load, keys: Sequence[UnitKey], num_layers: int, progress: Callable[[int, str], None]
@@ -155,19 +162,48 @@ class _Store:
     def make_pool(self, load: Load, num_layers: int) -> PagePool:
         return PagePool(self._worker.num_pages, load.block_size, 1, 1, torch.float32, "cpu")
 
-    def shadow(self, load: Load, keys: Sequence[UnitKey], transition: int, is_idle: bool) -> None:
+    def parts(self, key: UnitKey, form: str) -> dict[str, torch.Tensor] | None:
+        return {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor(3)} if form == "sim" and key in self.held() else None
+
+    def shadow(self, load: Load, keys: Sequence[UnitKey], transition: int, pace: Pace) -> None:
         self._token += 1
         token = self._token
-        fails = self._cluster.random.random() < self._cluster.shadow_failures
+        random = self._cluster.random
+        fails = random.random() < self._cluster.shadow_failures
+        began = self._cluster.now
+        self._missing = {}
+        for key in keys:
+            holder = pace.holders.get(key)
+            if key not in self.held() and holder not in (None, self._worker.name) and random.random() < 0.5:
+                self._ticket += 1
+                self._missing[self._ticket] = -1
+                self._worker.to_peer(holder, Fetch(self._worker.name, self._ticket, key, "sim"), ())
 
         def done() -> None:
             if token != self._token or not self._worker.alive:
                 return
+            if self._missing and self._cluster.now < began + 2.0:
+                self._cluster.at(0.05, done)
+                return
             if not fails:
                 self._add(keys)
-            self._worker.member.shadow_built(transition, 0.1, RuntimeError("no memory") if fails else None)
+            error = RuntimeError("no memory") if fails else None
+            self._worker.member.shadow_built(transition, 0.1, 0, error)
 
-        self._cluster.at(self._cluster.random.uniform(0.0, 0.3), done)
+        self._cluster.at(random.uniform(0.0, 0.3), done)
+
+    def take(self, weights: Weights, tensors: list[torch.Tensor]) -> None:
+        """Weights from a peer, in any order; a unit that the peer has lost meanwhile comes as nothing."""
+        place = (weights.ticket, weights.name, weights.offset)
+        if weights.ticket in self._missing and place not in self._seen:
+            self._seen.add(place)
+            before = self._missing[weights.ticket]
+            left = (weights.num_bytes if before < 0 else before) - sum(tensor.nbytes for tensor in tensors)
+            assert left >= 0, "a peer sent more than the unit has"
+            self._missing[weights.ticket] = left
+            if left == 0:
+                del self._missing[weights.ticket]
+                self._cluster.num_fetched += weights.num_bytes > 0
 
     def cancel_shadow(self) -> None:
         self._token += 1
@@ -210,7 +246,9 @@ class SimWorker:
         raw = encode(message)
         self._cluster.transmit_to_head(raw)
 
-    def to_peer(self, worker: str, message: Step | Mirror | Pages, tensors: Sequence[torch.Tensor]) -> None:
+    def to_peer(
+        self, worker: str, message: Step | Mirror | Pages | Fetch | Weights, tensors: Sequence[torch.Tensor]
+    ) -> None:
         self._cluster.transmit(worker, message, [tensor.clone() for tensor in tensors])
 
     def receive(self, message: ToWorker, tensors: list[torch.Tensor]) -> None:
@@ -230,6 +268,10 @@ class SimWorker:
                 member.open(message)
             case Retire() | Cancel():
                 member.retire(message)
+            case Fetch():
+                member.fetch(message)
+            case Weights():
+                self.store.take(message, tensors)
             case _:
                 raise AssertionError(f"a worker got {message}")
         self.work()
@@ -238,7 +280,7 @@ class SimWorker:
         """Background slices, spread over simulated time."""
         wait_s = self.member.background_wait_s()
         if wait_s is not None and self.alive:
-            self._cluster.at(wait_s + 0.001, self._slice)
+            self._cluster.at(max(0.0, wait_s) + 0.001, self._slice)
 
     def _slice(self) -> None:
         if self.alive:
@@ -279,6 +321,7 @@ class SimCluster:
         self.rejected: list[AdmissionError] = []
         self.refused: list[Refused] = []
         self.num_blocks = num_blocks
+        self.num_fetched = 0
         self.restarts = 0
         self.changes = 0
         for index in range(num_stages + num_spares):

@@ -1,0 +1,160 @@
+"""Units from the peer that holds them, instead of the checkpoint: both ends, and the choice between the two.
+
+A target asks with `Fetch`; the peer answers with `Weights`, a slice of a tensor at a time, between its steps and at its limiter's
+pace. What travels is the unit as the peer holds it (packed), so nothing is converted on arrival. One unit is on
+its way at a time, which bounds what may pile up. Every slice has its checksum.
+
+A peer that is gone, that lacks the unit, or holds it in another form is no failure: the checkpoint is always there.
+"""
+
+import queue
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from kvstore.ids import WorkerName
+from kvstore.transfers import checksum
+from runtime.messages import Fetch, Weights
+
+SLICE_BYTES = 1 << 20
+PATIENCE_S = 5.0
+"""How long a peer may be silent before it is given up."""
+TRY_AGAIN_AFTER = 16
+"""After so many units from the faster source the other is measured again."""
+
+
+class FetchFailed(Exception):
+    """The peer did not give the unit; the message says why."""
+
+
+class Export:
+    """The peer's end: a unit on its way out, as slices. Its tensors never change, so they are not copied."""
+
+    def __init__(self, fetch: Fetch, parts: Mapping[str, torch.Tensor] | None) -> None:
+        self.target = fetch.worker
+        self._slices = _slices(fetch.ticket, parts)
+        self._next = next(self._slices)
+
+    @property
+    def is_done(self) -> bool:
+        return self._next is None
+
+    def take(self) -> tuple[Weights, tuple[torch.Tensor, ...]]:
+        """The next slice; the memory beside it must stay until it is sent."""
+        assert self._next is not None, "the export is done"
+        taken, self._next = self._next, next(self._slices, None)
+        return taken
+
+
+def _slices(
+    ticket: int, parts: Mapping[str, torch.Tensor] | None
+) -> Iterator[tuple[Weights, tuple[torch.Tensor, ...]]]:
+    if parts is None:
+        yield Weights(ticket), ()
+        return
+    num_bytes = sum(part.nbytes for part in parts.values())
+    for name, part in parts.items():
+        raw = part.detach().contiguous().reshape(-1).view(torch.uint8)
+        for offset in range(0, max(1, len(raw)), SLICE_BYTES):
+            piece = raw[offset : offset + SLICE_BYTES].cpu()
+            dtype = str(part.dtype).removeprefix("torch.")
+            yield Weights(ticket, num_bytes, name, dtype, tuple(part.shape), offset, checksum(piece)), (piece,)
+
+
+class Importer:
+    """The target's end. `fetch` runs in the loader's thread; `take` in whichever thread messages arrive."""
+
+    def __init__(self) -> None:
+        self.send: Callable[[WorkerName, Fetch], None] = lambda worker, fetch: None
+        self.name: WorkerName = ""
+        self._ticket = 0
+        self._arrived: queue.SimpleQueue[tuple[Weights, torch.Tensor | None]] = queue.SimpleQueue()
+
+    def take(self, message: Weights, tensors: list[torch.Tensor]) -> None:
+        self._arrived.put((message, tensors[0] if tensors else None))
+
+    def fetch(
+        self, peer: WorkerName, unit: int | str, form: str, is_cancelled: Callable[[], bool]
+    ) -> dict[str, torch.Tensor]:
+        """The parts of `unit` as `peer` holds them, on the CPU.
+
+        Raises:
+            FetchFailed: the peer has it not in this form, fell silent, sent damaged bytes, or the load was cancelled.
+        """
+        self._ticket += 1
+        self.send(peer, Fetch(self.name, self._ticket, unit, form))
+        parts: dict[str, torch.Tensor] = {}
+        seen: set[tuple[str, int]] = set()
+        missing: int | None = None
+        heard_s = time.monotonic()
+        while missing != 0:
+            try:
+                message, raw = self._arrived.get(timeout=0.1)
+            except queue.Empty:
+                if is_cancelled():
+                    raise FetchFailed("the load was cancelled") from None
+                if time.monotonic() - heard_s > PATIENCE_S:
+                    raise FetchFailed(f"{peer} did not answer for {PATIENCE_S:g} s") from None
+                continue
+            place = (message.name, message.offset)
+            if message.ticket != self._ticket or place in seen:
+                continue  # of a fetch that was given up, or once more
+            seen.add(place)
+            heard_s = time.monotonic()
+            if not message.name or raw is None:
+                raise FetchFailed(f"{peer} does not hold unit {unit} in the same form")
+            missing = (message.num_bytes if missing is None else missing) - raw.nbytes
+            _put(parts, message, raw, peer)
+        return parts
+
+
+def _put(parts: dict[str, torch.Tensor], message: Weights, raw: torch.Tensor, peer: WorkerName) -> None:
+    if checksum(raw) != message.checksum:
+        raise FetchFailed(f"{peer} sent {message.name}, and it arrived damaged")
+    if message.name not in parts:
+        parts[message.name] = torch.empty(message.shape, dtype=getattr(torch, message.dtype))
+    parts[message.name].view(-1).view(torch.uint8)[message.offset : message.offset + raw.nbytes] = raw
+
+
+@dataclass(slots=True)
+class _Speed:
+    s_per_byte: float | None = None
+
+    def add(self, num_bytes: int, seconds: float) -> None:
+        new = seconds / max(1, num_bytes)
+        self.s_per_byte = new if self.s_per_byte is None else 0.7 * min(self.s_per_byte, 2.0 * new) + 0.3 * new
+
+
+@dataclass(slots=True)
+class Sources:
+    """Which of the two is faster here, by what was measured: the checkpoint, or a peer. Each is tried first once."""
+
+    _checkpoint: _Speed = field(default_factory=_Speed)
+    _peers: dict[WorkerName, _Speed] = field(default_factory=dict)
+    _since_compared: int = 0
+
+    def prefers(self, peer: WorkerName) -> bool:
+        """Whether the next unit should come from `peer`."""
+        if self._checkpoint.s_per_byte is None:
+            return False
+        known = self._peers.get(peer)
+        if known is None or known.s_per_byte is None:
+            return True
+        self._since_compared += 1
+        faster = known.s_per_byte < self._checkpoint.s_per_byte
+        if self._since_compared > TRY_AGAIN_AFTER:
+            self._since_compared = 0
+            return not faster
+        return faster
+
+    def measured(self, peer: WorkerName | None, num_bytes: int, seconds: float) -> None:
+        """A unit came from `peer` (None: the checkpoint) and took so long, the rests that it cost included."""
+        speed = self._checkpoint if peer is None else self._peers.setdefault(peer, _Speed())
+        speed.add(num_bytes, seconds)
+
+    def failed(self, peer: WorkerName) -> None:
+        """`peer` could not give a unit: not soon again."""
+        self._peers[peer] = _Speed(s_per_byte=1.0)
+        self._since_compared = 0
