@@ -52,38 +52,46 @@ def pack(weight: torch.Tensor) -> Packed:
     num_columns, depth = weight.shape
     if depth % 2:
         raise ValueError(f"a packed product needs an even number of inputs, got {depth}")
-    num_panels = -(-num_columns // PANEL)
-    packed = torch.zeros(num_panels * PANEL * depth, dtype=weight.dtype)
-    whole = num_columns // PANEL
-    _pack_panels(packed[: whole * PANEL * depth], weight[: whole * PANEL])
-    if whole < num_panels:
-        rest = weight.new_zeros(PANEL, depth)
-        rest[: num_columns - whole * PANEL] = weight[whole * PANEL :]
-        _pack_panels(packed[whole * PANEL * depth :], rest)
-    return Packed(storage(packed), num_columns, depth)
+    packed = _empty_panels(-(-num_columns // PANEL), weight, is_padded=num_columns % PANEL > 0)
+    _fill(packed, 0, PANEL, weight)
+    return Packed(storage(packed.view(weight.dtype).view(-1)), num_columns, depth)
 
 
 def pack_gate_up(gate: torch.Tensor, up: torch.Tensor) -> Packed:
     """Pack two weights ``[I, K]`` so that each panel holds half a panel of gate, then the same columns of up."""
     half = PANEL // 2
     num_columns, depth = gate.shape
-    num_panels = -(-num_columns // half)
-    merged = gate.new_zeros(num_panels, 2, half, depth)
-    for side, weight in enumerate((gate, up)):
-        padded = gate.new_zeros(num_panels * half, depth)
-        padded[:num_columns] = weight
-        merged[:, side] = padded.view(num_panels, half, depth)
-    packed = pack(merged.view(-1, depth))
-    return Packed(packed.data, num_columns, depth)
+    if depth % 2:
+        raise ValueError(f"a packed product needs an even number of inputs, got {depth}")
+    packed = _empty_panels(-(-num_columns // half), gate, is_padded=num_columns % half > 0)
+    _fill(packed, 0, half, gate)
+    _fill(packed, half, half, up)
+    return Packed(storage(packed.view(gate.dtype).view(-1)), num_columns, depth)
 
 
-def _pack_panels(packed: torch.Tensor, weight: torch.Tensor) -> None:
-    columns, depth = weight.shape
-    if weight.dtype is torch.bfloat16:
-        source = weight.reshape(columns // PANEL, PANEL, depth // 2, 2).transpose(1, 2)
-    else:
-        source = weight.reshape(columns // PANEL, PANEL, depth).transpose(1, 2)
-    packed.view(source.shape).copy_(source)
+def _empty_panels(num_panels: int, weight: torch.Tensor, *, is_padded: bool) -> torch.Tensor:
+    """Room for panels as ``[num_panels, units of depth, PANEL]``; a unit is a pair of bfloat16, or one element."""
+    units = _units(weight)
+    make = torch.zeros if is_padded else torch.empty
+    return make(num_panels, units.shape[1], PANEL, dtype=units.dtype)
+
+
+def _fill(packed: torch.Tensor, first: int, width: int, weight: torch.Tensor) -> None:
+    """Columns [first, first + width) of each panel take the next `width` rows of `weight`."""
+    units = _units(weight)
+    whole, rest = divmod(len(units), width)
+    panels = units[: whole * width].view(whole, width, units.shape[1])
+    packed[:whole, :, first : first + width] = panels.transpose(1, 2)
+    if rest:
+        packed[whole, :, first : first + rest] = units[whole * width :].T
+
+
+def _units(weight: torch.Tensor) -> torch.Tensor:
+    """A pair of bfloat16 is moved as one integer, which is what makes packing fast."""
+    weight = weight.contiguous()
+    if weight.dtype is not torch.bfloat16:
+        return weight
+    return (weight.clone() if weight.storage_offset() % 2 else weight).view(torch.int32)
 
 
 @kernel

@@ -2,7 +2,7 @@
 
 import pytest
 
-from runtime.limiter import IDLE_AFTER_S, MAX_SHARE, MIN_SHARE, Limiter
+from runtime.limiter import IDLE_AFTER_S, MIN_SHARE, SHARE_OF_FREE, Limiter
 
 
 def after_steps(busy: float, *, seconds: float = 5.0, step_s: float = 0.01) -> tuple[Limiter, float]:
@@ -27,8 +27,7 @@ def test_the_share_falls_with_the_load() -> None:
     for busy in (0.2, 0.5, 0.7, 0.9, 0.999):
         limiter, now_s = after_steps(busy)
         shares.append(limiter.share(now_s))
-    assert shares[0] == MAX_SHARE
-    assert shares[2] == pytest.approx(0.15, rel=0.05)
+    assert shares[2] == pytest.approx(SHARE_OF_FREE * 0.3, rel=0.05)
     assert shares[-1] == MIN_SHARE
     assert shares == sorted(shares, reverse=True)
 
