@@ -2,9 +2,10 @@
 
 At most `num_microbatches` steps are in flight. Whenever there is room for one more, `next_step` forms it:
 
-1. decode: the longest-waiting ready sequences, at most an even share of all decoding ones, so that the microbatches
-   balance themselves whatever joins and leaves;
-2. prefill: chunks of running sequences, oldest first, within the token budget. Every hop runs the steps of an epoch in
+1. decode: the longest-waiting ready sequences, up to an even share of what all decoding ones cost together (`StepPrices`), so
+   that the microbatches balance themselves whatever joins and leaves;
+2. prefill: chunks of running sequences, oldest first, within the token budget, and within the time that a goal for the
+   TPOT leaves beside the decoding rows. Every hop runs the steps of an epoch in
    their order, so the next chunk of a prompt may follow while the last one is still on its way;
 3. admission: waiting sequences, first come first served, when their blocks can be had. The first that does not
    fit stops the line: nobody overtakes.
@@ -35,11 +36,14 @@ from kvstore.directory import Directory
 from kvstore.ids import BlockId, Epoch, SequenceId
 from kvstore.prefix import PrefixHasher
 from runtime.messages import Row, SequenceStart, StepPlan, StepResult, TokenLogprobs
-from scheduler.lanes import BatchingConfig, Counters, Flight, Lane, Opening, StepBuilder
+from scheduler.lanes import BatchingConfig, Counters, Flight, Lane, Opening, StepBuilder, StepPrices
 from scheduler.request import AdmissionError, FinishReason, Request, TokenOutput
 from scheduler.sequence import Sequence
 
-__all__ = ["Batcher", "BatchingConfig", "Output"]
+__all__ = ["Batcher", "BatchingConfig", "Output", "StepPrices"]
+
+MIN_CHUNK_TOKENS = 16
+"""Prompts are never cut smaller for the sake of a goal, or they would not get anywhere."""
 
 Output: TypeAlias = tuple[SequenceId, TokenOutput]
 
@@ -60,6 +64,7 @@ class Batcher:
         self._released: dict[Epoch, list[SequenceId]] = {}
         self._num_running = 0
         self._num_decoding = 0
+        self._decoding_context = 0
         self._num_in_flight = 0
         self._epoch: Epoch = -1
         self._opening: Opening | None = None
@@ -74,6 +79,7 @@ class Batcher:
         self.is_squeezed = False
         """While True the pool is smaller than the layout allows, because a change needs the room: what is preempted now is
         preempted for its sake."""
+        self.prices = StepPrices()
         self.counters = Counters()
 
     # -- what is there ------------------------------------------------------------------------------------
@@ -259,7 +265,8 @@ class Batcher:
         if not self._lanes or self.is_held or self._num_in_flight >= config.num_microbatches:
             return None
         step = StepBuilder(config.max_step_tokens)
-        self._take_decodes(step)
+        decode_s = self._take_decodes(step)
+        step.budget = min(step.budget, self._prefill_budget(decode_s))
         self._take_prefills(step)
         self._take_waiting(step, now_s)
         if not step.rows:
@@ -324,6 +331,8 @@ class Batcher:
         assert len(running) == self._num_running, f"{len(running)} run, {self._num_running} counted"
         decoding = [s for s in running if not s.prefilling]
         assert len(decoding) == self._num_decoding, f"{len(decoding)} decode, {self._num_decoding} counted"
+        context = sum(len(s.tokens) for s in decoding)
+        assert context == self._decoding_context, f"{context} tokens of context, {self._decoding_context} counted"
         for sequence in self._waiting:
             assert not sequence.running, f"sequence {sequence.id} both runs and waits"
             assert not sequence.blocks, f"sequence {sequence.id} waits and holds blocks"
@@ -342,10 +351,12 @@ class Batcher:
 
     # -- forming a step -----------------------------------------------------------------------------------
 
-    def _take_decodes(self, step: StepBuilder) -> None:
-        share = -(-self._num_decoding // self._config.num_microbatches)
-        ready, later = self._ready, []
-        while ready and len(step.rows) < share and step.budget > 0:
+    def _take_decodes(self, step: StepBuilder) -> float:
+        """What the rows taken cost, in the unit of the prices."""
+        prices = self.prices
+        share = prices.decode_s(self._num_decoding, self._decoding_context) / self._config.num_microbatches
+        ready, later, cost = self._ready, [], 0.0
+        while ready and cost < share and step.budget > 0:
             sequence = ready.popleft()
             if not sequence.running or sequence.prefilling or sequence.num_remaining != 1 or sequence in step.rows:
                 continue  # it ended, was preempted, or stands here twice because it was
@@ -355,10 +366,21 @@ class Batcher:
                 continue
             if self._reserve(sequence, step):
                 self._add(step, sequence, 1, epoch)
+                cost += prices.decode_s(1, len(sequence.tokens))
             elif sequence.running:
                 later.append(sequence)
                 break
         ready.extendleft(reversed(later))
+        return cost
+
+    def _prefill_budget(self, decode_s: float) -> int:
+        """Prompt tokens that may join a step whose decoding rows take `decode_s`: all the microbatches of a round take
+        a stream's time between two tokens."""
+        goal_s, prices = self._config.tpot_goal_s, self.prices
+        if not (goal_s and prices.prefill_s and self._num_decoding):
+            return self._config.max_step_tokens
+        left_s = goal_s / self._config.num_microbatches - prices.step_s - decode_s
+        return max(MIN_CHUNK_TOKENS, int(left_s / prices.prefill_s))
 
     def _take_prefills(self, step: StepBuilder) -> None:
         for sequence in self._prefilling:
@@ -506,6 +528,7 @@ class Batcher:
             self._prefilling.remove(sequence)
             sequence.prefilling = False
             self._num_decoding += 1
+            self._decoding_context += len(sequence.tokens)
         if stop // self._config.block_size > sequence.num_published:
             self._publish(sequence, ordinal)
         return row
@@ -534,6 +557,7 @@ class Batcher:
     def _append(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None, outputs: list[Output]) -> None:
         request = sequence.request
         sequence.tokens.append(token)
+        self._decoding_context += 1
         self.counters.generated_tokens += 1
         first = sequence.num_output_tokens == 1
         output = TokenOutput(
@@ -612,6 +636,7 @@ class Batcher:
             self._prefilling.remove(sequence)
         else:
             self._num_decoding -= 1
+            self._decoding_context -= len(sequence.tokens)
         if sequence.begun and sequence.epoch in self._released:
             self._released[sequence.epoch].append(sequence.id)
 

@@ -24,6 +24,25 @@ class BatchingConfig:
     block_size: int = 16
     prefix_cache: bool = True
     cache_root: bytes = b""
+    tpot_goal_s: float = 0.0
+    """Prompt chunks are cut so that decoding streams get a token that often; 0 for no such goal."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepPrices:
+    """What a step costs the slowest stage, in seconds, as a line. While nothing was measured, every row costs the same."""
+
+    step_s: float = 0.0
+    row_s: float = 1.0
+    """A decoding row."""
+    context_s: float = 0.0
+    """Each token of a decoding row's context."""
+    prefill_s: float = 0.0
+    """Each token of a prompt; 0 when it is not known."""
+
+    def decode_s(self, num_rows: int, num_context: int) -> float:
+        """`num_rows` decoding rows with so much context together."""
+        return num_rows * self.row_s + num_context * self.context_s
 
 
 @dataclass(slots=True)

@@ -6,7 +6,7 @@ from kvstore.block_pool import BlockPool
 from kvstore.directory import Directory
 from kvstore.ids import LayerRange
 from runtime.messages import Sampling, StepPlan, StepResult
-from scheduler.batching import Batcher, BatchingConfig, Output
+from scheduler.batching import MIN_CHUNK_TOKENS, Batcher, BatchingConfig, Output, StepPrices
 from scheduler.request import AdmissionError, Request
 
 GREEDY = Sampling(temperature=0.0)
@@ -72,6 +72,40 @@ def test_microbatches_share_the_decoding_sequences_evenly() -> None:
     first, second = step(batcher), step(batcher)
     assert [len(first.rows), len(second.rows)] == [3, 3]
     assert {row.sequence for plan in (first, second) for row in plan.rows} == set(range(1, 7))
+
+
+def test_microbatches_share_by_what_sequences_cost_not_by_their_number() -> None:
+    batcher = make_batcher(num_microbatches=2, max_step_tokens=128)
+    batcher.prices = StepPrices(row_s=1.0, context_s=0.1)
+    batcher.submit(1, make_request(60, max_tokens=50), 0.0)
+    for sequence in range(2, 8):
+        batcher.submit(sequence, make_request(4, max_tokens=50, first=10 * sequence), 0.0)
+    answer(batcher, step(batcher))
+    first, second = step(batcher), step(batcher)
+    assert [[row.sequence for row in plan.rows] for plan in (first, second)] == [[1, 2], [3, 4, 5, 6, 7]]
+
+
+def test_prompts_are_cut_for_the_sake_of_the_goal() -> None:
+    batcher = make_batcher(num_microbatches=2, max_step_tokens=128, tpot_goal_s=0.1)
+    batcher.submit(1, make_request(100, max_tokens=50), 0.0)
+    batcher.prices = StepPrices(step_s=0.005, row_s=0.01, context_s=0.0001, prefill_s=0.001)
+    plan = step(batcher)
+    assert len(plan.rows[0].tokens) == 100, "nobody decodes yet, so nobody is delayed"
+    answer(batcher, plan)
+    batcher.submit(2, make_request(100, max_tokens=50, first=30), 0.0)
+    with_decode = step(batcher)
+    room_s = 0.1 / 2 - 0.005 - 0.01 - 101 * 0.0001
+    assert [len(row.tokens) for row in with_decode.rows] == [1, int(room_s / 0.001)]
+    assert [len(row.tokens) for row in step(batcher).rows] == [int((0.1 / 2 - 0.005) / 0.001)]
+
+
+def test_a_goal_that_cannot_be_met_does_not_stop_prompts() -> None:
+    batcher = make_batcher(num_microbatches=1, max_step_tokens=128, tpot_goal_s=0.01)
+    batcher.prices = StepPrices(step_s=0.02, row_s=0.01, prefill_s=0.001)
+    batcher.submit(1, make_request(8, max_tokens=50), 0.0)
+    answer(batcher, step(batcher))
+    batcher.submit(2, make_request(100, max_tokens=50, first=30), 0.0)
+    assert [len(row.tokens) for row in step(batcher).rows] == [1, MIN_CHUNK_TOKENS]
 
 
 def test_a_step_in_flight_is_never_sent_twice_and_the_number_in_flight_is_bounded() -> None:
