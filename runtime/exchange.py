@@ -76,9 +76,14 @@ class Importer:
         self._arrived.put((message, tensors[0] if tensors else None))
 
     def fetch(
-        self, peer: WorkerName, unit: int | str, form: str, is_cancelled: Callable[[], bool]
+        self,
+        peer: WorkerName,
+        unit: int | str,
+        form: str,
+        is_cancelled: Callable[[], bool],
+        rest: Callable[[], None] = lambda: None,
     ) -> dict[str, torch.Tensor]:
-        """The parts of `unit` as `peer` holds them, on the CPU.
+        """The parts of `unit` as `peer` holds them, on the CPU. `rest` is called after each slice.
 
         Raises:
             FetchFailed: the peer has it not in this form, fell silent, sent damaged bytes, or the load was cancelled.
@@ -107,6 +112,7 @@ class Importer:
                 raise FetchFailed(f"{peer} does not hold unit {unit} in the same form")
             missing = (message.num_bytes if missing is None else missing) - raw.nbytes
             _put(parts, message, raw, peer)
+            rest()
         return parts
 
 
@@ -150,7 +156,7 @@ class Sources:
         return faster
 
     def measured(self, peer: WorkerName | None, num_bytes: int, seconds: float) -> None:
-        """A unit came from `peer` (None: the checkpoint) and took so long, the rests that it cost included."""
+        """A unit came from `peer` (None: the checkpoint) and took so long, rests included."""
         speed = self._checkpoint if peer is None else self._peers.setdefault(peer, _Speed())
         speed.add(num_bytes, seconds)
 

@@ -23,6 +23,7 @@ from runtime import attention, sampling
 from runtime.batch import LayerKV, StepBatch
 from runtime.device import DeviceInfo
 from runtime.exchange import FetchFailed, Importer, Sources
+from runtime.limiter import HostLoad
 from runtime.member import Pace, UnitKey
 from runtime.messages import Load
 from runtime.model.builder import UnitBuilder
@@ -36,6 +37,8 @@ MIN_FREE_BYTES = 512 << 20
 """Left alone when the pool follows the memory that is free, and when a shadow is loaded."""
 _WARM_UP_ROWS = (1, 2, 3, 4, 8, 16)
 _WARM_UP_CHUNK = 64
+PIECE_S = 0.001
+"""A loader that rests does so after this much work."""
 
 OnShadow = Callable[[int, float, int, Exception | None], None]
 """Called with the transition, seconds, bytes that came from peers, and what went wrong."""
@@ -58,6 +61,7 @@ class Loader:
         self._shadow: threading.Thread | None = None
         self._shadow_token = 0
         self._sources = Sources()
+        self._host = HostLoad()
         self._form: str | None = None
         self._process = psutil.Process()
 
@@ -73,6 +77,8 @@ class Loader:
             MemoryError, RuntimeError: when it does not fit.
         """
         spec = self._open(load)
+        assert self._builder is not None
+        self._builder.rest = lambda: None
         self.retain(keys)
         for count, key in enumerate(keys):
             if self._get(key) is None:
@@ -162,7 +168,7 @@ class Loader:
             self._count_bytes()
             if pace.is_idle:
                 self._compile(spec)
-                warm_up(self.units, keys, spec, self._device.device)
+                warm_up(self.units, keys, spec, self._device.device, rest=self._rests(pace))
             error = None
         except Exception as problem:
             log.exception("loading the shadow of transition %d failed", transition)
@@ -172,7 +178,9 @@ class Loader:
 
     def _add_to_shadow(self, key: UnitKey, spec: ModelSpec, pace: Pace, token: int) -> int | None:
         """Bytes of the unit that came from a peer; None when the shadow was cancelled meanwhile."""
-        began_s, began_cpu_s = time.perf_counter(), time.thread_time()
+        assert self._builder is not None
+        rest = self._builder.rest = self._rests(pace)
+        began_s = time.perf_counter()
         holder = pace.holders.get(key)
         unit = self._import(key, holder, token)
         if unit is None:
@@ -181,13 +189,24 @@ class Loader:
             if token != self._shadow_token:
                 return None
             self._set(key, unit)
-        got_s, got_cpu_s = time.perf_counter() - began_s, time.thread_time() - began_cpu_s
+        self._sources.measured(holder, unit.nbytes, time.perf_counter() - began_s)
         if not pace.is_idle:
-            warm_up(self.units, [key], spec, self._device.device, rows=(1, 4))
-        rests = 1.0 / pace.share() - 1.0
-        self._sources.measured(holder, unit.nbytes, got_s + rests * got_cpu_s)
-        time.sleep(rests * (time.thread_time() - began_cpu_s))
+            warm_up(self.units, [key], spec, self._device.device, rows=(1, 4), rest=rest)
         return unit.nbytes if holder is not None else 0
+
+    def _rests(self, pace: Pace) -> Callable[[], None]:
+        """To be called between pieces of work on this thread: rests as long as the share of the time wants it."""
+        mark_s = time.thread_time()
+
+        def rest() -> None:
+            nonlocal mark_s
+            worked_s = time.thread_time() - mark_s
+            if worked_s >= PIECE_S:
+                share = self._host.free_share() if pace.is_idle else pace.share()
+                time.sleep(worked_s * (1.0 / share - 1.0))
+                mark_s = time.thread_time()
+
+        return rest
 
     def _import(self, key: UnitKey, holder: WorkerName | None, token: int) -> Any:
         """The unit from the peer that holds it, when that is the faster way; else None."""
@@ -196,7 +215,9 @@ class Loader:
         if holder is None or holder == self.importer.name or builder.has_tied(key) or not self._sources.prefers(holder):
             return None
         try:
-            parts = self.importer.fetch(holder, key, self._own_form(), lambda: token != self._shadow_token)
+            parts = self.importer.fetch(
+                holder, key, self._own_form(), lambda: token != self._shadow_token, builder.rest
+            )
         except FetchFailed as error:
             log.info("%s: %s; it comes from the checkpoint", key, error)
             self._sources.failed(holder)
@@ -282,10 +303,11 @@ def warm_up(
     spec: ModelSpec,
     device: torch.device,
     rows: Sequence[int] = _WARM_UP_ROWS,
+    rest: Callable[[], None] = lambda: None,
 ) -> None:
     """Run the units `keys` on a few shapes, so that no kernel is compiled or planned inside a request.
 
-    It has pages of its own, so it may run beside a stage that serves.
+    `rest` is called after each of them on each unit. It has pages of its own, so it may run beside a stage that serves.
     """
     if "lm_head" in keys:
         sampling.warm_up()
@@ -311,8 +333,10 @@ def warm_up(
                 pool.ensure(tables.ravel())
                 hidden = units.layers[layer](hidden, batch, LayerKV(layer, pool.data, pool.page_of(layer)))
                 pool.drop([layer])
+                rest()
             if "lm_head" in keys and units.lm_head is not None:
                 units.lm_head(hidden[:count])
+                rest()
 
 
 def _unit_bytes(spec: ModelSpec, key: UnitKey) -> int:

@@ -10,6 +10,7 @@ What is never true: a result never depends on how many rows share the product, s
 summed front to back by itself.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,8 @@ ROW_BLOCK = 192
 """Rows that pass through all panels together; bounds the scratch and keeps activations in the cache."""
 DEPTH_BLOCK_BYTES = 512
 """How much of a row is summed up at once: bounds what a panel takes of the caches, and how rounding errors add up."""
+PIECE_ELEMENTS = 1 << 20
+"""How much of a weight is packed between two rests."""
 PLAIN, ADD, SILU_MUL = 0, 1, 2
 """What `product` does with the sums of a row."""
 
@@ -43,8 +46,10 @@ class Packed:
         return self.data.nbytes
 
 
-def pack(weight: torch.Tensor) -> Packed:
+def pack(weight: torch.Tensor, rest: Callable[[], None] = lambda: None) -> Packed:
     """Pack ``[N, K]`` (N outputs, as in `torch.nn.Linear`); N is padded with zeros to a whole panel.
+
+    `rest` is called after every million elements or so.
 
     Raises:
         ValueError: when K is odd.
@@ -53,7 +58,10 @@ def pack(weight: torch.Tensor) -> Packed:
     if depth % 2:
         raise ValueError(f"a packed product needs an even number of inputs, got {depth}")
     packed = _empty_panels(-(-num_columns // PANEL), weight, is_padded=num_columns % PANEL > 0)
-    _fill(packed, 0, PANEL, weight)
+    rows = max(1, PIECE_ELEMENTS // (depth * PANEL)) * PANEL
+    for first in range(0, num_columns, rows):
+        _fill(packed[first // PANEL :], 0, PANEL, weight[first : first + rows])
+        rest()
     return Packed(storage(packed.view(weight.dtype).view(-1)), num_columns, depth)
 
 

@@ -13,7 +13,7 @@ holds both.
 
 import hashlib
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -70,7 +70,7 @@ class Head(Protocol):
 class UnitBuilder:
     """Makes units for one model on one device. Not thread-safe: one builder, one thread.
 
-    `seed` matters for random weights only.
+    `seed` matters for random weights only. `rest` is called between pieces of the work, each of some milliseconds at most.
 
     Raises:
         ModelError: the folder changed since it was inspected, or "lean" is asked for a model that it does not support.
@@ -86,6 +86,7 @@ class UnitBuilder:
         self._num_layers = spec.num_layers
         self._vocab_size = spec.vocab_size
         self.implementation = self._choose(implementation, spec)
+        self.rest: Callable[[], None] = lambda: None
         self._generic: Any = None
         self._embedding: weakref.ref[Any] | None = None
         self._lm_head: weakref.ref[Any] | None = None
@@ -150,7 +151,7 @@ class UnitBuilder:
             return lean.LeanHead.from_parts(parts, self._vocab_size, eps, self._device, self._dtype)
         state = self._state("lm_head", () if shared is None else ("lm_head.weight",))
         weight = state["lm_head.weight"] if shared is None else shared
-        return lean.LeanHead(state["norm.weight"], weight, eps, self._device, self._dtype)
+        return lean.LeanHead(state["norm.weight"], weight, eps, self._device, self._dtype, self.rest)
 
     def _choose(self, implementation: Implementation, spec: ModelSpec) -> Literal["lean", "transformers"]:
         if implementation == "transformers":
@@ -172,7 +173,11 @@ class UnitBuilder:
         return self._generic
 
     def _state(self, unit: Unit, without: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
-        return dict(self._weights.stream(unit, self._dtype, without))
+        state: dict[str, torch.Tensor] = {}
+        for name, tensor in self._weights.stream(unit, self._dtype, without, self.rest):
+            state[name] = tensor
+            self.rest()
+        return state
 
     def _shared(self, other: "weakref.ref[Any] | None") -> torch.Tensor | None:
         """The weight of the unit at the other end, when the two are tied and it is alive."""

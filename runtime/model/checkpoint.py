@@ -17,7 +17,7 @@ import math
 import mmap
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
@@ -37,6 +37,7 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _MAX_HEADER_BYTES = 100_000_000
 _OWN_PAGES_BYTES = 1 << 20
+_PIECE_BYTES = 2 << 20
 _UNIT_OF_NAME = re.compile(
     r"^(?:model\.)?(?:layers\.(?P<layer>\d+)\.(?P<in_layer>.+)"
     r"|embed_tokens\.(?P<in_embedding>.+)"
@@ -75,9 +76,12 @@ class Weights(Protocol):
         ...
 
     def stream(
-        self, unit: Unit, dtype: "torch.dtype", without: Collection[str] = ()
+        self, unit: Unit, dtype: "torch.dtype", without: Collection[str] = (), rest: Callable[[], None] = lambda: None
     ) -> "Iterator[tuple[str, torch.Tensor]]":
-        """The tensors of `unit` but those named in `without`, one by one, on the CPU, in `dtype`, for the caller to keep."""
+        """The tensors of `unit` but those named in `without`, one by one, on the CPU, in `dtype`, for the caller to keep.
+
+        `rest` is called between pieces of the reading.
+        """
         ...
 
 
@@ -144,7 +148,7 @@ class SafetensorsWeights:
         return FLOATS[max((dtype for dtype in sums if dtype in FLOATS), key=sums.__getitem__)]
 
     def stream(
-        self, unit: Unit, dtype: "torch.dtype", without: Collection[str] = ()
+        self, unit: Unit, dtype: "torch.dtype", without: Collection[str] = (), rest: Callable[[], None] = lambda: None
     ) -> "Iterator[tuple[str, torch.Tensor]]":
         """Read one unit in the order of the file. One tensor at a time is converted.
 
@@ -153,16 +157,16 @@ class SafetensorsWeights:
         """
         for name, info in sorted(self._units[unit].items(), key=lambda item: (item[1].file, item[1].start)):
             if name not in without:
-                yield name, self._read(info, dtype)
+                yield name, self._read(info, dtype, rest)
 
-    def _read(self, info: TensorInfo, dtype: "torch.dtype") -> "torch.Tensor":
+    def _read(self, info: TensorInfo, dtype: "torch.dtype", rest: Callable[[], None]) -> "torch.Tensor":
         import torch
 
         if info.dtype not in FLOATS:
             raise ModelError(f"{info.file} holds weights of dtype {info.dtype}; only floating point ones are supported")
         stored = getattr(torch, FLOATS[info.dtype])
         tensor = _allocate(info.shape, stored)
-        _read_into(info, tensor)
+        _read_into(info, tensor, rest)
         self.bytes_read += info.nbytes
         return tensor if stored == dtype else _allocate(info.shape, dtype).copy_(tensor)
 
@@ -195,7 +199,7 @@ class DummyWeights:
         return self._units[unit]
 
     def stream(
-        self, unit: Unit, dtype: "torch.dtype", without: Collection[str] = ()
+        self, unit: Unit, dtype: "torch.dtype", without: Collection[str] = (), rest: Callable[[], None] = lambda: None
     ) -> "Iterator[tuple[str, torch.Tensor]]":
         for name, info in self._units[unit].items():
             if name not in without:
@@ -297,8 +301,8 @@ def _sample(info: TensorInfo) -> bytes:
         raise ModelError(f"cannot read {info.file}: {error}") from error
 
 
-def _read_into(info: TensorInfo, tensor: "torch.Tensor") -> None:
-    """Fill a CPU tensor's memory from the file."""
+def _read_into(info: TensorInfo, tensor: "torch.Tensor", rest: Callable[[], None]) -> None:
+    """Fill a CPU tensor's memory from the file, in pieces with a `rest` after each."""
     import torch
 
     view = tensor.reshape(-1).view(torch.uint8).numpy().data
@@ -306,9 +310,10 @@ def _read_into(info: TensorInfo, tensor: "torch.Tensor") -> None:
         with info.file.open("rb", buffering=0) as file:
             done = 0
             while done < info.nbytes:
-                got = os.preadv(file.fileno(), [view[done:]], info.start + done)
+                got = os.preadv(file.fileno(), [view[done : done + _PIECE_BYTES]], info.start + done)
                 if got == 0:
                     raise ModelError(f"{info.file} became shorter while it was being read; download it again")
                 done += got
+                rest()
     except OSError as error:
         raise ModelError(f"cannot read {info.file}: {error}") from error

@@ -10,7 +10,7 @@ What is never true: a lean layer is never an approximation. In float32 it differ
 the order in which sums are rounded, and a configuration that it does not know exactly is refused by `supports`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any, TypeAlias
 
@@ -224,7 +224,7 @@ class LeanHead:
     """The final norm and the LM head: hidden states ``[N, hidden_size]`` to float32 logits ``[N, vocab_size]``.
 
     Pass only the rows whose logits are wanted. On the CPU the weight is packed: with tied embeddings, a worker that
-    holds both ends of the model holds the matrix in both forms.
+    holds both ends of the model holds the matrix in both forms. `rest` is called between pieces of the packing.
     """
 
     def __init__(
@@ -234,11 +234,12 @@ class LeanHead:
         eps: float,
         device: torch.device | str,
         dtype: torch.dtype,
+        rest: Callable[[], None] = lambda: None,
     ) -> None:
         weight = weight.detach().to(device, dtype)
         parts = {
             "norm": norm_weight.detach().to(device, dtype),
-            "weight": torch.from_numpy(pack(weight).data) if has_kernels(device, dtype) else weight,
+            "weight": torch.from_numpy(pack(weight, rest).data) if has_kernels(device, dtype) else weight,
         }
         self._set_up(parts, len(weight), eps, device, dtype)
 
