@@ -26,6 +26,7 @@ from runtime.model.builder import UnitBuilder
 from runtime.model.config import inspect_model
 from runtime.model.spec import ModelSpec
 from runtime.stage import Units
+from runtime.trace import Tracer
 
 log = logging.getLogger("midflight.worker")
 
@@ -46,6 +47,7 @@ class Loader:
         self.units = Units({})
         self.weight_bytes = 0
         self.implementation = ""
+        self.tracer = Tracer()
         self.on_shadow: OnShadow = lambda transition, seconds, error: None
         self._device = device
         self._builder: UnitBuilder | None = None
@@ -157,6 +159,8 @@ class Loader:
     def _add_to_shadow(self, key: UnitKey, spec: ModelSpec, is_idle: bool, token: int) -> bool:
         began_s = time.perf_counter()
         unit = self._build(key)
+        if self.tracer.is_on:
+            self.tracer.span("shadow", f"load {key}", began_s, time.perf_counter())
         with self._lock:
             if token != self._shadow_token:
                 return False

@@ -11,12 +11,15 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, TypeAlias
 
+import numpy as np
 import torch
 
 from kvstore.ids import Epoch, WorkerName
 from kvstore.page_pool import PagePool, PoolExhausted
 from kvstore.transfers import TransferError
+from runtime.batch import NOT_TIMED
 from runtime.handover import Handover
+from runtime.kernels.clock import ATTENTION, LM_HEAD, NUM_PARTS, PRODUCTS
 from runtime.layout import Layout
 from runtime.messages import (
     Audit,
@@ -46,6 +49,7 @@ from runtime.messages import (
 )
 from runtime.stage import Stage, Units
 from runtime.stage_state import StepOrder
+from runtime.trace import Tracer
 
 log = logging.getLogger("midflight.worker")
 
@@ -53,6 +57,8 @@ UnitKey: TypeAlias = int | str
 """A layer's index, "embedding" or "lm_head"."""
 Tensors: TypeAlias = Sequence[torch.Tensor]
 MAX_EARLY_MESSAGES = 10_000
+COMPUTE = "compute"
+"""The track of what is traced here."""
 
 
 class UnitStore(Protocol):
@@ -98,13 +104,21 @@ class Member:
     """One worker's state. Every method runs on one thread; `clock` gives seconds."""
 
     def __init__(
-        self, name: WorkerName, device: torch.device, store: UnitStore, outbox: Outbox, clock: Callable[[], float]
+        self,
+        name: WorkerName,
+        device: torch.device,
+        store: UnitStore,
+        outbox: Outbox,
+        clock: Callable[[], float],
+        tracer: Tracer | None = None,
     ) -> None:
         self._name = name
         self._device = device
         self._store = store
         self._outbox = outbox
         self._clock = clock
+        self._tracer = tracer or Tracer()
+        self._newest_run: Epoch = -1
         self.pool: PagePool | None = None
         self._stages: dict[Epoch, Stage] = {}
         self._order: dict[tuple[Epoch, int], StepOrder[_Due]] = {}
@@ -182,7 +196,11 @@ class Member:
         Raises:
             StepError: a step could not be run; this process should end.
         """
+        begun_s = self._clock()
         plan = decode_plan(step.plan)
+        if self._tracer.is_on:
+            amounts = {"bytes": len(step.plan)}
+            self._tracer.span(COMPUTE, "decode", begun_s, self._clock(), (plan.epoch, plan.ordinal, step.hop), amounts)
         if plan.epoch not in self._stages:
             self.num_stale += 1
             return
@@ -232,11 +250,12 @@ class Member:
             self._handover.fence_waits += 1
             self._handover.fence_wait_s += begun_s - self._blocked_since_s
             self._blocked_since_s = None
+        stage.spent = np.zeros(NUM_PARTS, np.int64) if self._tracer.is_on else NOT_TIMED
         with torch.inference_mode():
             hidden = stage.run(plan, hop, tensors[0] if len(tensors) else None)
             computed_s = self._clock()
             sampled = stage.sample(hidden) if hop == stage.layout.num_hops - 1 else None
-        ended_s = self._clock()
+        ended_s = computed_s if sampled is None else self._clock()
         timing = HopTiming(
             worker=self._name,
             idle_us=max(0, int(1e6 * (arrived_s - self._idle_since_s))),
@@ -261,10 +280,39 @@ class Member:
                     failed=sampled.failed,
                 )
             )
+        sent_s = self._clock()
         if self._handover is not None:
             assert stage.planned is not None
             self._handover.ran(plan, stage.planned, hop, begun_s, ended_s, self._outbox.to_peer)
         self._idle_since_s = self._clock()
+        if self._tracer.is_on and len(stage.spent):
+            self._trace_step(plan, hop, stage.spent, (begun_s, computed_s, ended_s, sent_s, self._idle_since_s))
+
+    def _trace_step(self, plan: StepPlan, hop: int, spent: np.ndarray, times_s: tuple[float, ...]) -> None:
+        """The spans of a step that has run: its parts, sending on, and what it did for a transition."""
+        span, step = self._tracer.span, (plan.epoch, plan.ordinal, hop)
+        begun_s, computed_s, ended_s, sent_s, mirrored_s = times_s
+        amounts = {
+            "microbatch": plan.microbatch,
+            "rows": len(plan.rows),
+            "tokens": sum(len(row.tokens) for row in plan.rows),
+            "begun_rows": sum(row.begin is not None for row in plan.rows),
+            "attention_ns": int(spent[ATTENTION]),
+            "products_ns": int(spent[PRODUCTS]),
+            "lm_head_ns": int(spent[LM_HEAD]),
+        }
+        span(COMPUTE, "step", begun_s, ended_s, step, amounts)
+        if ended_s > computed_s:
+            span(COMPUTE, "sample", computed_s, ended_s, step)
+        span(COMPUTE, "send", ended_s, sent_s, step)
+        handover = self._handover
+        if handover is None:
+            return
+        is_old = plan.epoch == handover.source_epoch
+        span(COMPUTE, "mirror" if is_old and handover.sources else "handover", sent_s, mirrored_s, step)
+        if not is_old and plan.epoch > self._newest_run:
+            self._newest_run = plan.epoch
+            span(COMPUTE, "flip", begun_s, begun_s, step)
 
     # -- a transition ---------------------------------------------------------------------------------------
 
@@ -339,13 +387,16 @@ class Member:
         if handover is None or handover.transition != message.transition or message.move not in handover.incoming:
             self.num_stale += 1
             return
+        begun_s = self._clock()
         try:
             if isinstance(message, Mirror):
                 handover.mirror(message, list(tensors))
+                self._trace_kv("rows applied", begun_s, tensors)
                 self._unblock()
             else:
                 count = handover.pages(message, list(tensors))
                 _, num_bytes = handover.totals()
+                self._trace_kv("pages applied", begun_s, tensors)
                 copied = Copied(self._name, message.transition, message.move, count, num_bytes)
                 self._outbox.to_head(copied)
         except (TransferError, PoolExhausted) as error:
@@ -406,7 +457,14 @@ class Member:
     def background(self) -> None:
         """Do one slice of what can be done between steps."""
         if self._handover is not None and self._handover.wait_s(self._clock()) == 0.0:
-            self._handover.send_slice(self._clock(), self._outbox.to_peer)
+            begun_s = self._clock()
+            self._handover.send_slice(begun_s, self._outbox.to_peer)
+            self._trace_kv("snapshot slice", begun_s, ())
+
+    def _trace_kv(self, name: str, begun_s: float, tensors: Tensors) -> None:
+        if self._tracer.is_on:
+            amounts = {"bytes": sum(tensor.nbytes for tensor in tensors)}
+            self._tracer.span(COMPUTE, name, begun_s, self._clock(), amounts=amounts)
 
     def audit(self, audit: Audit) -> Audited:
         problems: list[str] = []

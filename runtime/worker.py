@@ -25,7 +25,7 @@ import torch
 from kvstore.ids import WorkerName
 from runtime.device import DeviceInfo
 from runtime.loading import Loader
-from runtime.member import Member, StepError
+from runtime.member import COMPUTE, Member, StepError
 from runtime.messages import (
     Audit,
     Cancel,
@@ -43,11 +43,14 @@ from runtime.messages import (
     Step,
     StepFailed,
     ToHead,
+    Trace,
+    Traced,
     Welcome,
     decode_to_worker,
     encode,
 )
-from runtime.rpc import Door, Handler, PeerError
+from runtime.rpc import Door, Handler, PeerError, Reply
+from runtime.trace import Tracer
 
 __all__ = ["HeadLost", "StepError", "Worker"]
 
@@ -97,7 +100,8 @@ class Worker:
         self._stopping = threading.Event()
         self._owed_s = 0.0
         self._process = psutil.Process()
-        self._member = Member(name, device.device, loader, self, time.perf_counter)
+        self._tracer = loader.tracer = Tracer()
+        self._member = Member(name, device.device, loader, self, time.perf_counter, self._tracer)
         loader.on_shadow = lambda *built: self._put(_ShadowBuilt(*built))
 
     def run(self, make_door: Callable[[Handler, Callable[[str], None]], Door]) -> str:
@@ -139,9 +143,15 @@ class Worker:
 
     # -- threads of the door and the heartbeat --------------------------------------------------------------
 
-    def _arrived(self, payload: bytes, tensors: Sequence[torch.Tensor]) -> "Future[bytes] | None":
+    def _arrived(self, payload: bytes, tensors: Sequence[torch.Tensor]) -> Reply:
+        begun_s = time.perf_counter()
         message = decode_to_worker(payload)
         assert not isinstance(message, Welcome), "a Welcome is a reply, never a message"
+        if isinstance(message, Trace):
+            return encode(self._trace(message))
+        if self._tracer.is_on:
+            name = f"receive {type(message).__name__.lower()}"
+            self._tracer.span("rpc", name, begun_s, time.perf_counter(), amounts={"bytes": len(payload)})
         reply: Future[bytes] | None = Future() if isinstance(message, Audit) else None
         self._put(message, tensors, reply)
         return reply
@@ -151,6 +161,12 @@ class Worker:
     ) -> None:
         assert self._inbox.qsize() < MAX_INBOX, "the inbox is full: the head sends more than it waits for"
         self._inbox.put(_Arrival(message, tensors, time.perf_counter(), reply))
+
+    def _trace(self, message: Trace) -> Traced:
+        spans, num_lost = self._tracer.stop()
+        if message.on:
+            self._tracer.start()
+        return Traced(self._name, time.perf_counter(), spans, num_lost)
 
     def _head_lost(self, error: Exception | str) -> None:
         self._put(HeadLost(str(error)))
@@ -203,9 +219,14 @@ class Worker:
                 self._owed_s -= time.perf_counter() - began_s
                 continue
             try:
-                return self._inbox.get(timeout=wait_s) if wait_s != 0.0 else self._inbox.get_nowait()
+                arrival = self._inbox.get(timeout=wait_s) if wait_s != 0.0 else self._inbox.get_nowait()
             except queue.Empty:
-                self._member.background()
+                arrival = None
+            if self._tracer.is_on:
+                self._tracer.span(COMPUTE, "wait", began_s, time.perf_counter())
+            if arrival is not None:
+                return arrival
+            self._member.background()
 
     def _dispatch(self, arrival: _Arrival) -> None:
         message, member = arrival.message, self._member
