@@ -251,11 +251,13 @@ class Member:
             self._handover.fence_wait_s += begun_s - self._blocked_since_s
             self._blocked_since_s = None
         stage.spent = np.zeros(NUM_PARTS, np.int64) if self._tracer.is_on else NOT_TIMED
+        cpu_ns = self._tracer.cpu_ns()
         with torch.inference_mode():
             hidden = stage.run(plan, hop, tensors[0] if len(tensors) else None)
             computed_s = self._clock()
             sampled = stage.sample(hidden) if hop == stage.layout.num_hops - 1 else None
         ended_s = computed_s if sampled is None else self._clock()
+        cpu_ns = self._tracer.cpu_ns() - cpu_ns
         timing = HopTiming(
             worker=self._name,
             idle_us=max(0, int(1e6 * (arrived_s - self._idle_since_s))),
@@ -286,9 +288,9 @@ class Member:
             self._handover.ran(plan, stage.planned, hop, begun_s, ended_s, self._outbox.to_peer)
         self._idle_since_s = self._clock()
         if self._tracer.is_on and len(stage.spent):
-            self._trace_step(plan, hop, stage.spent, (begun_s, computed_s, ended_s, sent_s, self._idle_since_s))
+            self._trace_step(plan, hop, stage.spent, cpu_ns, (begun_s, computed_s, ended_s, sent_s, self._idle_since_s))
 
-    def _trace_step(self, plan: StepPlan, hop: int, spent: np.ndarray, times_s: tuple[float, ...]) -> None:
+    def _trace_step(self, plan: StepPlan, hop: int, spent: np.ndarray, cpu_ns: int, times_s: tuple[float, ...]) -> None:
         """The spans of a step that has run: its parts, sending on, and what it did for a transition."""
         span, step = self._tracer.span, (plan.epoch, plan.ordinal, hop)
         begun_s, computed_s, ended_s, sent_s, mirrored_s = times_s
@@ -300,6 +302,7 @@ class Member:
             "attention_ns": int(spent[ATTENTION]),
             "products_ns": int(spent[PRODUCTS]),
             "lm_head_ns": int(spent[LM_HEAD]),
+            "cpu_ns": cpu_ns,
         }
         span(COMPUTE, "step", begun_s, ended_s, step, amounts)
         if ended_s > computed_s:

@@ -1,6 +1,6 @@
 """`scripts/bench scheduler`: the pure scheduler alone, from one sequence to ten thousand and one stage to 64.
 
-No process, no socket, no model: `scheduler.state` is driven by hand. Simulated workers join, load and answer each step with
+No process, no socket, no model: `scheduler.state` is driven by hand, with the collector set up as in the head. Simulated workers join, load and answer each step with
 one token per sampled row and one timing per hop, as the real ones do, always the oldest step in flight. A *step* is what
 the head does for one: the result's event, the next plan, and encoding that plan as it is sent. Sequences decode all the time
 that is measured; prompts and outputs are so long that none ends in it. One thread; the clock is that of the processor.
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from arms import machine_now, note
 
+from runtime.garbage import settle
 from runtime.messages import HopTiming, Join, Loaded, Sampling, Step, StepPlan, StepResult, decode_to_head, encode
 from runtime.model.spec import ModelSpec
 from scheduler.batching import BatchingConfig
@@ -38,6 +39,7 @@ def main() -> int:
     args = parser.parse_args()
 
     machine, runs = machine_now(), []
+    settle()
     for stages in map(int, args.stages.split(",")):
         for sequences in map(int, args.sequences.split(",")):
             runs.append(measure(sequences, stages, args.seconds, args.repeats))
