@@ -301,7 +301,8 @@ class Driver:
         if self._tracer.is_on:
             raise Refused("a trace is being recorded already; try again when it has ended")
         self._tracer.start()
-        names = list(self._state.members.workers)
+        layout, members = self._state.layout, self._state.members.workers
+        names = [name for name in dict.fromkeys((*(layout.workers if layout else ()), *members)) if name in members]
         counters = self._state.batcher.counters
         try:
             started = await asyncio.gather(*(self._trace_worker(name, True) for name in names))
