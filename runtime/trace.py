@@ -27,7 +27,8 @@ class Tracer:
 
     def start(self, max_spans: int = MAX_SPANS) -> None:
         """Record from now on; what was recorded before is forgotten."""
-        self._slots, self._next = [None] * max_spans, itertools.count()
+        slots: list[Span | None] = [None] * max_spans
+        self._slots, self._next = slots, itertools.count()
         self.is_on = True
 
     def stop(self) -> tuple[list[Span], int]:

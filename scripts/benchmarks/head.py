@@ -102,7 +102,7 @@ async def _stats(session: aiohttp.ClientSession, url: str) -> dict:
 
 def _threads_s(process: psutil.Process) -> dict[str, float]:
     """Processor seconds by what the threads are: the event loop's, torch's RPC threads, TensorPipe's."""
-    sums = dict.fromkeys(_THREADS, 0.0)
+    sums: dict[str, float] = {name: 0.0 for name in _THREADS}
     for thread in process.threads():
         try:
             name = Path(f"/proc/{process.pid}/task/{thread.id}/comm").read_text().strip()

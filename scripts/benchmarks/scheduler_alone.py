@@ -27,6 +27,7 @@ _PROMPT_TOKENS = 16
 _BLOCK_SIZE = 16
 _MAX_TOKENS = 100_000
 _PAGE_BYTES = 6144
+_PARTS = ("decode", "decide", "encode")
 
 
 def main() -> int:
@@ -57,12 +58,15 @@ def measure(num_sequences: int, num_stages: int, seconds: float, repeats: int) -
     pipeline = _Pipeline(num_sequences, num_stages)
     pipeline.fill()
     best_us, tokens_per_step, parts = float("inf"), 0.0, {}
+    most_tokens = (_MAX_TOKENS + 900 * num_sequences) // (
+        repeats + 1
+    )  # what the blocks hold, so that none is preempted
     for _ in range(repeats):
         gc.collect()
         steps = tokens = 0
-        spent = dict.fromkeys(("decode", "decide", "encode"), 0)
-        begun_ns = time.process_time_ns()
-        while time.process_time_ns() - begun_ns < seconds / repeats * 1e9 or steps < 2 * num_stages:
+        spent: dict[str, int] = {name: 0 for name in _PARTS}
+        stop_ns = time.process_time_ns() + int(1e9 * seconds / repeats)
+        while tokens < most_tokens and (time.process_time_ns() < stop_ns or steps < 2 * num_stages):
             tokens += pipeline.turn(spent)
             steps += 1
         per_step_us = sum(spent.values()) / steps / 1e3
@@ -70,6 +74,7 @@ def measure(num_sequences: int, num_stages: int, seconds: float, repeats: int) -
             best_us, tokens_per_step = per_step_us, tokens / steps
             parts = {f"{name}_us_per_step": value / steps / 1e3 for name, value in spent.items()}
     pipeline.state.check_integrity()
+    assert not pipeline.state.batcher.counters.preemptions
     return {
         "sequences": num_sequences,
         "stages": num_stages,
@@ -100,7 +105,7 @@ class _Pipeline:
         self.state = SchedulerState(ClusterConfig(spec=spec, num_stages=num_stages), batching)
         self._in_flight: deque[StepPlan] = deque()
         self.plan_bytes = self.result_bytes = self.num_tokens = 0
-        pages = spec.num_layers * (_MAX_TOKENS // _BLOCK_SIZE + 64 * num_sequences)
+        pages = spec.num_layers * (_MAX_TOKENS // _BLOCK_SIZE + 1024 // _BLOCK_SIZE * num_sequences)
         for name in self._names:
             self._take(self.state.step(FromWorker(_join(name), 0.0)))
         for name in self._names:
@@ -115,7 +120,7 @@ class _Pipeline:
             prompt = [index % 40_000 + 1, *range(1, _PROMPT_TOKENS)]
             request = Request(f"r{index}", prompt, sampling, _MAX_TOKENS)
             self._take(self.state.step(Submit(index + 1, request, 0.0)))
-        spent = dict.fromkeys(("decode", "decide", "encode"), 0)
+        spent: dict[str, int] = {name: 0 for name in _PARTS}
         while self.state.batcher.counters.generated_tokens < self._num_sequences or self.state.batcher.num_waiting:
             self.turn(spent)
         for _ in range(2 * len(self._names)):
@@ -182,7 +187,7 @@ def format_table(runs: list[dict]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for run in runs:
-        parts = ", ".join(f"{run[f'{name}_us_per_step']:.1f}" for name in ("decode", "decide", "encode"))
+        parts = ", ".join(f"{run[f'{name}_us_per_step']:.1f}" for name in _PARTS)
         lines.append(
             f"| {run['stages']} | {run['sequences']:,} | {run['tokens_per_step']:.1f} | {run['us_per_step']:.1f} | "
             f"{run['us_per_token']:.2f} | {parts} | {run['plan_bytes_per_token']:.1f} |"
