@@ -23,6 +23,7 @@ from api.events import Listeners
 from api.metrics import Metrics
 from api.text import Text
 from api.tokens import detokenize, tokenize
+from api.trace import trace
 from scheduler.request import Engine
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -56,6 +57,7 @@ def build_app(engine: Engine, text: Text, settings: ApiSettings) -> web.Applicat
     app.router.add_get("/admin/events", admin.events)
     app.router.add_get("/admin/stats", admin.stats)
     app.router.add_post("/admin/audit", admin.audit)
+    app.router.add_post("/admin/trace", trace)
     app.router.add_get("/", admin.page)
     return app
 

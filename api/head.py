@@ -26,6 +26,7 @@ from api.pull import PullError, resolve_model
 from api.signals import Signals, Stopped, first_of, unless_stopped
 from api.status import StatusReporter, Terminal, TerminalHandler, ready_lines
 from api.text import Text, load_text
+from runtime.garbage import settle
 from runtime.launcher import LocalWorker
 from runtime.model.config import inspect_model
 from runtime.model.spec import ModelSpec
@@ -88,6 +89,7 @@ class _Head:
             text = await unless_stopped(signals, _load_text, spec)
             runner = make_runner(build_app(driver, text, _settings(config, spec)))
             await _listen(runner, config)
+            settle()
             if config.num_local_workers < config.num_stages:
                 self._say(_join_line(config, door.address))
             reporter = loop.create_task(self._report(driver, _address(runner, config)))

@@ -54,9 +54,11 @@ class _Process:
         self._leaving = False
 
     def run(self) -> int:
+        from runtime.garbage import settle
         from runtime.rpc import Door, DoorError
         from runtime.worker import HeadLost, StepError, Worker
 
+        settle()
         log = logging.getLogger("midflight.worker")
         lost_since_s: float | None = None
         while True:

@@ -9,12 +9,15 @@ row's block table, at offset ``p % block_size`` of that block's page. What is ne
 position that this step or an earlier one has not written.
 """
 
+from time import perf_counter_ns
+
 import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from runtime.batch import LayerKV, StepBatch
 from runtime.kernels import has_kernels, storage
+from runtime.kernels.clock import ATTENTION
 from runtime.kernels.paged import paged_attention, scratch_sizes, write_pages
 from runtime.kernels.tiles import tile_address
 
@@ -42,9 +45,14 @@ def attend(
     Returns:
         ``[T, num_heads, head_dim]`` in q's dtype.
     """
+    begun_ns = perf_counter_ns() if len(batch.spent) else 0
     if has_kernels(q.device, q.dtype) and q.shape[2] % 2 == 0:
-        return _attend_kernels(q, k, v, batch, kv, scale, sliding_window, softcap)
-    return attend_torch(q, k, v, batch, kv, scale=scale, sliding_window=sliding_window, softcap=softcap)
+        attended = _attend_kernels(q, k, v, batch, kv, scale, sliding_window, softcap)
+    else:
+        attended = attend_torch(q, k, v, batch, kv, scale=scale, sliding_window=sliding_window, softcap=softcap)
+    if begun_ns:
+        batch.spent[ATTENTION] += perf_counter_ns() - begun_ns
+    return attended
 
 
 def warm_up(device: torch.device | str, dtype: torch.dtype) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
+NOT_TIMED = np.empty(0, np.int64)
+
 
 @dataclass(slots=True)
 class StepBatch:
@@ -25,6 +27,8 @@ class StepBatch:
     """int32 ``[R, max_blocks]`` of block ids, zero padded."""
     memo: dict[Any, Any] = field(default_factory=dict)
     """Room for what is derived once per step (rotary tables, page tables, masks). Keys are the users' own."""
+    spent: np.ndarray = field(default_factory=lambda: NOT_TIMED)
+    """int64: where the nanoseconds of products and attention are added (`runtime.kernels.clock`); empty when nobody asks."""
 
     @property
     def num_rows(self) -> int:

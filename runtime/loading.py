@@ -30,6 +30,7 @@ from runtime.model.builder import UnitBuilder
 from runtime.model.config import inspect_model
 from runtime.model.spec import ModelSpec
 from runtime.stage import Units
+from runtime.trace import Tracer
 
 log = logging.getLogger("midflight.worker")
 
@@ -51,6 +52,7 @@ class Loader:
         self.units = Units({})
         self.weight_bytes = 0
         self.implementation = ""
+        self.tracer = Tracer()
         self.on_shadow: OnShadow = lambda transition, seconds, peer_bytes, error: None
         self.importer = Importer()
         self._device = device
@@ -185,6 +187,9 @@ class Loader:
         unit = self._import(key, holder, token)
         if unit is None:
             holder, unit = None, self._build(key)
+        if self.tracer.is_on:
+            source = "" if holder is None else f" from {holder}"
+            self.tracer.span("shadow", f"load {key}{source}", began_s, time.perf_counter())
         with self._lock:
             if token != self._shadow_token:
                 return None

@@ -14,13 +14,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
+import numpy as np
 import torch
 
 from kvstore.ids import Epoch, WorkerName
 from kvstore.page_pool import PagePool, PoolExhausted
 from kvstore.transfers import TransferError
+from runtime.batch import NOT_TIMED
 from runtime.exchange import Export
 from runtime.handover import Handover
+from runtime.kernels.clock import ATTENTION, LM_HEAD, NUM_PARTS, PRODUCTS
 from runtime.layout import Layout
 from runtime.limiter import Limiter
 from runtime.messages import (
@@ -53,6 +56,7 @@ from runtime.messages import (
 )
 from runtime.stage import Stage, Units
 from runtime.stage_state import StepOrder
+from runtime.trace import Tracer
 
 log = logging.getLogger("midflight.worker")
 
@@ -60,6 +64,8 @@ UnitKey: TypeAlias = int | str
 """A layer's index, "embedding" or "lm_head"."""
 Tensors: TypeAlias = Sequence[torch.Tensor]
 MAX_EARLY_MESSAGES = 10_000
+COMPUTE = "compute"
+"""The track of what is traced here."""
 
 
 class UnitStore(Protocol):
@@ -121,13 +127,21 @@ class Member:
     """One worker's state. Every method runs on one thread; `clock` gives seconds."""
 
     def __init__(
-        self, name: WorkerName, device: torch.device, store: UnitStore, outbox: Outbox, clock: Callable[[], float]
+        self,
+        name: WorkerName,
+        device: torch.device,
+        store: UnitStore,
+        outbox: Outbox,
+        clock: Callable[[], float],
+        tracer: Tracer | None = None,
     ) -> None:
         self._name = name
         self._device = device
         self._store = store
         self._outbox = outbox
         self._clock = clock
+        self._tracer = tracer or Tracer()
+        self._newest_run: Epoch = -1
         self.pool: PagePool | None = None
         self._stages: dict[Epoch, Stage] = {}
         self._order: dict[tuple[Epoch, int], StepOrder[_Due]] = {}
@@ -209,7 +223,11 @@ class Member:
         Raises:
             StepError: a step could not be run; this process should end.
         """
+        begun_s = self._clock()
         plan = decode_plan(step.plan)
+        if self._tracer.is_on:
+            amounts = {"bytes": len(step.plan)}
+            self._tracer.span(COMPUTE, "decode", begun_s, self._clock(), (plan.epoch, plan.ordinal, step.hop), amounts)
         if plan.epoch not in self._stages:
             self.num_stale += 1
             return
@@ -259,11 +277,14 @@ class Member:
             self._handover.fence_waits += 1
             self._handover.fence_wait_s += begun_s - self._blocked_since_s
             self._blocked_since_s = None
+        stage.spent = np.zeros(NUM_PARTS, np.int64) if self._tracer.is_on else NOT_TIMED
+        cpu_ns = self._tracer.cpu_ns()
         with torch.inference_mode():
             hidden = stage.run(plan, hop, tensors[0] if len(tensors) else None)
             computed_s = self._clock()
             sampled = stage.sample(hidden) if hop == stage.layout.num_hops - 1 else None
-        ended_s = self._clock()
+        ended_s = computed_s if sampled is None else self._clock()
+        cpu_ns = self._tracer.cpu_ns() - cpu_ns
         self._limiter.ran(begun_s, ended_s)
         timing = HopTiming(
             worker=self._name,
@@ -289,10 +310,40 @@ class Member:
                     failed=sampled.failed,
                 )
             )
+        sent_s = self._clock()
         if self._handover is not None:
             assert stage.planned is not None
             self._handover.ran(plan, stage.planned, hop, begun_s, ended_s, self._outbox.to_peer)
         self._idle_since_s = self._clock()
+        if self._tracer.is_on and len(stage.spent):
+            self._trace_step(plan, hop, stage.spent, cpu_ns, (begun_s, computed_s, ended_s, sent_s, self._idle_since_s))
+
+    def _trace_step(self, plan: StepPlan, hop: int, spent: np.ndarray, cpu_ns: int, times_s: tuple[float, ...]) -> None:
+        """The spans of a step that has run: its parts, sending on, and what it did for a transition."""
+        span, step = self._tracer.span, (plan.epoch, plan.ordinal, hop)
+        begun_s, computed_s, ended_s, sent_s, mirrored_s = times_s
+        amounts = {
+            "microbatch": plan.microbatch,
+            "rows": len(plan.rows),
+            "tokens": sum(len(row.tokens) for row in plan.rows),
+            "begun_rows": sum(row.begin is not None for row in plan.rows),
+            "attention_ns": int(spent[ATTENTION]),
+            "products_ns": int(spent[PRODUCTS]),
+            "lm_head_ns": int(spent[LM_HEAD]),
+            "cpu_ns": cpu_ns,
+        }
+        span(COMPUTE, "step", begun_s, ended_s, step, amounts)
+        if ended_s > computed_s:
+            span(COMPUTE, "sample", computed_s, ended_s, step)
+        span(COMPUTE, "send", ended_s, sent_s, step)
+        handover = self._handover
+        if handover is None:
+            return
+        is_old = plan.epoch == handover.source_epoch
+        span(COMPUTE, "mirror" if is_old and handover.sources else "handover", sent_s, mirrored_s, step)
+        if not is_old and plan.epoch > self._newest_run:
+            self._newest_run = plan.epoch
+            span(COMPUTE, "flip", begun_s, begun_s, step)
 
     # -- a transition ---------------------------------------------------------------------------------------
 
@@ -374,13 +425,16 @@ class Member:
         if handover is None or handover.transition != message.transition or message.move not in handover.incoming:
             self.num_stale += 1
             return
+        begun_s = self._clock()
         try:
             if isinstance(message, Mirror):
                 handover.mirror(message, list(tensors))
+                self._trace_kv("rows applied", begun_s, _num_bytes(tensors))
                 self._unblock()
             else:
                 count = handover.pages(message, list(tensors))
                 _, num_bytes = handover.totals()
+                self._trace_kv("pages applied", begun_s, _num_bytes(tensors))
                 copied = Copied(self._name, message.transition, message.move, count, num_bytes)
                 self._outbox.to_head(copied)
         except (TransferError, PoolExhausted) as error:
@@ -447,16 +501,15 @@ class Member:
         if began_s < self._background_due_s:
             return
         if self._exports:
-            num_bytes = self._send_weights()
+            what, num_bytes = "weights slice", self._send_weights()
         elif self._handover is not None and self._handover.has_slices:
-            num_bytes, bytes_per_s = (
-                self._handover.send_slice(began_s, self._outbox.to_peer),
-                self._handover.bytes_per_s,
-            )
+            what, num_bytes = "snapshot slice", self._handover.send_slice(began_s, self._outbox.to_peer)
+            bytes_per_s = self._handover.bytes_per_s
         else:
             return
         now_s = self._clock()
         self._background_due_s = now_s + self._limiter.rest_s(now_s, now_s - began_s, num_bytes, bytes_per_s)
+        self._trace_kv(what, began_s, num_bytes)
 
     def _send_weights(self) -> int:
         export = self._exports[0]
@@ -464,7 +517,11 @@ class Member:
         if export.is_done:
             self._exports.popleft()
         self._outbox.to_peer(export.target, message, tensors)
-        return sum(tensor.nbytes for tensor in tensors)
+        return _num_bytes(tensors)
+
+    def _trace_kv(self, name: str, begun_s: float, num_bytes: int) -> None:
+        if self._tracer.is_on:
+            self._tracer.span(COMPUTE, name, begun_s, self._clock(), amounts={"bytes": num_bytes})
 
     def audit(self, audit: Audit) -> Audited:
         problems: list[str] = []
@@ -485,6 +542,10 @@ class Member:
             rss=self._store.rss(),
             problems=problems,
         )
+
+
+def _num_bytes(tensors: Tensors) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 class StepError(Exception):

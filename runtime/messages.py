@@ -269,6 +269,12 @@ class Weights(msgspec.Struct, frozen=True, array_like=True, tag=14):
     checksum: int = 0
 
 
+class Trace(msgspec.Struct, frozen=True, array_like=True, tag=15):
+    """Record spans from now on, or no more, and answer `Traced` at once, whatever runs (a call, not a message)."""
+
+    on: bool
+
+
 ToWorker: TypeAlias = (
     Welcome
     | Load
@@ -284,6 +290,7 @@ ToWorker: TypeAlias = (
     | Pages
     | Fetch
     | Weights
+    | Trace
 )
 
 
@@ -366,6 +373,21 @@ class StepFailed(msgspec.Struct, frozen=True, array_like=True, tag=38):
     error: str
 
 
+class Span(msgspec.Struct, frozen=True, array_like=True):
+    """What a process did on `track`, a thread, from `begin_s` to `end_s` of its own clock (`time.perf_counter`).
+
+    `step` is (epoch, ordinal, hop), each -1 where it means nothing. `amounts` are numbers worth showing, units in
+    their names.
+    """
+
+    track: str
+    name: str
+    begin_s: float
+    end_s: float
+    step: tuple[int, int, int]
+    amounts: dict[str, int]
+
+
 class Leave(msgspec.Struct, frozen=True, array_like=True, tag=39):
     """A worker is about to end on purpose (it got SIGTERM)."""
 
@@ -442,6 +464,18 @@ class Retired(msgspec.Struct, frozen=True, array_like=True, tag=45):
     copy_us: int = 0
 
 
+class Traced(msgspec.Struct, frozen=True, array_like=True, tag=46):
+    """The answer to `Trace`: the clock as it was read, and the spans since the tracer was started.
+
+    `num_lost` more found no room.
+    """
+
+    worker: WorkerName
+    clock_s: float
+    spans: list[Span]
+    num_lost: int
+
+
 ToHead: TypeAlias = (
     Join
     | Heartbeat
@@ -457,6 +491,7 @@ ToHead: TypeAlias = (
     | TransitionFailed
     | Copied
     | Retired
+    | Traced
 )
 
 encode = msgspec.msgpack.Encoder().encode

@@ -6,13 +6,15 @@ hidden state, or logits of the sampled rows and their tokens (last hop).
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from time import perf_counter_ns
 
 import numpy as np
 import torch
 
 from kvstore.ids import WorkerName
 from kvstore.page_pool import PagePool
-from runtime.batch import LayerKV, StepBatch
+from runtime.batch import NOT_TIMED, LayerKV, StepBatch
+from runtime.kernels.clock import LM_HEAD
 from runtime.layout import Layout
 from runtime.messages import Row, StepPlan, TokenLogprobs
 from runtime.sampling import SamplingRow, TokenHistory, prompt_logprobs, sample
@@ -53,6 +55,8 @@ class Stage:
         self._final_hop_here = hops[-1]
         self.planned: PlannedBatch | None = None
         """What `run` ran last."""
+        self.spent = NOT_TIMED
+        """Where steps from now on add the time of their parts (`runtime.kernels.clock`); empty for nowhere."""
 
     def run(self, plan: StepPlan, hop: int, hidden: torch.Tensor | None) -> torch.Tensor:
         """The hidden state that leaves hop `hop`, ``[T, hidden]``. `hidden` is None at hop 0.
@@ -66,6 +70,7 @@ class Stage:
         batch = self._batches.pop(plan.ordinal, None) or make_batch(planned, self._device)
         if hop != self._final_hop_here:
             self._batches[plan.ordinal] = batch
+        batch.spent = self.spent
         if hop == 0:
             assert self._units.embedding is not None, "the first hop holds the embedding"
             hidden = self._units.embedding(torch.from_numpy(planned.tokens).to(self._device))
@@ -87,7 +92,10 @@ class Stage:
         if chosen:
             last = torch.from_numpy(starts[1:][chosen].astype(np.int64) - 1).to(hidden.device)
             every_token = len(chosen) == len(hidden)
+            begun_ns = perf_counter_ns()
             logits = lm_head(hidden if every_token else hidden.index_select(0, last))
+            if len(self.spent):
+                self.spent[LM_HEAD] += perf_counter_ns() - begun_ns
             self._choose(logits, [(rows[i], planned.sequences[i]) for i in chosen], found)
         for index, row in enumerate(rows):
             if row.prompt_logprobs >= 0:

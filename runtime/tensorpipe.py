@@ -16,6 +16,7 @@ Never true: two agents in one process at a time; an agent that listens on anothe
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import re
@@ -46,6 +47,7 @@ _GONE = re.compile(
     r"unreachable|not initialized|canceled|EPIPE|ECONN",
     re.IGNORECASE,
 )
+_kept = threading.local()
 _LATE = re.compile(r"timeout|timed out|time out", re.IGNORECASE)
 
 
@@ -198,6 +200,15 @@ def first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
+def _keep_thread_state() -> None:
+    """Let this thread of torch's keep its interpreter state.
+
+    Torch's threads are not Python's: each call into Python makes an interpreter state, 16 KiB of fresh memory, and gives
+    it back at its end, four times a message. One reference that is never released keeps it for the life of the thread.
+    """
+    _kept.state = ctypes.pythonapi.PyGILState_Ensure()
+
+
 class _Handled:
     """A request that was handled while torch believed it was unpickling it."""
 
@@ -230,6 +241,8 @@ class _Hooks:
 
     @staticmethod
     def deserialize(data: bytes, tensors: list[torch.Tensor]) -> Any:
+        if not hasattr(_kept, "state"):
+            _keep_thread_state()
         if data == wire.ACK:
             return None
         agent = _Hooks.agent

@@ -26,7 +26,7 @@ import torch
 from kvstore.ids import WorkerName
 from runtime.device import DeviceInfo
 from runtime.loading import Loader
-from runtime.member import Member, StepError
+from runtime.member import COMPUTE, Member, StepError
 from runtime.messages import (
     Audit,
     Cancel,
@@ -45,12 +45,15 @@ from runtime.messages import (
     Step,
     StepFailed,
     ToHead,
+    Trace,
+    Traced,
     Weights,
     Welcome,
     decode_to_worker,
     encode,
 )
-from runtime.rpc import Door, Handler, PeerError
+from runtime.rpc import Door, Handler, PeerError, Reply
+from runtime.trace import Tracer
 
 __all__ = ["HeadLost", "StepError", "Worker"]
 
@@ -112,7 +115,8 @@ class Worker:
         self._door: Door | None = None
         self._stopping = threading.Event()
         self._process = psutil.Process()
-        self._member = Member(name, device.device, loader, self, time.perf_counter)
+        self._tracer = loader.tracer = Tracer()
+        self._member = Member(name, device.device, loader, self, time.perf_counter, self._tracer)
         loader.on_shadow = lambda *built: self._put(_ShadowBuilt(*built))
         loader.importer.name = name
         loader.importer.send = lambda peer, fetch: self.to_peer(peer, fetch, ())
@@ -160,9 +164,15 @@ class Worker:
 
     # -- threads of the door and the heartbeat --------------------------------------------------------------
 
-    def _arrived(self, payload: bytes, tensors: Sequence[torch.Tensor]) -> "Future[bytes] | None":
+    def _arrived(self, payload: bytes, tensors: Sequence[torch.Tensor]) -> Reply:
+        begun_s = time.perf_counter()
         message = decode_to_worker(payload)
         assert not isinstance(message, Welcome), "a Welcome is a reply, never a message"
+        if isinstance(message, Trace):
+            return encode(self._trace(message))
+        if self._tracer.is_on:
+            name = f"receive {type(message).__name__.lower()}"
+            self._tracer.span("rpc", name, begun_s, time.perf_counter(), amounts={"bytes": len(payload)})
         if isinstance(message, Weights):  # for the loader's thread, which waits for it
             self._loader.importer.take(message, list(tensors))
             return None
@@ -175,6 +185,12 @@ class Worker:
     ) -> None:
         assert self._inbox.qsize() < MAX_INBOX, "the inbox is full: the head sends more than it waits for"
         self._inbox.put(_Arrival(message, tensors, time.perf_counter(), reply))
+
+    def _trace(self, message: Trace) -> Traced:
+        spans, num_lost = self._tracer.stop()
+        if message.on:
+            self._tracer.start()
+        return Traced(self._name, time.perf_counter(), spans, num_lost)
 
     def _head_lost(self, error: Exception | str) -> None:
         self._put(HeadLost(str(error)))
@@ -219,13 +235,20 @@ class Worker:
         """The next message; slices of background work while there is none, and before it when they are overdue."""
         while True:
             wait_s = self._member.background_wait_s()
+            began_s = time.perf_counter()
             if wait_s is not None and wait_s < -OVERDUE_S:
                 self._member.background()
                 continue
             try:
-                return self._inbox.get(timeout=wait_s) if wait_s is None or wait_s > 0.0 else self._inbox.get_nowait()
+                is_due = wait_s is not None and wait_s <= 0.0
+                arrival = self._inbox.get_nowait() if is_due else self._inbox.get(timeout=wait_s)
             except queue.Empty:
-                self._member.background()
+                arrival = None
+            if self._tracer.is_on:
+                self._tracer.span(COMPUTE, "wait", began_s, time.perf_counter())
+            if arrival is not None:
+                return arrival
+            self._member.background()
 
     def _dispatch(self, arrival: _Arrival) -> None:
         message, member = arrival.message, self._member

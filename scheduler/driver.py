@@ -5,7 +5,9 @@ bytes over to the loop. Nothing is decided here.
 """
 
 import asyncio
+import itertools
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, assert_never
 
@@ -20,13 +22,26 @@ from runtime.messages import (
     Join,
     Shutdown,
     Step,
+    Trace,
+    Traced,
     Welcome,
     decode_to_head,
     encode,
 )
-from runtime.rpc import Door
+from runtime.rpc import Door, DoorError
+from runtime.trace import Tracer
 from scheduler.reconfiguration import Change, Refused
-from scheduler.request import AdmissionError, EngineStats, Health, Limits, Request, Sink, TokenOutput
+from scheduler.request import (
+    AdmissionError,
+    EngineStats,
+    Health,
+    Limits,
+    ProcessTrace,
+    Request,
+    Sink,
+    TokenOutput,
+    TraceRun,
+)
 from scheduler.state import (
     AbortChange,
     Cancel,
@@ -56,6 +71,8 @@ SNAPSHOT_BYTES_PER_S = 200_000_000
 """The snapshot's rate while the source serves, unless a change asks for another."""
 _WATCHED = ("id", "phase", "hop", "loading", "snapshot_blocks_arrived", "sequences_flipped")
 AUDIT_TIMEOUT_S = 30.0
+TRACE_TIMEOUT_S = 10.0
+_TRACED_AS = {SendStep: "send step", Send: "send", Emit: "emit", EvictWorker: "evict", Report: "report"}
 
 
 class Driver:
@@ -76,6 +93,7 @@ class Driver:
         self._listeners: set[Callable[[dict[str, Any]], None]] = set()
         self._seen: tuple[Any, ...] = ()
         self._unended: list[int] = []
+        self._tracer = Tracer()
 
     # -- life ---------------------------------------------------------------------------------------------
 
@@ -102,7 +120,11 @@ class Driver:
 
     def receive(self, payload: bytes, tensors: Sequence[torch.Tensor]) -> bytes | None:
         """A message from a worker, in an RPC thread. Only `Join` is a call and has a reply."""
+        begun_s = time.perf_counter()
         message = decode_to_head(payload)
+        if self._tracer.is_on:
+            name = f"receive {type(message).__name__.lower()}"
+            self._tracer.span("rpc", name, begun_s, time.perf_counter(), amounts={"bytes": len(payload)})
         self._loop.call_soon_threadsafe(self._received, message)
         if isinstance(message, Join):
             return encode(Welcome(HEARTBEAT_INTERVAL_S))
@@ -270,6 +292,37 @@ class Driver:
             ],
         }
 
+    async def trace(self, seconds: float) -> TraceRun:
+        """Have every process record what its threads do for so long.
+
+        Raises:
+            Refused: somebody else's trace is being recorded.
+        """
+        if self._tracer.is_on:
+            raise Refused("a trace is being recorded already; try again when it has ended")
+        self._tracer.start()
+        layout, members = self._state.layout, self._state.members.workers
+        names = [name for name in dict.fromkeys((*(layout.workers if layout else ()), *members)) if name in members]
+        counters = self._state.batcher.counters
+        try:
+            started = await asyncio.gather(*(self._trace_worker(name, True) for name in names))
+            begun_s, cpu_s, tokens = time.perf_counter(), time.process_time(), counters.generated_tokens
+            await asyncio.sleep(seconds)
+            ended_s, cpu_s = time.perf_counter(), time.process_time() - cpu_s
+        finally:  # also when nobody wants it any more
+            spans, num_lost = self._tracer.stop()
+            stopping = [asyncio.ensure_future(self._trace_worker(name, False)) for name in names]
+        stopped = await asyncio.gather(*stopping)
+        processes = [ProcessTrace("head", 0.0, 0.0, spans, num_lost)]
+        for first, last in zip(started, stopped, strict=True):
+            if first is not None and last is not None:
+                (_, offset_s, error_s), (traced, *_) = min(first, last, key=lambda answer: answer[2]), last
+                is_same = abs(offset_s) <= error_s
+                processes.append(
+                    ProcessTrace(traced.worker, 0.0 if is_same else offset_s, error_s, traced.spans, traced.num_lost)
+                )
+        return TraceRun(begun_s, ended_s, processes, cpu_s, counters.generated_tokens - tokens)
+
     # -- changing the layout ------------------------------------------------------------------------------
 
     def change_layout(self, wish: dict[str, Any]) -> int:
@@ -366,10 +419,24 @@ class Driver:
         return lambda: self._listeners.discard(listener)
 
     def _handle(self, event: Event) -> None:
-        for effect in self._state.step(event):
-            self._carry_out(effect)
+        if self._tracer.is_on:
+            self._handle_traced(event)
+        else:
+            for effect in self._state.step(event):
+                self._carry_out(effect)
         if self._state.reconfiguration.is_active or self._unended or self._seen:
             self._watch()
+
+    def _handle_traced(self, event: Event) -> None:
+        span, begun_s = self._tracer.span, time.perf_counter()
+        effects = self._state.step(event)
+        what = event.message if isinstance(event, FromWorker) else event
+        span("loop", f"decide {type(what).__name__.lower()}", begun_s, time.perf_counter())
+        for kind, group in itertools.groupby(effects, type):
+            begun_s, count = time.perf_counter(), 0
+            for count, effect in enumerate(group, 1):  # noqa: B007
+                self._carry_out(effect)
+            span("loop", _TRACED_AS[kind], begun_s, time.perf_counter(), amounts={"count": count})
 
     def _watch(self) -> None:
         """Tell listeners when the transition has gone on (another phase, more arrived) and when a change has ended."""
@@ -450,6 +517,20 @@ class Driver:
         reply = decode_to_head(await asyncio.wrap_future(future))
         assert isinstance(reply, Audited)
         return reply
+
+    async def _trace_worker(self, name: str, on: bool) -> tuple[Traced, float, float] | None:
+        """What it recorded, how far its clock is ahead of ours and how far off that may be; None when it is lost."""
+        assert self._door is not None
+        begun_s = time.perf_counter()
+        try:
+            reply = await asyncio.wrap_future(self._door.call(name, encode(Trace(on)), timeout_s=TRACE_TIMEOUT_S))
+        except DoorError as error:
+            log.warning("%s does not take part in the trace: %s", name, error)
+            return None
+        ended_s = time.perf_counter()
+        traced = decode_to_head(reply)
+        assert isinstance(traced, Traced)
+        return traced, traced.clock_s - (begun_s + ended_s) / 2, (ended_s - begun_s) / 2
 
 
 def _option(wish: dict[str, Any], name: str, default: Any, is_valid: Callable[[Any], bool], wanted: str) -> Any:

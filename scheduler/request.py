@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import msgspec
 
 from kvstore.ids import SequenceId
-from runtime.messages import Sampling, TokenLogprobs
+from runtime.messages import Sampling, Span, TokenLogprobs
 
 FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
 
@@ -123,6 +123,32 @@ class EngineStats(msgspec.Struct, frozen=True):
     stages: list[StageStats]
 
 
+class ProcessTrace(msgspec.Struct, frozen=True):
+    """What the threads of one process did. Its clock is `ahead_s` ahead of the head's, give or take `error_s`.
+
+    0 when no difference could be measured, as on one host. `num_lost` spans found no room.
+    """
+
+    name: str
+    ahead_s: float
+    error_s: float
+    spans: list[Span]
+    num_lost: int
+
+
+class TraceRun(msgspec.Struct, frozen=True):
+    """All processes that took part, the head first, from `begun_s` to `ended_s` of the head's clock.
+
+    `head_cpu_s` is the processor time of all of the head's threads meanwhile, in which `generated_tokens` came out.
+    """
+
+    begun_s: float
+    ended_s: float
+    processes: list[ProcessTrace]
+    head_cpu_s: float
+    generated_tokens: int
+
+
 class Engine(Protocol):
     """What the API calls. All of it is synchronous and runs on the head's event loop; sinks are called there too."""
 
@@ -160,6 +186,10 @@ class Engine(Protocol):
 
     async def audit(self) -> dict[str, Any]:
         """The body of ``POST /admin/audit``: ``problems`` in words (none is good), and what is in use where."""
+        ...
+
+    async def trace(self, seconds: float) -> TraceRun:
+        """Record what every process does for so long. Raises `Refused` while another trace is being recorded."""
         ...
 
     def change_layout(self, wish: dict[str, Any]) -> int:

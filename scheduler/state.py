@@ -41,6 +41,7 @@ from runtime.messages import (
     StepResult,
     ToHead,
     ToWorker,
+    Traced,
     TransitionFailed,
 )
 from runtime.model.spec import ModelSpec
@@ -331,7 +332,7 @@ class SchedulerState:
                     self._lose(message.worker, f"its part of a transition failed: {message.error}", now_s, effects)
             case Retired():
                 self.reconfiguration.retired(message)
-            case Audited():
+            case Audited() | Traced():
                 pass  # a reply, which the driver has taken
             case _:
                 assert_never(message)

@@ -12,6 +12,7 @@ import math
 
 import numpy as np
 
+from runtime.kernels.clock import ATTENTION, PRODUCTS, add, begin
 from runtime.kernels.lanes import address, kernel, part
 from runtime.kernels.paged import paged_attention
 from runtime.kernels.products import ADD, PLAIN, ROW_BLOCK, SILU_MUL, product
@@ -64,11 +65,13 @@ def decoder_layer(
     floats,
     packed,
     places,
+    spent,
 ):
     """out = the layer applied to hidden ``[T, hidden_size]``; False when a block has no page (nothing is safe then).
 
     Weights are packed, norms and biases float32 (empty for none), `cos` and `sin` float32 ``[T, head_dim / 2]``.
-    The arguments from `normed` on are scratch; `q` and `attended` are ``[T, num_heads, head_dim]``.
+    The arguments from `normed` on are scratch; `q` and `attended` are ``[T, num_heads, head_dim]``. The last, `spent`, is
+    int64: empty, or where the time of products and attention is added (see `clock`).
     """
     num_tokens, hidden_size = hidden.shape
     attended_flat = attended.reshape(num_tokens, q.shape[1] * q.shape[2])
@@ -76,24 +79,32 @@ def decoder_layer(
     for first in range(0, num_tokens, ROW_BLOCK):
         count = min(num_tokens - first, ROW_BLOCK)
         rms_norm(hidden, first, count, input_norm, eps, normed)
+        begun = begin(spent)
         product(tiles, normed, 0, count, qkv_weight, PLAIN, qkv_bias, qkv, qkv, 0, qkv.shape[1], sums)
+        add(spent, PRODUCTS, begun)
         _rotate(qkv, first, count, q_norm, k_norm, eps, cos, sin, q)
         if not _write_rows(
             qkv, first, count, q.shape[1], page_of_block, block_tables, query_starts, context_lens, pool
         ):
             return False
+    begun = begin(spent)
     paged_attention(
         tiles, q, pool, page_of_block, block_tables, query_starts, context_lens, scale, window, _ZERO, attended,
         floats, packed, places,
     )  # fmt: skip
+    add(spent, ATTENTION, begun)
     for first in range(0, num_tokens, ROW_BLOCK):
         count = min(num_tokens - first, ROW_BLOCK)
+        begun = begin(spent)
         product(tiles, attended_flat, first, count, o_weight, ADD, o_bias, hidden, out, first, hidden_size, sums)
+        add(spent, PRODUCTS, begun)
         rms_norm(out, first, count, post_norm, eps, normed)
+        begun = begin(spent)
         product(
             tiles, normed, 0, count, gate_up_weight, SILU_MUL, nothing, normed, activated, 0, activated.shape[1], sums
         )
         product(tiles, activated, 0, count, down_weight, ADD, nothing, out, out, first, hidden_size, sums)
+        add(spent, PRODUCTS, begun)
     return True
 
 

@@ -161,6 +161,7 @@ class LeanLayer:
             np.float32(self.scale),
             self.sliding_window or 0,
             *self._scratch(batch),
+            batch.spent,
         )
         assert ok, f"layer {kv.layer} has no page for a block of this step"
         return out

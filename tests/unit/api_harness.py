@@ -19,7 +19,17 @@ from api.context import CONTEXT, ApiSettings
 from api.text import Text
 from kvstore.ids import SequenceId
 from runtime.messages import TokenLogprobs
-from scheduler.request import AdmissionError, EngineStats, Health, Limits, Request, Sink, StageStats, TokenOutput
+from scheduler.request import (
+    AdmissionError,
+    EngineStats,
+    Health,
+    Limits,
+    Request,
+    Sink,
+    StageStats,
+    TokenOutput,
+    TraceRun,
+)
 from scheduler.transition import Report
 
 LIMITS = Limits(max_context=256, model_max_context=512, kv_tokens=4096, vocab_size=320, max_queue=8, max_running=4)
@@ -41,6 +51,7 @@ class ScriptedEngine:
         self.room = 1000
         self.wishes: list[dict[str, Any]] = []
         self.refusal: Exception | None = None
+        self.traces: list[TraceRun] = []
         self.reports: dict[int, dict[str, Any]] = {}
         self.listeners: set[Callable[[dict[str, Any]], None]] = set()
         self._ended = asyncio.Event()
@@ -170,6 +181,11 @@ class ScriptedEngine:
 
     async def audit(self) -> dict[str, Any]:
         return {"problems": []}
+
+    async def trace(self, seconds: float) -> TraceRun:
+        if self.refusal is not None:
+            raise self.refusal
+        return self.traces.pop()
 
     def begin_drain(self) -> None:
         self.status = "draining"

@@ -1,6 +1,7 @@
 """The lean layer against `transformers`' own, on tiny random models: chunked prefill, then decode, equals one pass."""
 
 import copy
+import time
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from transformers import GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config, Q
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from runtime import attention
-from runtime.batch import LayerKV, StepBatch
+from runtime.batch import NOT_TIMED, LayerKV, StepBatch
+from runtime.kernels.clock import ATTENTION, NUM_PARTS, PRODUCTS
 from runtime.model import lean
 from runtime.model.lean import LeanEmbedding, LeanHead, LeanLayer, supports
 
@@ -87,6 +89,7 @@ class Lean:
             for i in range(len(self.layers))
         ]
         self.lengths = {}
+        self.spent = NOT_TIMED
 
     def step(self, rows):
         """Hidden states after the last layer, one tensor per row."""
@@ -98,6 +101,7 @@ class Lean:
             query_starts=np.cumsum([0, *counts]).astype(np.int32),
             context_lens=np.array([s + n for s, n in zip(starts, counts, strict=True)], np.int32),
             block_tables=np.array(tables, np.int32),
+            spent=self.spent,
         )
         hidden = self.embedding(torch.cat([tokens for _, tokens in rows]))
         for layer, kv in zip(self.layers, self.kvs, strict=True):
@@ -119,6 +123,30 @@ def test_chunked_prefill_then_decode_equals_one_pass(model, path, monkeypatch):
         for module in (attention, lean):
             monkeypatch.setattr(module, "has_kernels", lambda device, dtype: False)
     check_against_transformers(model)
+
+
+@pytest.mark.parametrize("path", ["kernels", "torch"])
+def test_timing_the_parts_changes_no_bit(path, monkeypatch):
+    """Whoever asks learns where the time of a layer went, within what the call took; nobody else pays or is told."""
+    if path == "torch":
+        for module in (attention, lean):
+            monkeypatch.setattr(module, "has_kernels", lambda device, dtype: False)
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(CONFIGS["qwen3"], attn_implementation="eager").float().eval()
+    plain, timed = Lean(model), Lean(model)
+    timed.spent = np.zeros(NUM_PARTS, np.int64)
+    tokens = torch.randint(0, 133, (40,))
+    for part in (tokens[:33], tokens[33:34]):
+        begun_ns = time.perf_counter_ns()
+        before = timed.spent.copy()
+        hidden = timed.step([(1, part)])[0]
+        taken_ns = time.perf_counter_ns() - begun_ns
+        assert torch.equal(hidden, plain.step([(1, part)])[0])
+        spent = timed.spent - before
+        assert spent[ATTENTION] > 0
+        assert (spent[PRODUCTS] > 0) == (path == "kernels")
+        assert spent.sum() < taken_ns
+    assert not len(NOT_TIMED)
 
 
 def check_against_transformers(model):
