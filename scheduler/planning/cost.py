@@ -3,7 +3,7 @@
 A step is a `Work`: so many decoding sequences at such a context, so many prompt tokens at such a context, so many rows
 that are sampled. What it costs a stage is a sum over the units that the stage holds:
 
-    stage    = step + sum over its layers (layer + products + attention) + [last: head + sample * rows]
+    stage    = step + sum over its layers (layer + products + attention) + [last: head + sample * rows * vocabulary]
     products = norm_p(bytes read / bandwidth, FLOP / rate)                      of a layer's matrices
     attention = norm_p(KV bytes read / bandwidth, FLOP / rate)
     head     = norm_p(...) of the LM head, for the sampled rows only
@@ -224,7 +224,7 @@ class _Devices:
                 scale[5] / (kind.flops * kind.attention_fraction),
                 byte_s * scale[6],
                 flop_s * scale[6],
-                kind.sample_s * scale[7],
+                kind.logit_s * scale[7],
                 kind.sharpness,
             ))  # fmt: skip
         return cls(*np.array(rows).T)
@@ -255,7 +255,7 @@ def head_elements(facts: Facts, device: Any, work: Any) -> tuple[np.ndarray, np.
     rows = np.maximum(samples, 1.0)
     reading = facts.spec.lm_head_bytes * device.head_bytes
     product = facts.spec.lm_head_flops_per_token * rows * device.head_flops
-    return share * _norm(reading, product, device.sharpness), samples * device.sample
+    return share * _norm(reading, product, device.sharpness), samples * facts.spec.vocab_size * device.sample
 
 
 def _norm(a: np.ndarray, b: np.ndarray, p: np.ndarray) -> np.ndarray:

@@ -17,8 +17,8 @@ class DeviceKind(msgspec.Struct, frozen=True):
 
     `bandwidth_fraction` and `flops_fraction` are what a good matrix product is expected to reach of the peaks, `kv_fraction`
     and `attention_fraction` what attention reaches of the same two. `step_s` is what a step costs a stage before its first
-    layer, `layer_s` what a layer costs beyond its products and its attention (kernel launches, norms), `sample_s` drawing
-    one token from its logits. `sharpness` is how abruptly the memory-bound regime gives way to the compute-bound
+    layer, `layer_s` what a layer costs beyond its products and its attention (kernel launches, norms), `logit_s` what
+    drawing a token costs for each entry of the vocabulary. `sharpness` is how abruptly the memory-bound regime gives way to the compute-bound
     one (see `planning.cost`). A hop out of the device takes `link_latency_s` plus its bytes over `link_bytes_per_s`.
     """
 
@@ -34,7 +34,7 @@ class DeviceKind(msgspec.Struct, frozen=True):
     attention_fraction: float = 0.4
     step_s: float = 250e-6
     layer_s: float = 25e-6
-    sample_s: float = 5e-6
+    logit_s: float = 5e-11
     sharpness: float = 4.0
     link_latency_s: float = 300e-6
     link_bytes_per_s: float = 10e9
@@ -56,7 +56,7 @@ CPU_CORE = DeviceKind(
     attention_fraction=0.1,
     step_s=250e-6,
     layer_s=10e-6,
-    sample_s=50e-6,
+    logit_s=5e-10,
     sharpness=2.0,
     link_bytes_per_s=1.4e9,
 )

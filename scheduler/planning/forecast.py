@@ -20,6 +20,7 @@ Never true: a forecast is a bound or a guarantee. It is a mean, of a model, in s
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import msgspec
 import numpy as np
@@ -28,6 +29,9 @@ from kvstore.ids import WorkerName
 from runtime.layout import Layout
 from scheduler.planning.cost import Facts, Speed, UnitTimes, unit_times
 from scheduler.planning.traffic import Serving, Slo, Steps, Traffic, mean_steps
+
+_GRID = 16
+"""Numbers of sequences at which a pipeline is computed; between them figures are interpolated."""
 
 
 class Device(msgspec.Struct, frozen=True):
@@ -116,61 +120,73 @@ class Pipeline:
         ]).astype(float)  # fmt: skip
         self._num_microbatches = serving.microbatches(layout.num_hops)
         self.max_sequences, self.limited_by = self._most_sequences()
-        self._grid = _grid(self.max_sequences)
-        self._swept = self._sweep(self._grid)
 
     def forecast(self) -> Forecast:
         """Under the traffic's rate, or with its concurrency in a closed loop."""
-        swept, traffic = self._swept, self._traffic
-        capacity = float(swept.requests_per_s.max())
-        saturated, num_sequences = False, self.max_sequences
+        traffic = self._traffic
+        point = self._sweep(np.array([self.max_sequences]))
+        capacity = rate = float(point.requests_per_s[0])
+        saturated = False
         if traffic.requests_per_s > 0:
+            rates = np.maximum.accumulate(self._swept.requests_per_s)
+            capacity = float(rates[-1])
             saturated = traffic.requests_per_s >= capacity
+            rate = min(traffic.requests_per_s, capacity)
             if not saturated:
-                rates = np.maximum.accumulate(swept.requests_per_s)
-                num_sequences = float(np.interp(traffic.requests_per_s, rates, self._grid))
-        point = self._sweep(np.array([num_sequences]))
-        rate = min(traffic.requests_per_s, capacity) if traffic.requests_per_s > 0 else float(point.requests_per_s[0])
+                point = self._sweep(np.interp([rate], rates, self._grid))
         ttft_s = float(point.ttft_s[0])
         if traffic.requests_per_s > 0 and not saturated:
             ttft_s += float(self._waits(point, np.array([rate]))[0])
-        round_s = float(point.steps[0].in_flight / point.requests_per_s[0] * point.steps[0].requests)
-        steps_per_s = rate / point.steps[0].requests
+        busy = point.busy[0][self._worker_of]
         return Forecast(
             requests_per_s=rate,
             tokens_per_s=rate * traffic.output_tokens,
             ttft_s=ttft_s,
             tpot_s=float(point.tpot_s[0]),
-            num_sequences=min(num_sequences, rate * (ttft_s + traffic.output_tokens * round_s)),
+            num_sequences=float(point.num_sequences[0]) * min(1.0, rate / float(point.requests_per_s[0])),
             capacity_requests_per_s=capacity,
             max_sequences=self.max_sequences,
             limited_by=self.limited_by,
             saturated=saturated,
-            bottleneck=int((point.busy[0][self._worker_of] * 1e3 + point.mean[0]).argmax()),
-            stages=tuple(self._stage(point, hop, steps_per_s) for hop in range(self._layout.num_hops)),
+            bottleneck=int(np.lexsort((point.mean[0], busy))[-1]),
+            stages=tuple(
+                self._stage(point, hop, rate / point.steps[0].requests) for hop in range(self._layout.num_hops)
+            ),
         )
 
-    def goodput(self, slo: Slo) -> float:
-        """The largest rate of requests per second at which the mean request meets `slo`; 0 when none does.
+    def goodput(self, slo: Slo) -> tuple[float, float]:
+        """The largest rate, requests/s, at which the mean request meets `slo`, and the sequences in service then.
 
-        In a closed loop it is the rate of as many clients as can be served within it.
+        0 when none does. In a closed loop it is the rate of as many clients as can be served within it.
         """
-        low, high = 0.0, 0.0
+        best, at = 0.0, 1.0
         grid, swept = self._grid, self._swept
-        for _ in range(2):
+        for last_round in (False, True):
             rates = swept.requests_per_s
             ttft_s = swept.ttft_s + (self._waits(swept, rates) if self._traffic.requests_per_s > 0 else 0.0)
-            good = (ttft_s <= slo.ttft_s) & (swept.tpot_s <= slo.tpot_s)
-            if not good.any():
-                return low
-            low = max(low, float(rates[good].max()))
-            last = int(np.flatnonzero(good)[-1])
-            if last + 1 == len(grid):
-                return low
-            high = grid[last + 1]
-            grid = np.linspace(grid[last], high, 16)
+            good = np.flatnonzero((ttft_s <= slo.ttft_s) & (swept.tpot_s <= slo.tpot_s))
+            if not len(good):
+                break
+            top = int(good[rates[good].argmax()])
+            if rates[top] > best:
+                best, at = float(rates[top]), float(grid[top])
+            edge = int(good[-1])
+            if last_round or edge + 1 == len(grid):
+                break
+            grid = np.linspace(grid[edge], grid[edge + 1], 10)[1:-1]
             swept = self._sweep(grid)
-        return low
+        return best, at
+
+    @cached_property
+    def _grid(self) -> np.ndarray:
+        """Numbers of sequences from 1 to the most."""
+        if self.max_sequences <= 1:
+            return np.array([1.0])
+        return np.geomspace(1.0, self.max_sequences, _GRID)
+
+    @cached_property
+    def _swept(self) -> _Sweep:
+        return self._sweep(self._grid)
 
     # -- parts ----------------------------------------------------------------------------------------------
 
@@ -272,10 +288,3 @@ def weight_bytes(facts: Facts, layout: Layout, worker: WorkerName) -> float:
     held = float(facts.layer_bytes[layers].sum()) if layers else 0.0
     held += facts.spec.embedding_bytes * (layout.embedding_worker == worker)
     return held + facts.spec.lm_head_bytes * (layout.lm_head_worker == worker)
-
-
-def _grid(most: float) -> np.ndarray:
-    """Numbers of sequences from 1 to `most`, close together where a few more or less matter."""
-    if most <= 1:
-        return np.array([1.0])
-    return np.unique(np.concatenate([np.geomspace(1.0, most, 24), [most]]))

@@ -27,11 +27,14 @@ from runtime.layout import Layout, layout_from_counts
 from scheduler.planning.cost import Facts, unit_times
 from scheduler.planning.forecast import Device, Forecast, Pipeline
 from scheduler.planning.search import Solver
-from scheduler.planning.splits import Problem, Split
+from scheduler.planning.splits import Problem, Split, split_near, split_order
 from scheduler.planning.traffic import Objective, Serving, Slo, Steps, Traffic, mean_steps
 
+SERVING, SLO = Serving(), Slo()
 _EVERY_K = 12
 _TIE = 1e-6
+_NEAR = 0.25
+"""Numbers of stages that are worse than the best by more than this are not planned again at the load they settle at."""
 
 
 class NoPlan(ValueError):
@@ -91,9 +94,9 @@ def plan(
     devices: Sequence[Device],
     traffic: Traffic,
     *,
-    serving: Serving = Serving(),
+    serving: Serving = SERVING,
     objective: Objective = "throughput",
-    slo: Slo = Slo(),
+    slo: Slo = SLO,
     present: Layout | None = None,
     num_stages: int = 0,
     headroom: float = 0.1,
@@ -120,14 +123,50 @@ def plan(
     return _Planning(facts, tuple(devices), traffic, serving, objective, slo, present, headroom).run(num_stages)
 
 
+def default_counts(facts: Facts, devices: Sequence[Device], serving: Serving = SERVING) -> tuple[int, ...]:
+    """Layers per stage for these devices in this order: the layout to start with, before any traffic was seen.
+
+    It is the answer for 128 tokens in and out and 16 sequences a stage. Every stage gets a layer at least.
+
+    Raises:
+        ValueError: when there are more devices than layers.
+    """
+    if not 1 <= len(devices) <= facts.num_layers:
+        raise ValueError(
+            f"{len(devices)} stages for {facts.num_layers} layers; between 1 and {facts.num_layers} are possible"
+        )
+    traffic = Traffic(prompt_tokens=128, output_tokens=128, concurrency=16 * len(devices))
+    planning = _Planning(facts, tuple(devices), traffic, serving, "throughput", SLO, None, 0.0)
+    (posed,) = planning._pose([len(devices)], [traffic.concurrency])
+    order = range(len(devices))
+    split = split_order(posed.problem, order, empty_ends=False)
+    assert split is not None, "devices without limits hold any model"
+    shares = np.cumsum(posed.problem.layers.mean(axis=1) ** -1.0)
+    even = shares[:-1] / shares[-1] * facts.num_layers
+    return (split_near(posed.problem, order, split.largest, even, empty_ends=False) or split).counts
+
+
 @dataclass(slots=True)
 class _Option:
     """A number of stages that was looked at."""
 
     split: Split | None
     score: float
+    num_sequences: float = 1.0
     layout: Layout | None = None
     forecast: Forecast | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Posed:
+    """The problem for k stages with so many sequences in service; no split has a cycle shorter than `bound_s`."""
+
+    k: int
+    num_sequences: float
+    steps: Steps
+    problem: Problem
+    solver: Solver
+    bound_s: float
 
 
 class _Planning:
@@ -150,12 +189,15 @@ class _Planning:
         rooms = [d.memory_bytes * (1 - headroom) if d.memory_bytes else math.inf for d in devices]
         self.rooms = np.array(rooms)
         self.names = [device.worker for device in devices]
+        self.speeds = [device.speed for device in devices]
+        self.hop_latency = np.array([speed.kind.link_latency_s for speed in self.speeds])
+        self.hop_per_token = np.array([facts.hidden_bytes / speed.kind.link_bytes_per_s for speed in self.speeds])
         self.present_forecast: Forecast | None = None
         self.present_score = -math.inf
         if present is not None:
             pipeline = Pipeline(facts, devices, present, traffic, serving)
             self.present_forecast = pipeline.forecast()
-            self.present_score = self._score(pipeline, self.present_forecast)
+            self.present_score, _ = self._score(pipeline, self.present_forecast)
 
     def run(self, num_stages: int) -> Plan:
         most = min(len(self.devices), self.facts.num_layers)
@@ -179,43 +221,50 @@ class _Planning:
     # -- one number of stages ---------------------------------------------------------------------------------
 
     def _look_at(self, ks: list[int], options: dict[int, _Option]) -> None:
-        """Fill in `options` for these numbers of stages; for those that cannot win, a bound on their score."""
-        in_service = self._in_service(ks)
-        for attempt in range(3 if self.objective != "throughput" else 1):
-            steps, problems, solver = self._pose(ks, in_service)
-            for row, k in enumerate(ks):
-                option = self._option(row, k, steps[row], problems[row], solver, options)
-                if k not in options or option.score > options[k].score:
-                    options[k] = option
-            if attempt == 0 and self.objective != "throughput":
-                settled = [options[k].forecast for k in ks]
-                in_service = [max(1.0, f.num_sequences) if f else n for f, n in zip(settled, in_service, strict=True)]
+        """Add to `options` what these numbers of stages give; for those that cannot win, a bound on their score."""
+        posed = self._pose(ks, [self._in_service(k) for k in ks])
+        if self.objective == "throughput":
+            for one in sorted(posed, key=lambda one: -self._rate(one.steps, one.bound_s)):
+                options[one.k] = self._fastest(one, options)
+            return
+        for one in posed:
+            options[one.k] = self._weighed(one)
+        good = max(option.score for option in options.values())
+        again = [
+            k for k in ks if options[k].forecast is not None and _gain(self.objective, options[k].score, good) < _NEAR
+        ]
+        for one in self._pose(again, [max(1.0, options[k].num_sequences) for k in again]):
+            option = self._weighed(one)
+            if option.score > options[one.k].score:
+                options[one.k] = option
 
-    def _option(
-        self, row: int, k: int, steps: Steps, problem: Problem, solver: Solver, options: dict[int, _Option]
-    ) -> _Option:
-        bound_s = solver.lower_bound_s(row)
-        if not math.isfinite(bound_s):
-            return _Option(None, -math.inf)
-        if self.objective == "throughput":
-            best = max((option.score for option in options.values()), default=-math.inf)
-            highest = self._rate(steps, bound_s)
-            if bound_s and highest < best * (1 + _TIE):
-                return _Option(None, highest)
-        wanted, cuts = self._wanted(k)
-        split = solver.best(row, wanted, cuts)
-        if split is None:
-            return _Option(None, -math.inf)
-        if self.objective == "throughput":
-            return _Option(split, self._rate(steps, split.cycle_s(problem)))
-        option = self._shown(_Option(split, 0.0))
-        return option
+    def _fastest(self, one: _Posed, options: dict[int, _Option]) -> _Option:
+        """The best split for the throughput, unless another number of stages is better than it can possibly be."""
+        best = max((option.score for option in options.values()), default=-math.inf)
+        highest = self._rate(one.steps, one.bound_s) if one.bound_s else math.inf
+        if highest < best * (1 + _TIE):
+            return _Option(None, highest)
+        one, split = self._solve(one)
+        return _Option(split, self._rate(one.steps, split.cycle_s(one.problem)) if split else -math.inf)
+
+    def _weighed(self, one: _Posed) -> _Option:
+        """The best split at this operating point, with its forecast and score."""
+        _, split = self._solve(one)
+        return _Option(None, -math.inf) if split is None else self._shown(_Option(split, 0.0))
+
+    def _solve(self, one: _Posed) -> tuple[_Posed, Split | None]:
+        """The best split; where memory allows none, with fewer sequences until it does."""
+        while True:
+            split = one.solver.best(*self._wanted(one.k))
+            if split is not None or one.num_sequences <= 1:
+                return one, split
+            (one,) = self._pose([one.k], [max(1.0, one.num_sequences / 2)])
 
     def _rate(self, steps: Steps, cycle_s: float) -> float:
         return steps.requests * steps.in_flight / (self.serving.head_s + cycle_s)
 
     def _shown(self, option: _Option) -> _Option:
-        """With its layout and forecast."""
+        """With its layout, its forecast, and the score that this gives it."""
         if option.forecast is not None:
             return option
         assert option.split is not None
@@ -224,82 +273,64 @@ class _Planning:
         layout = layout_from_counts(epoch, workers, option.split.counts)
         pipeline = Pipeline(self.facts, self.devices, layout, self.traffic, self.serving)
         forecast = pipeline.forecast()
-        score = option.score if self.objective == "throughput" else self._score(pipeline, forecast)
-        return _Option(option.split, score, layout, forecast)
+        score, num_sequences = self._score(pipeline, forecast)
+        return _Option(option.split, score, num_sequences, layout, forecast)
 
-    def _score(self, pipeline: Pipeline, forecast: Forecast) -> float:
+    def _score(self, pipeline: Pipeline, forecast: Forecast) -> tuple[float, float]:
+        """The objective's figure, and with how many sequences in service it is reached."""
         if self.objective == "throughput":
-            return forecast.capacity_requests_per_s
+            return forecast.capacity_requests_per_s, forecast.max_sequences
         if self.objective == "latency":
-            return -math.inf if forecast.saturated else -forecast.request_s(self.traffic)
+            score = -math.inf if forecast.saturated else -forecast.request_s(self.traffic)
+            return score, forecast.num_sequences
         return pipeline.goodput(self.slo)
 
     # -- the problem ------------------------------------------------------------------------------------------
 
-    def _in_service(self, ks: list[int]) -> list[float]:
-        """Sequences in service to plan for at first, per number of stages; fewer where their KV cannot fit."""
+    def _in_service(self, k: int) -> float:
+        """Sequences in service to plan for at first; fewer where their KV plainly has no room on k devices."""
         wanted = float(self.serving.max_running)
         if 0 < self.traffic.concurrency < wanted:
             wanted = float(self.traffic.concurrency)
         if self.objective == "latency" and self.traffic.requests_per_s > 0:
             forecast = self.present_forecast
             wanted = min(wanted, max(1.0, forecast.num_sequences)) if forecast and not forecast.saturated else 1.0
-        best_rooms = np.sort(self.rooms)[::-1]
-        found = []
-        for k in ks:
-            n, room = wanted, float(best_rooms[:k].sum())
-            while n > 1 and self._bytes(n) > room:
-                n = max(1.0, n / 2)
-            found.append(n)
-        return found
+        room = float(np.sort(self.rooms)[-k:].sum())
+        while wanted > 1 and self._bytes(wanted) > room:
+            wanted = max(1.0, wanted / 2)
+        return wanted
 
     def _bytes(self, num_sequences: float) -> float:
         """Weights and KV of everything."""
         spec, kv = self.facts.spec, self.serving.kv_tokens(self.traffic, num_sequences) * self.facts.kv_bytes
         return float(self.facts.layer_bytes.sum()) + kv * spec.num_layers + spec.embedding_bytes + spec.lm_head_bytes
 
-    def _pose(self, ks: list[int], in_service: list[float]) -> tuple[list[Steps], list[Problem], Solver]:
-        """The problems of these numbers of stages. Where memory allows no split, with fewer sequences until it does."""
-        steps = [
-            mean_steps(self.traffic, self.serving, self.serving.microbatches(k), n)
-            for k, n in zip(ks, in_service, strict=True)
-        ]
-        problems = self._problems(steps, in_service)
-        solver = Solver(problems, ks)
-        short = [row for row in range(len(ks)) if in_service[row] > 1 and not solver.is_possible(row)]
-        if not short:
-            return steps, problems, solver
-        for row in short:
-            in_service[row] = max(1.0, in_service[row] / 2)
-        return self._pose(ks, in_service)
-
-    def _problems(self, steps: list[Steps], in_service: list[float]) -> list[Problem]:
-        facts, spec = self.facts, self.facts.spec
-        speeds = [device.speed for device in self.devices]
-        times = unit_times(facts, speeds, [s.decode for s in steps] + [s.prefill for s in steps])
+    def _pose(self, ks: list[int], in_service: list[float]) -> list[_Posed]:
+        """The problem of each number of stages, with so many sequences in service."""
+        if not ks:
+            return []
+        facts, spec, serving, traffic = self.facts, self.facts.spec, self.serving, self.traffic
+        steps = [mean_steps(traffic, serving, serving.microbatches(k), n) for k, n in zip(ks, in_service, strict=True)]
+        times = unit_times(facts, self.speeds, [s.decode for s in steps] + [s.prefill for s in steps])
         share = np.array([s.prefill_share for s in steps])
-        k = len(steps)
-        layers = (1 - share)[:, None, None] * times.layers[:k] + share[:, None, None] * times.layers[k:]
-        last = (1 - share)[:, None] * times.last[:k] + share[:, None] * times.last[k:]
-        kinds = [speed.kind for speed in speeds]
-        latency = np.array([kind.link_latency_s for kind in kinds])
-        per_token = np.array([facts.hidden_bytes / kind.link_bytes_per_s for kind in kinds])
-        problems = []
-        for row, step in enumerate(steps):
-            kv = self.serving.kv_tokens(self.traffic, in_service[row]) * facts.kv_bytes
-            problems.append(
-                Problem(
-                    stage=times.fixed + latency + step.num_tokens * per_token,
-                    layers=layers[row][:, facts.kind_of_layer],
-                    last=last[row],
-                    room=self.rooms,
-                    layer_bytes=facts.layer_bytes + kv,
-                    first_bytes=float(spec.embedding_bytes),
-                    last_bytes=float(spec.lm_head_bytes),
-                    in_flight=step.in_flight,
-                )
+        half = len(steps)
+        layers = (1 - share)[:, None, None] * times.layers[:half] + share[:, None, None] * times.layers[half:]
+        last = (1 - share)[:, None] * times.last[:half] + share[:, None] * times.last[half:]
+        posed = []
+        for row, (k, step) in enumerate(zip(ks, steps, strict=True)):
+            problem = Problem(
+                stage=times.fixed + self.hop_latency + step.num_tokens * self.hop_per_token,
+                layers=layers[row][:, facts.kind_of_layer],
+                last=last[row],
+                room=self.rooms,
+                layer_bytes=facts.layer_bytes + serving.kv_tokens(traffic, in_service[row]) * facts.kv_bytes,
+                first_bytes=float(spec.embedding_bytes),
+                last_bytes=float(spec.lm_head_bytes),
+                in_flight=step.in_flight,
             )
-        return problems
+            solver = Solver(problem, k)
+            posed.append(_Posed(k, in_service[row], step, problem, solver, solver.cycle_bound_s()))
+        return posed
 
     def _wanted(self, k: int) -> tuple[list[int], list[int]]:
         """The devices of the present layout in its order, and its boundaries if it has k stages."""
@@ -313,7 +344,8 @@ class _Planning:
     # -- the answer ---------------------------------------------------------------------------------------------
 
     def _result(self, k: int, best: _Option, options: dict[int, _Option]) -> Plan:
-        assert best.layout is not None and best.forecast is not None
+        assert best.layout is not None, "the best option was not shown"
+        assert best.forecast is not None, "the best option was not shown"
         present, before = self.present, self.present_score
         score, layout, forecast = best.score, best.layout, best.forecast
         gain = 0.0

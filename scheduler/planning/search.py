@@ -9,12 +9,13 @@ exchanging devices while that helps (bounded, not exact).
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
 from scheduler.planning.splits import SLACK, Problem, Split, make_split, split_near, split_order, stage_matrix
-from scheduler.planning.uniform import Uniform, exchanges
+from scheduler.planning.uniform import Uniform, exchanges, relaxed_bottleneck
 
 MAX_SETS = 300
 _ROUNDS = 4
@@ -33,40 +34,36 @@ class _Reached(NamedTuple):
 
 
 class Solver:
-    """Problems over the same devices, one for each number of stages."""
+    """One problem, for k stages."""
 
-    def __init__(self, problems: Sequence[Problem], num_stages: Sequence[int]) -> None:
-        self._problems = problems
-        self._k = list(num_stages)
-        self._uniform = Uniform(problems, num_stages) if problems[0].is_uniform else None
-        self._bounds = self._uniform.bottlenecks() if self._uniform is not None else None
+    def __init__(self, problem: Problem, k: int) -> None:
+        self._problem, self._k = problem, k
+        self._is_uniform = problem.is_uniform
 
-    def lower_bound_s(self, row: int) -> float:
-        """No split of problem `row` has a shorter cycle; inf when none is possible, 0 when nothing is known."""
-        if self._bounds is None:
+    @cached_property
+    def _uniform(self) -> Uniform | None:
+        return Uniform(self._problem, self._k) if self._is_uniform else None
+
+    def cycle_bound_s(self) -> float:
+        """No split has a shorter cycle. Cheap; 0 where nothing cheap is known."""
+        if not self._is_uniform:
             return 0.0
-        return self._problems[row].in_flight * float(self._bounds[row])
+        return self._problem.in_flight * relaxed_bottleneck(self._problem, self._k)
 
-    def is_possible(self, row: int) -> bool:
-        """Whether any split of problem `row` fits the devices' memory."""
-        if self._bounds is not None:
-            return bool(np.isfinite(self._bounds[row]))
-        return search_orders(self._problems[row], self._k[row]) is not None
-
-    def best(self, row: int, wanted: Sequence[int] = (), cuts: Sequence[int] = ()) -> Split | None:
-        """The split of problem `row` with the shortest cycle, ``max(sum, in_flight * largest)``; None when nothing fits.
+    def best(self, wanted: Sequence[int] = (), cuts: Sequence[int] = ()) -> Split | None:
+        """The split with the shortest cycle, ``max(sum, in_flight * largest)``; None when nothing fits the memory.
 
         With a step in flight for every stage that is the least largest stage. With fewer, the least sum under some bound on
         the largest stage, found by bisection: a looser bound lowers the sum, a tighter one the largest stage. `wanted` are
         the devices of the present layout and `cuts` its boundaries: among equal splits one near it is given.
         """
-        problem = self._problems[row]
-        best = self._least_bottleneck(row, wanted, cuts)
-        if best is None or problem.in_flight >= self._k[row]:
+        problem = self._problem
+        best = self._least_bottleneck(wanted, cuts)
+        if best is None or problem.in_flight >= self._k:
             return best
         low, high, bound, start = best.largest, np.inf, np.inf, best
         while high > low * (1 + SLACK):
-            found = self._least_sum(row, bound, start)
+            found = self._least_sum(bound, start)
             if found is None:
                 low = bound
             else:
@@ -81,20 +78,19 @@ class Solver:
             bound = (low + high) / 2
         return best
 
-    def _least_bottleneck(self, row: int, wanted: Sequence[int], cuts: Sequence[int]) -> Split | None:
-        problem, k = self._problems[row], self._k[row]
+    def _least_bottleneck(self, wanted: Sequence[int], cuts: Sequence[int]) -> Split | None:
         if self._uniform is not None:
-            bound = float(self._bounds[row])  # pyright: ignore[reportOptionalSubscript]
-            return self._uniform.choose(row, bound, wanted, cuts) if np.isfinite(bound) else None
-        best = search_orders(problem, k)
-        if best is not None and len(wanted) == k:
-            return split_near(problem, wanted, best.largest, cuts) or best
+            bound = self._uniform.bottleneck()
+            return self._uniform.choose(bound, wanted, cuts) if np.isfinite(bound) else None
+        best = search_orders(self._problem, self._k)
+        if best is not None and len(wanted) == self._k:
+            return split_near(self._problem, wanted, best.largest, cuts) or best
         return best
 
-    def _least_sum(self, row: int, bound: float, start: Split) -> Split | None:
+    def _least_sum(self, bound: float, start: Split) -> Split | None:
         if self._uniform is not None:
-            return self._uniform.least_sum(row, bound, start)
-        return search_orders(self._problems[row], self._k[row], bound, by_sum=True)
+            return self._uniform.least_sum(bound, start)
+        return search_orders(self._problem, self._k, bound, by_sum=True)
 
 
 def search_orders(problem: Problem, k: int, bound: float = np.inf, *, by_sum: bool = False) -> Split | None:
@@ -201,10 +197,10 @@ def _improve(problem: Problem, k: int, bound: float, by_sum: bool) -> Split | No
         layers=np.repeat(problem.layers.mean(axis=1, keepdims=True), problem.num_layers, axis=1),
         layer_bytes=np.full(problem.num_layers, problem.layer_bytes.mean()),
     )
-    uniform = Uniform([average], [k])
-    start = uniform.choose(0, float(uniform.bottlenecks()[0]), (), ())
+    uniform = Uniform(average, k)
+    start = uniform.choose(uniform.bottleneck(), (), ())
     if start is not None and by_sum:
-        start = uniform.least_sum(0, bound, start) or start
+        start = uniform.least_sum(bound, start) or start
     if start is None:
         return None
     best = split_order(problem, start.order, bound, by_sum=by_sum)

@@ -92,10 +92,13 @@ def fits(problem: Problem, order: Sequence[int], counts: Sequence[int]) -> bool:
     return True
 
 
-def stage_matrix(problem: Problem, device: int, *, first: bool, last: bool, bound: float = np.inf) -> np.ndarray:
+def stage_matrix(
+    problem: Problem, device: int, *, first: bool, last: bool, bound: float = np.inf, empty_ends: bool = True
+) -> np.ndarray:
     """``[L + 1, L + 1]``: what a stage on `device` costs that holds layers ``[row, column)``; inf where it may not be.
 
-    It may not when it is too large for the device, costs more than `bound`, or is an inner stage of no layer.
+    It may not when it is too large for the device, costs more than `bound`, or holds no layer, unless it is an end and
+    `empty_ends` allows it.
     """
     size = problem.num_layers + 1
     times = np.concatenate(([0.0], np.cumsum(problem.layers[device])))
@@ -104,11 +107,13 @@ def stage_matrix(problem: Problem, device: int, *, first: bool, last: bool, boun
     fixed_bytes = problem.first_bytes * first + problem.last_bytes * last
     cost[need[None, :] - need[:, None] + fixed_bytes > problem.room[device]] = np.inf
     cost[cost > bound * (1 + SLACK)] = np.inf
-    cost[np.tri(size, k=-1 if first or last else 0, dtype=bool)] = np.inf
+    cost[np.tri(size, k=-1 if empty_ends and (first or last) else 0, dtype=bool)] = np.inf
     return cost
 
 
-def split_order(problem: Problem, order: Sequence[int], bound: float = np.inf, *, by_sum: bool = False) -> Split | None:
+def split_order(
+    problem: Problem, order: Sequence[int], bound: float = np.inf, *, by_sum: bool = False, empty_ends: bool = True
+) -> Split | None:
     """The best split for one order of devices, exact: dynamic programming over (stage, layers covered).
 
     Minimises the largest stage, or with `by_sum` the sum of stages none of which exceeds `bound`. None when nothing fits.
@@ -116,8 +121,9 @@ def split_order(problem: Problem, order: Sequence[int], bound: float = np.inf, *
     combine = np.add if by_sum else np.maximum
     best: np.ndarray | None = None
     cuts: list[np.ndarray] = []
-    for position, device in enumerate(order):
-        cost = stage_matrix(problem, device, first=position == 0, last=position == len(order) - 1, bound=bound)
+    for i, device in enumerate(order):
+        first, last = i == 0, i == len(order) - 1
+        cost = stage_matrix(problem, device, first=first, last=last, bound=bound, empty_ends=empty_ends)
         if best is None:
             best = cost[0]
             continue
@@ -135,14 +141,16 @@ def split_order(problem: Problem, order: Sequence[int], bound: float = np.inf, *
     return make_split(problem, order, counts[::-1])
 
 
-def split_near(problem: Problem, order: Sequence[int], bound: float, wanted: Sequence[float]) -> Split | None:
+def split_near(
+    problem: Problem, order: Sequence[int], bound: float, wanted: Sequence[float], *, empty_ends: bool = True
+) -> Split | None:
     """A split for one order whose stages all stay within `bound`, with its boundaries as near to `wanted` as that allows.
 
     `wanted` are k - 1 layers at which to cut. None when the order cannot keep the bound.
     """
     num_layers, k = problem.num_layers, len(order)
     allowed = [
-        np.isfinite(stage_matrix(problem, device, first=i == 0, last=i == k - 1, bound=bound))
+        np.isfinite(stage_matrix(problem, device, first=i == 0, last=i == k - 1, bound=bound, empty_ends=empty_ends))
         for i, device in enumerate(order)
     ]
     good = np.zeros(num_layers + 1, dtype=bool)

@@ -2,8 +2,9 @@
 
 *Bottleneck.* Under a bound B a device holds at most ``floor((B - stage) / layer)`` layers, fewer as the first or the last
 stage and where memory is short. k devices can keep B exactly when, for some first and some last, these two and the
-largest k - 2 of the others hold all layers. That test is a sort and a sum, for any number of devices and for many k and B
-at once, so B is found by dividing an interval in 24 parts until it is as narrow as floating point allows to matter.
+largest k - 2 of the others hold all layers: a sort and a sum, for any number of devices. B lies less than one layer above
+the bound that layers cut in pieces would give (`relaxed_bottleneck`), and only at values where some device can
+take one more layer; a binary search among those is exact.
 
 *Sum.* With the devices, the first and the last given, layers go to the device on which one costs least, up to its cap under
 B; all choices are tried where there are few devices, otherwise a set is improved by exchanging devices (then bounded).
@@ -12,6 +13,7 @@ Never true: this is called for layers that differ.
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -19,183 +21,226 @@ import numpy as np
 
 from scheduler.planning.splits import SLACK, Problem, Split, make_split
 
-_PARTS = 24
 _EXACT_DEVICES = 8
-_NONE = -1e6
-"""The cap of a device that cannot hold its role at all; it spoils any sum, and unlike -inf it can be subtracted again."""
-_NEVER = 1e4 * _NONE
+_NEVER = -(10**9)
+"""The cap of a device that cannot hold its role at all: it spoils any sum, and unlike -inf it can be subtracted again."""
+
+
+def relaxed_bottleneck(problem: Problem, k: int) -> float:
+    """The largest stage if layers could be cut anywhere and memory did not matter: no split has a smaller one.
+
+    The share that k devices hold under a bound is a convex, piecewise linear function of it, so Newton's method finds
+    the bound in a few steps, and exactly.
+    """
+    layer = problem.layers[:, 0]
+    rate = 1.0 / layer
+    idle = problem.stage * rate
+    wanted = problem.num_layers + float((problem.last * rate).min())
+    bound = math.inf
+    chosen = np.argsort(-rate)[:k]
+    for _ in range(20):
+        following = (wanted + float(idle[chosen].sum())) / float(rate[chosen].sum())
+        if not following < bound * (1 - SLACK):
+            break
+        bound = following
+        chosen = np.argsort(idle - bound * rate)[:k]
+    return min(bound, following)
 
 
 class Uniform:
-    """Problems over the same devices, one for each number of stages, stacked: ``[K, n]``."""
+    """One problem with equal layers, for k stages."""
 
-    def __init__(self, problems: Sequence[Problem], num_stages: Sequence[int]) -> None:
-        self.problems = problems
-        self.k = np.array(num_stages)
-        self.num_layers = problems[0].num_layers
-        self.stage = np.stack([p.stage for p in problems])
-        self.layer = np.stack([p.layers[:, 0] for p in problems])
-        self.last = np.stack([p.last for p in problems])
-        room = np.stack([p.room for p in problems])
-        layer_bytes = np.array([p.layer_bytes[0] for p in problems])[:, None]
-        first_bytes = np.array([p.first_bytes for p in problems])[:, None]
-        last_bytes = np.array([p.last_bytes for p in problems])[:, None]
-        self.memory = np.stack(
-            [
-                _whole(b / layer_bytes)
-                for b in (room, room - first_bytes, room - last_bytes, room - first_bytes - last_bytes)
-            ]
-        )
-        """``[4, K, n]``: layers that memory allows an inner, a first, a last and an only stage."""
+    def __init__(self, problem: Problem, k: int) -> None:
+        self.problem, self.k = problem, k
+        size = float(problem.layer_bytes[0])
+        ends = (0.0, problem.first_bytes, problem.last_bytes, problem.first_bytes + problem.last_bytes)
+        n = problem.num_layers
+        self._stage = [float(x) for x in problem.stage]
+        self._layer = [float(x) for x in problem.layers[:, 0]]
+        self._last = [float(x) for x in problem.last]
+        self._memory = [
+            tuple(_whole(min((room - end) / size, n)) if room >= end else _NEVER for end in ends)
+            for room in map(float, problem.room)
+        ]
+        """Per device: the layers that memory allows an inner, a first, a last and an only stage."""
+        self._most = max(s + c * n + e for s, c, e in zip(self._stage, self._layer, self._last, strict=True))
 
-    def caps(self, bound: np.ndarray) -> np.ndarray:
-        """``[4, K, G, n]``: the layers that each device may hold in each role under ``bound [K, G]``, or `_NONE`."""
-        time = bound[:, :, None] - self.stage[:, None, :]
-        layer = self.layer[:, None, :]
-        free, ending = _whole(time / layer), _whole((time - self.last[:, None, :]) / layer)
-        caps = np.minimum(np.stack((free, free, ending, ending)), self.memory[:, :, None, :])
-        lowest = np.array([1.0, 0.0, 0.0, 0.0])[:, None, None, None]
-        return np.where(caps < lowest, _NONE, np.minimum(caps, self.num_layers))
+    def caps(self, bound: float) -> list[tuple[int, int, int, int]]:
+        """Per device: the layers that it may hold under `bound` as an inner, first, last and only stage, or `_NEVER`."""
+        bound = min(bound, 2 * self._most)
+        found = []
+        for stage, layer, last, (inner, first, final, only) in zip(
+            self._stage, self._layer, self._last, self._memory, strict=True
+        ):
+            room = bound - stage
+            free, ending = _whole_of(room, layer), _whole_of(room - last, layer)
+            inner = free if free < inner else inner
+            found.append((
+                inner if inner >= 1 else _NEVER,
+                _at_least_none(free if free < first else first),
+                _at_least_none(ending if ending < final else final),
+                _at_least_none(ending if ending < only else only),
+            ))  # fmt: skip
+        return found
 
-    def coverage(self, caps: np.ndarray) -> np.ndarray:
-        """``[K, G]``: the most layers that exactly k devices can hold.
+    def holds(self, bound: float) -> bool:
+        """Whether k devices can hold all layers with no stage above `bound`."""
+        return _coverage(self.caps(bound), self.k) >= self.problem.num_layers
 
-        With the devices by what they hold as inner stages, largest first, and q = k - 2: either both ends come from beyond
-        the first q, or one of them is among the first q + 1 and those lend one more, or both are among the first q + 2.
-        """
-        inner, first, last, only = caps
-        order = np.argsort(-inner, axis=-1)
-        inner, first, last = (np.take_along_axis(x, order, -1) for x in (inner, first, last))
-        sums = np.concatenate([np.zeros((*inner.shape[:-1], 1)), np.cumsum(inner, axis=-1)], axis=-1)
-        q = np.maximum(self.k - 2, 0)[:, None]
-        rank = np.arange(inner.shape[-1])
-        beyond, among, outside, both = (
-            np.where(keep, 0.0, _NEVER)[:, None, :] for keep in (rank >= q, rank <= q, rank > q, rank <= q + 1)
-        )
+    def bottleneck(self) -> float:
+        """The least possible largest stage; inf where nothing fits the memory."""
+        low = relaxed_bottleneck(self.problem, self.k)
+        high = low + max(self._layer)
+        if not self.holds(high):  # memory is short somewhere
+            low, high = high, self._most
+            if not self.holds(high):
+                return math.inf
+        values = self._values_between(low, high)
+        left, right = 0, len(values) - 1
+        while left < right:
+            middle = (left + right) // 2
+            if self.holds(values[middle]):
+                right = middle
+            else:
+                left = middle + 1
+        return values[left]
 
-        def top(extra: int) -> np.ndarray:
-            index = np.minimum(self.k - 2 + extra, inner.shape[-1])[:, None, None]
-            return np.take_along_axis(sums, np.broadcast_to(np.maximum(index, 0), (*sums.shape[:-1], 1)), -1)[..., 0]
-
-        swapped_first, swapped_last = first - inner, last - inner
-        most = np.maximum.reduce([
-            top(0) + _best_pair(first + beyond, last + beyond),
-            top(1) + (swapped_first + among).max(-1) + (last + outside).max(-1),
-            top(1) + (first + outside).max(-1) + (swapped_last + among).max(-1),
-            top(2) + _best_pair(swapped_first + both, swapped_last + both),
-        ])  # fmt: skip
-        return np.where((self.k == 1)[:, None], only.max(axis=-1), most)
-
-    def bottlenecks(self) -> np.ndarray:
-        """``[K]``: the least possible largest stage; inf where nothing fits."""
-        high = (self.stage + self.layer * self.num_layers + self.last).max(axis=1)
-        possible = self.coverage(self.caps(high[:, None]))[:, 0] >= self.num_layers
-        low = np.zeros_like(high)
-        num_parts = min(_PARTS, max(2, _PARTS * 50 // self.stage.size))
-        parts = np.arange(1, num_parts + 1) / num_parts
-        rows = np.arange(len(high))
-        while True:
-            width = np.where(possible, high - low, 0.0)
-            if (width <= SLACK / 4 * high).all():
-                return np.where(possible, high, np.inf)
-            grid = low[:, None] + width[:, None] * parts
-            good = self.coverage(self.caps(grid)) >= self.num_layers
-            good[:, -1] = True
-            index = good.argmax(axis=1)
-            high, low = grid[rows, index], np.where(index > 0, grid[rows, index - 1], low)
-
-    def choose(self, row: int, bound: float, wanted: Sequence[int], cuts: Sequence[int]) -> Split | None:
-        """A split of problem `row` within `bound`, among equals one near the present: devices `wanted`, boundaries `cuts`."""
-        k, problem = int(self.k[row]), self.problems[row]
-        caps = self._row(row).caps(np.array([[bound * (1 + SLACK)]]))[:, 0, 0]
-        if len(wanted) == k:
-            split = self._within(problem, caps, wanted, cuts)
+    def choose(self, bound: float, wanted: Sequence[int], cuts: Sequence[int]) -> Split | None:
+        """A split within `bound`, among equals one near the present: devices `wanted`, boundaries `cuts`."""
+        caps = self.caps(bound * (1 + SLACK))
+        if len(wanted) == self.k:
+            split = self._within(caps, wanted, cuts)
             if split is not None:
                 return split
-        order = self._some_order(caps, k, wanted)
-        return None if order is None else self._within(problem, caps, order, cuts if len(wanted) == k else ())
+        order = self._some_order(caps, wanted)
+        return None if order is None else self._within(caps, order, ())
 
-    def _some_order(self, caps: np.ndarray, k: int, wanted: Sequence[int]) -> list[int] | None:
-        """Devices that together hold all layers, `wanted` ones and those in their order where that makes no difference."""
-        inner, first, last, only = caps
-        n = len(inner)
-        place = np.full(n, n)
-        place[list(wanted)] = np.arange(len(wanted))
-        if k == 1:
-            good = np.flatnonzero(only >= self.num_layers)
-            return [int(good[place[good].argmin()])] if len(good) else None
-        ranked = np.lexsort((place, -inner))
-        pairs = _without(inner[ranked], k) + first[ranked][:, None] + last[ranked]
-        np.fill_diagonal(pairs, _NONE)
-        merit = 2.0 * (place[ranked] == 0)[:, None] + 2.0 * (bool(wanted) & (place[ranked] == len(wanted) - 1))
-        merit += (place[ranked] < n)[:, None] / 2 + (place[ranked] < n) / 2
-        merit[pairs < self.num_layers] = -1.0
-        i, j = (int(ranked[at]) for at in np.unravel_index(int(merit.argmax()), merit.shape))
-        if merit.max() < 0:
-            return None
-        rest = [int(d) for d in ranked if d not in (i, j)][: k - 2]
-        return [i, *sorted(rest, key=lambda d: (place[d], d)), j]
-
-    def _within(self, problem: Problem, caps: np.ndarray, order: Sequence[int], cuts: Sequence[int]) -> Split | None:
-        """Counts for one order within the caps, boundaries as near to `cuts` as that allows; without cuts, even shares."""
-        inner, first, last, only = caps
-        k = len(order)
-        room = inner[list(order)]
-        if k == 1:
-            room = only[list(order)]
-        else:
-            room[0], room[-1] = first[order[0]], last[order[-1]]
-        least = np.ones(k)
-        least[0] = least[-1] = 0.0
-        if (room < least).any() or room.sum() < self.num_layers or least.sum() > self.num_layers:
-            return None
-        if len(cuts) != k - 1:
-            cuts = (np.cumsum(room) * self.num_layers / room.sum())[:-1]
-        rest, need = room.sum() - np.cumsum(room), least.sum() - np.cumsum(least)
-        counts, start = [], 0.0
-        for i in range(k):
-            aim = cuts[i] if i < k - 1 else self.num_layers
-            low = max(start + least[i], self.num_layers - rest[i])
-            stop = min(max(np.floor(aim + 0.5), low), start + room[i], self.num_layers - need[i])
-            counts.append(int(stop - start))
-            start = stop
-        return make_split(problem, order, counts)
-
-    def least_sum(self, row: int, bound: float, start: Split | None) -> Split | None:
-        """The split of problem `row` with the least sum of stages none of which exceeds `bound`."""
-        k, problem = int(self.k[row]), self.problems[row]
-        caps = self._row(row).caps(np.array([[bound * (1 + SLACK)]]))[:, 0, 0]
+    def least_sum(self, bound: float, start: Split | None) -> Split | None:
+        """The split with the least sum of stages none of which exceeds `bound`."""
+        problem, k = self.problem, self.k
+        caps = np.array(self.caps(bound * (1 + SLACK)), dtype=float).T
         if problem.num_devices <= _EXACT_DEVICES:
             return _fill(problem, caps, _arrangements(problem.num_devices, k))
-        if start is None:
-            return None
         best = start
-        for _ in range(4 * k):
+        for _ in range(4 * k if best is not None else 0):
+            assert best is not None
             found = _fill(problem, caps, exchanges(np.array(best.order), problem.num_devices))
-            if found is None or found.total >= best.total * (1 - SLACK):
+            if found is None or (found.total >= best.total * (1 - SLACK) and best is not start):
                 break
             best = found
         return best
 
-    def _row(self, row: int) -> "Uniform":
-        return Uniform([self.problems[row]], [int(self.k[row])])
+    def _values_between(self, low: float, high: float) -> list[float]:
+        """What stages with a whole number of layers can cost, from `low` to `high`, ascending; the last is `high`."""
+        values = {high}
+        for stage, layer, last in zip(self._stage, self._layer, self._last, strict=True):
+            for fixed in (stage, stage + last):
+                count = max(0, math.ceil((low * (1 - SLACK) - fixed) / layer))
+                while (value := fixed + count * layer) < high:
+                    if value >= low * (1 - SLACK):
+                        values.add(value)
+                    count += 1
+        return sorted(values)
+
+    def _some_order(self, caps: Sequence[tuple[int, int, int, int]], wanted: Sequence[int]) -> list[int] | None:
+        """Devices that together hold all layers; `wanted` ones, and in their order, where that makes no difference."""
+        n, k, num_layers = len(caps), self.k, self.problem.num_layers
+        place = {device: position for position, device in enumerate(wanted)}
+        inner, first, last, only = np.array(caps, dtype=float).T
+        rank = np.array([place.get(d, n) for d in range(n)])
+        if k == 1:
+            good = np.flatnonzero(only >= num_layers)
+            return [int(good[rank[good].argmin()])] if len(good) else None
+        sorted_ = np.lexsort((rank, -inner))
+        pairs = _without(inner[sorted_], k) + first[sorted_][:, None] + last[sorted_]
+        np.fill_diagonal(pairs, _NEVER)
+        known = (rank[sorted_] < n) / 2
+        merit = known[:, None] + known
+        if wanted:
+            merit += 2.0 * (rank[sorted_] == 0)[:, None] + 2.0 * (rank[sorted_] == len(wanted) - 1)
+        merit[pairs < num_layers] = -1.0
+        best = int(merit.argmax())
+        if merit.flat[best] < 0:
+            return None
+        i, j = int(sorted_[best // n]), int(sorted_[best % n])
+        rest = [int(d) for d in sorted_ if d not in (i, j)][: k - 2]
+        return [i, *sorted(rest, key=lambda d: (place.get(d, n), d)), j]
+
+    def _within(
+        self, caps: Sequence[tuple[int, int, int, int]], order: Sequence[int], cuts: Sequence[int]
+    ) -> Split | None:
+        """Counts for one order within the caps, boundaries as near to `cuts` as that allows; without cuts, even shares."""
+        k, num_layers = len(order), self.problem.num_layers
+        room = [caps[device][0] for device in order]
+        if k == 1:
+            room = [caps[order[0]][3]]
+        else:
+            room[0], room[-1] = caps[order[0]][1], caps[order[-1]][2]
+        total, least = sum(room), max(0, k - 2)
+        if min(room) < 0 or total < num_layers or least > num_layers:
+            return None
+        counts: list[int] = []
+        start, before = 0, 0
+        for i, most in enumerate(room):
+            before += most
+            mine = 1 if 0 < i < k - 1 else 0
+            least -= mine
+            aim = round(before * num_layers / total) if len(cuts) != k - 1 or i == k - 1 else cuts[i]
+            stop = min(max(aim, start + mine, num_layers - (total - before)), start + most, num_layers - least)
+            counts.append(stop - start)
+            start = stop
+        return make_split(self.problem, order, counts)
 
 
-def _whole(layers: np.ndarray) -> np.ndarray:
-    return np.floor(layers * (1 + SLACK / 4) + SLACK / 4)
+def _whole(layers: float) -> int:
+    return int(layers * (1 + SLACK / 4) + SLACK / 4)
 
 
-def _best_pair(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """``max(a[i] + b[j])`` over i != j, along the last axis."""
-    if a.shape[-1] == 1:
-        return np.full(a.shape[:-1], _NEVER)
-    at = a.argmax(-1)[..., None]
-    best_a = np.take_along_axis(a, at, -1)[..., 0]
-    others = b.copy()
-    np.put_along_axis(others, at, 4 * _NEVER, -1)
-    second_a = a.copy()
-    np.put_along_axis(second_a, at, 4 * _NEVER, -1)
-    return np.maximum(best_a + others.max(-1), second_a.max(-1) + np.take_along_axis(b, at, -1)[..., 0])
+def _whole_of(room: float, layer: float) -> int:
+    return _whole(room / layer) if room >= 0 else int(room < -SLACK * layer) * _NEVER
+
+
+def _at_least_none(layers: int) -> int:
+    return layers if layers >= 0 else _NEVER
+
+
+def _coverage(caps: Sequence[tuple[int, int, int, int]], k: int) -> int:
+    """The most layers that exactly k of the devices can hold.
+
+    With the devices by what they hold as inner stages, largest first, and q = k - 2: either both ends come from beyond
+    the first q, or one of them is among the first q + 1 and those lend one more, or both are among the first q + 2.
+    """
+    if k == 1:
+        return max(only for _, _, _, only in caps)
+    q = k - 2
+    ranked = sorted(caps, reverse=True)
+    base = sum(cap[0] for cap in ranked[:q])
+    one_more = base + ranked[q][0]
+    two_more = one_more + ranked[q + 1][0]
+    best = base + _best_pair([(cap[1], cap[2]) for cap in ranked[q:]])
+    swaps = [(cap[1] - cap[0], cap[2] - cap[0]) for cap in ranked[: q + 2]]
+    best = max(best, two_more + _best_pair(swaps))
+    beyond = ranked[q + 1 :]
+    first_in, last_in = max(s[0] for s in swaps[: q + 1]), max(s[1] for s in swaps[: q + 1])
+    return max(
+        best, one_more + first_in + max(cap[2] for cap in beyond), one_more + last_in + max(cap[1] for cap in beyond)
+    )
+
+
+def _best_pair(pairs: Sequence[tuple[int, int]]) -> int:
+    """``max(pairs[i][0] + pairs[j][1])`` over i != j; `pairs` has at least two entries."""
+    first = second = last = runner_up = 4 * _NEVER
+    first_at = last_at = -1
+    for index, (a, b) in enumerate(pairs):
+        if a > first:
+            first, second, first_at = a, first, index
+        elif a > second:
+            second = a
+        if b > last:
+            last, runner_up, last_at = b, last, index
+        elif b > runner_up:
+            runner_up = b
+    return first + last if first_at != last_at else max(first + runner_up, second + last)
 
 
 def _without(inner: np.ndarray, k: int) -> np.ndarray:
