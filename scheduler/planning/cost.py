@@ -27,6 +27,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from kvstore.ids import LayerRange
 from runtime.layout import Layout, moves_between
 from runtime.model.spec import ModelSpec
 from scheduler.planning.devices import DeviceKind
@@ -132,6 +133,24 @@ def stage_seconds(facts: Facts, speed: Speed, work: Work, layers: Sequence[int],
     times = unit_times(facts, [speed], [work])
     kinds = facts.kind_of_layer[np.asarray(layers, dtype=np.intp)]
     return float(times.fixed[0] + times.layers[0, 0, kinds].sum() + (times.last[0, 0] if is_last else 0.0))
+
+
+def stage_terms(
+    facts: Facts, speed: Speed, work: Work, layers: LayerRange, *, with_step: bool = True, with_head: bool = False
+) -> np.ndarray:
+    """The same time taken apart, ``[8]`` seconds in the order of `TERMS`; they add up to it.
+
+    A term's share is also the derivative of the time's logarithm by the logarithm of the term's coefficient (Euler's
+    theorem on homogeneous functions, for the rounded corner too).
+    """
+    device, columns = _Devices.of([speed]), _columns([work])
+    counts = np.bincount(facts.kind_of_layer[layers.start : layers.stop], minlength=len(facts.flops))
+    weights, products, kv, scores = (x[0, 0] @ counts for x in _shared(*layer_elements(facts, device, columns), device))
+    terms = [with_step * float(device.step[0]), len(layers) * float(device.layer[0]), weights, products, kv, scores]
+    if with_head:
+        head, sample = head_elements(facts, device, columns)
+        return np.array([*terms, head[0, 0], sample[0, 0]])
+    return np.array([*terms, 0.0, 0.0])
 
 
 def hop_seconds(facts: Facts, kind: DeviceKind, num_tokens: float) -> float:
@@ -243,6 +262,18 @@ def layer_elements(facts: Facts, device: Any, work: Any) -> tuple[np.ndarray, np
     kv = ((decode + prefill * context / QUERY_TILE) * facts.kv_bytes)[:, None, :] * device.kv[:, None]
     scores = ((decode + prefill * context) * facts.score_flops)[:, None, :] * device.scores[:, None]
     return weights, products, kv, scores
+
+
+def _shared(
+    weights: np.ndarray, products: np.ndarray, kv: np.ndarray, scores: np.ndarray, device: Any
+) -> tuple[np.ndarray, ...]:
+    """The elements as parts of the two rounded corners, so that each pair adds up to its `_norm`."""
+    p = device.sharpness[:, None]
+    parts = []
+    for a, b in ((weights, products), (kv, scores)):
+        total = np.maximum(_norm(a, b, p), 1e-300)
+        parts += [a * (a / total) ** (p - 1), b * (b / total) ** (p - 1)]
+    return tuple(parts)
 
 
 def head_elements(facts: Facts, device: Any, work: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -141,7 +141,9 @@ def default_counts(facts: Facts, devices: Sequence[Device], serving: Serving = S
     order = range(len(devices))
     split = split_order(posed.problem, order, empty_ends=False)
     assert split is not None, "devices without limits hold any model"
-    shares = np.cumsum(posed.problem.layers.mean(axis=1) ** -1.0)
+    room = split.largest - posed.problem.stage
+    room[-1] -= posed.problem.last[-1]
+    shares = np.cumsum(np.maximum(room, 0.0) / posed.problem.layers.mean(axis=1))
     even = shares[:-1] / shares[-1] * facts.num_layers
     return (split_near(posed.problem, order, split.largest, even, empty_ends=False) or split).counts
 
