@@ -103,10 +103,10 @@ def mean_steps(traffic: Traffic, serving: Serving, num_microbatches: int, num_se
     num_sequences = max(1.0, num_sequences)
     in_flight = min(float(num_microbatches), num_sequences)
     alone = num_sequences <= num_microbatches  # a step then carries one sequence: a token of it, or a chunk
-    most = budget / (prompt + output - 1.0)
     requests, decode_rows, chunks = 0.0, 0.0, 1.0
     for _ in range(2):  # the chunks of a prompt depend on the room that decode rows leave, and the other way round
         chunks = float(math.ceil(prompt / max(1.0, budget - decode_rows)))
+        most = 1.0 / (chunks + output - 1.0) if alone else budget / (prompt + output - 1.0)
         requests = min(num_sequences / (in_flight * output + chunks - 1.0), most)
         decode_rows = 0.0 if alone else requests * (output - 1.0)
     free = max(1.0, budget - decode_rows)
