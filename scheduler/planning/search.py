@@ -7,6 +7,7 @@ interchangeable, so a "set" is how many of each class are used; four of each of 
 exchanging devices while that helps (bounded, not exact).
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -54,29 +55,38 @@ class Solver:
         """The split with the shortest cycle, ``max(sum, in_flight * largest)``; None when nothing fits the memory.
 
         With a step in flight for every stage that is the least largest stage. With fewer, the least sum under some bound on
-        the largest stage, found by bisection: a looser bound lowers the sum, a tighter one the largest stage. `wanted` are
+        the largest stage, found by binary search: a looser bound lowers the sum, a tighter one the largest stage. `wanted` are
         the devices of the present layout and `cuts` its boundaries: among equal splits one near it is given.
         """
         problem = self._problem
         best = self._least_bottleneck(wanted, cuts)
         if best is None or problem.in_flight >= self._k:
             return best
-        low, high, bound, start = best.largest, np.inf, np.inf, best
-        while high > low * (1 + SLACK):
-            found = self._least_sum(bound, start)
-            if found is None:
-                low = bound
+        start, values = best, self._stage_values(best.largest)
+        left, right, middle = 0, len(values) - 1, len(values) - 1
+        while left <= right:
+            found = self._least_sum(values[middle], start)
+            if found is not None and found.cycle_s(problem) < best.cycle_s(problem):
+                best = found
+            if found is None or found.total >= problem.in_flight * found.largest:
+                left = middle + 1  # the sum decides, and only a looser bound could lower it
             else:
-                if found.cycle_s(problem) < best.cycle_s(problem):
-                    best = found
-                if found.total >= problem.in_flight * found.largest:
-                    low = bound  # the sum decides, and only a looser bound could lower it
-                else:
-                    high = found.largest * (1 - SLACK)  # the largest stage decides: only a tighter bound could help
-            if not np.isfinite(low):
-                break
-            bound = (low + high) / 2
+                right = (
+                    min(middle, bisect_left(values, found.largest * (1 - SLACK))) - 1
+                )  # only a tighter bound could help
+            middle = (left + right) // 2
         return best
+
+    def _stage_values(self, low: float) -> list[float]:
+        """Everything from `low` on that a stage can cost, ascending: the bounds that can make a difference."""
+        if self._uniform is not None:
+            return self._uniform.stage_values(low)
+        problem = self._problem
+        sums = np.concatenate([np.zeros((problem.num_devices, 1)), np.cumsum(problem.layers, axis=1)], axis=1)
+        rows, columns = np.triu_indices(problem.num_layers + 1)
+        inner = sums[:, columns] - sums[:, rows] + problem.stage[:, None]
+        values = np.unique(np.stack([inner, inner + problem.last[:, None]]))
+        return values[values >= low * (1 - SLACK)].tolist()
 
     def _least_bottleneck(self, wanted: Sequence[int], cuts: Sequence[int]) -> Split | None:
         if self._uniform is not None:

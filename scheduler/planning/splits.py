@@ -11,6 +11,7 @@ A stage's time includes its hop: sending a hidden state occupies the sender, and
 nothing would hide it anyway.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -155,9 +156,9 @@ def split_near(
     ]
     good = np.zeros(num_layers + 1, dtype=bool)
     good[num_layers] = True
-    completable = [good]  # where a stage may end so that the stages after it can cover the rest
+    completable: list[np.ndarray] = [good]  # where a stage may end so that the stages after it can cover the rest
     for table in reversed(allowed[1:]):
-        completable.append((table & completable[-1][None, :]).any(axis=1))
+        completable.append(np.any(table & completable[-1][None, :], axis=1))
     completable.reverse()
     cuts = [0]
     for i, table in enumerate(allowed):
@@ -166,4 +167,4 @@ def split_near(
             return None
         aim = wanted[i] if i < k - 1 else num_layers
         cuts.append(int(possible[np.abs(possible - aim).argmin()]))
-    return make_split(problem, order, np.diff(cuts))
+    return make_split(problem, order, [stop - start for start, stop in itertools.pairwise(cuts)])

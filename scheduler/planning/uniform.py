@@ -130,6 +130,10 @@ class Uniform:
             best = found
         return best
 
+    def stage_values(self, low: float) -> list[float]:
+        """Everything from `low` on that a stage can cost, ascending."""
+        return self._values_between(low, self._most)
+
     def _values_between(self, low: float, high: float) -> list[float]:
         """What stages with a whole number of layers can cost, from `low` to `high`, ascending; the last is `high`."""
         values = {high}
