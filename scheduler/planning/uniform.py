@@ -89,12 +89,14 @@ class Uniform:
 
     def bottleneck(self) -> float:
         """The least possible largest stage; inf where nothing fits the memory."""
+        if not self.holds(self._most):
+            return math.inf
         low = relaxed_bottleneck(self.problem, self.k)
-        high = low + max(self._layer)
-        if not self.holds(high):  # memory is short somewhere
-            low, high = high, self._most
-            if not self.holds(high):
-                return math.inf
+        width = max(self._layer)
+        high = low + width  # enough, unless memory is short somewhere
+        while not self.holds(high):
+            width *= 2
+            low, high = high, min(high + width, self._most)
         values = self._values_between(low, high)
         left, right = 0, len(values) - 1
         while left < right:
