@@ -45,9 +45,13 @@ from runtime.messages import (
     TransitionFailed,
 )
 from runtime.model.spec import ModelSpec
-from scheduler.balance import CPU_CORE, GPU, balanced_counts, unit_costs
 from scheduler.batching import Batcher, BatchingConfig
 from scheduler.membership import Membership
+from scheduler.planning.cost import Facts, Speed
+from scheduler.planning.devices import kind_of_worker
+from scheduler.planning.forecast import Device
+from scheduler.planning.planner import default_counts
+from scheduler.planning.traffic import Serving
 from scheduler.reconfiguration import Change, Reconfiguration, Refused
 from scheduler.request import AdmissionError, FinishReason, Request, StageStats, TokenOutput
 
@@ -405,9 +409,13 @@ class SchedulerState:
         return self.balanced(num_stages)
 
     def balanced(self, num_stages: int) -> tuple[int, ...]:
-        """Layers per stage that keep `num_stages` stages equally busy."""
-        on_cpu = all(w.info.device == "cpu" for w in self.members.workers.values())
-        return balanced_counts(unit_costs(self.cluster.spec, CPU_CORE if on_cpu else GPU), num_stages)
+        """Layers per stage that keep the first `num_stages` workers equally busy under the usual traffic."""
+        devices = []
+        for name in self.members.in_order()[:num_stages]:
+            info = self.members.workers[name].info
+            devices.append(Device(name, Speed(kind_of_worker(info.device, info.device_name, 1))))
+        serving = Serving(self.batching.max_step_tokens, self.batching.max_running, self.batching.num_microbatches)
+        return default_counts(Facts(self.cluster.spec), devices, serving)
 
     def _num_units(self, name: WorkerName) -> int:
         assert self.layout is not None

@@ -93,6 +93,10 @@ def inspect_model(
         lm_head_flops_per_token=_flops(config, weights, "lm_head"),
         eos_token_ids=_eos_token_ids(config, folder),
         sliding_window=_sliding_window(config),
+        layer_windows=_layer_windows(config),
+        num_experts=_num_experts(config),
+        experts_per_token=_experts_per_token(config),
+        layer_expert_bytes=tuple(size * _expert_elements(weights, layer) for layer in range(config.num_hidden_layers)),
     )
 
 
@@ -225,13 +229,29 @@ def _elements(weights: Weights, unit: Unit) -> int:
 
 def _flops(config: Any, weights: Weights, unit: Unit) -> int:
     """Two per weight of every matrix that a token meets; of experts, only the chosen ones. Attention is left out."""
-    num_experts = _first(config, "num_experts", "num_local_experts", "n_routed_experts") or 1
-    active = (_first(config, "num_experts_per_tok", "moe_topk") or 1) / num_experts
+    active = (_experts_per_token(config) or 1) / (_num_experts(config) or 1)
     total = 0.0
     for name, info in weights.infos(unit).items():
         if len(info.shape) >= 2:
-            total += 2 * info.numel * (active if ".experts." in f".{name}" else 1.0)
+            total += 2 * info.numel * (active if _is_expert(name) else 1.0)
     return round(total)
+
+
+def _num_experts(config: Any) -> int:
+    return _first(config, "num_experts", "num_local_experts", "n_routed_experts") or 0
+
+
+def _experts_per_token(config: Any) -> int:
+    return (_first(config, "num_experts_per_tok", "moe_topk") or 1) if _num_experts(config) else 0
+
+
+def _is_expert(name: str) -> bool:
+    """Whether a tensor belongs to routed experts, of which a token meets only some."""
+    return ".experts." in f".{name}"
+
+
+def _expert_elements(weights: Weights, layer: int) -> int:
+    return sum(info.numel for name, info in weights.infos(layer).items() if _is_expert(name))
 
 
 def _num_kv_heads(config: Any) -> int:
@@ -257,6 +277,15 @@ def _sliding_window(config: Any) -> int | None:
     if window is None or getattr(config, "use_sliding_window", True) is False:
         return None
     return window if kinds is None or set(kinds) == {"sliding_attention"} else None
+
+
+def _layer_windows(config: Any) -> tuple[int | None, ...]:
+    """The window of each layer where some slide and some do not, else nothing."""
+    kinds = getattr(config, "layer_types", None)
+    window = _first(config, "sliding_window")
+    if window is None or getattr(config, "use_sliding_window", True) is False or not kinds or len(set(kinds)) == 1:
+        return ()
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 def _eos_token_ids(config: Any, folder: Path) -> tuple[int, ...]:

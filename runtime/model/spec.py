@@ -26,6 +26,12 @@ class ModelSpec(msgspec.Struct, frozen=True):
     lm_head_flops_per_token: int
     eos_token_ids: tuple[int, ...]
     sliding_window: int | None = None
+    layer_windows: tuple[int | None, ...] = ()
+    """The positions that each layer attends to, None for all; empty: `sliding_window` for every layer."""
+    num_experts: int = 0
+    experts_per_token: int = 0
+    layer_expert_bytes: tuple[int, ...] = ()
+    """The part of `layer_bytes` that is routed experts, of which a token meets `experts_per_token`; empty: none."""
 
     def kv_bytes_per_token_layer(self) -> int:
         """K and V of one position in one layer, in bytes."""
