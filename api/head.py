@@ -221,7 +221,7 @@ def _make_state(config: ServeConfig, spec: ModelSpec) -> SchedulerState:
         raise StartError(f"--stages {config.num_stages}: {spec.name} has only {spec.num_layers} layers")
     what = f"{spec.folder}\0{spec.dtype}\0{spec.architecture}\0{config.implementation}"
     batching = BatchingConfig(
-        num_microbatches=config.num_microbatches or config.num_stages,
+        num_microbatches=config.num_microbatches,
         max_step_tokens=config.step_tokens,
         max_running=config.max_running,
         max_queue=config.max_queue,

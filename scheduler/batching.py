@@ -79,8 +79,15 @@ class Batcher:
         self.is_squeezed = False
         """While True the pool is smaller than the layout allows, because a change needs the room: what is preempted now is
         preempted for its sake."""
+        self.num_stages = 1
+        """Of the layout served; while one follows another, of the longer one."""
         self.prices = StepPrices()
         self.counters = Counters()
+
+    @property
+    def num_microbatches(self) -> int:
+        """Steps that may be in flight."""
+        return self._config.num_microbatches or self.num_stages
 
     # -- what is there ------------------------------------------------------------------------------------
 
@@ -262,7 +269,7 @@ class Batcher:
     def next_step(self, now_s: float) -> StepPlan | None:
         """The next step to send, or None when every microbatch is in flight or nothing is ready."""
         config = self._config
-        if not self._lanes or self.is_held or self._num_in_flight >= config.num_microbatches:
+        if not self._lanes or self.is_held or self._num_in_flight >= self.num_microbatches:
             return None
         step = StepBuilder(config.max_step_tokens)
         decode_s = self._take_decodes(step)
@@ -286,7 +293,7 @@ class Batcher:
         self._num_in_flight += 1
         released, self._released[step.epoch] = self._released[step.epoch], []
         self.counters.steps += 1
-        return StepPlan(step.epoch, ordinal, ordinal % config.num_microbatches, rows, released, step.fence)
+        return StepPlan(step.epoch, ordinal, ordinal % self.num_microbatches, rows, released, step.fence)
 
     def complete(self, result: StepResult) -> list[Output]:
         """Apply what a step brought. A stale result (older epoch, unknown step) is counted and dropped."""
@@ -354,7 +361,7 @@ class Batcher:
     def _take_decodes(self, step: StepBuilder) -> float:
         """What the rows taken cost, in the unit of the prices."""
         prices = self.prices
-        share = prices.decode_s(self._num_decoding, self._decoding_context) / self._config.num_microbatches
+        share = prices.decode_s(self._num_decoding, self._decoding_context) / self.num_microbatches
         ready, later, cost = self._ready, [], 0.0
         while ready and cost < share and step.budget > 0:
             sequence = ready.popleft()
@@ -379,7 +386,7 @@ class Batcher:
         goal_s, prices = self._config.tpot_goal_s, self.prices
         if not (goal_s and prices.prefill_s and self._num_decoding):
             return self._config.max_step_tokens
-        left_s = goal_s / self._config.num_microbatches - prices.step_s - decode_s
+        left_s = goal_s / self.num_microbatches - prices.step_s - decode_s
         return max(MIN_CHUNK_TOKENS, int(left_s / prices.prefill_s))
 
     def _take_prefills(self, step: StepBuilder) -> None:

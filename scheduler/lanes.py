@@ -18,6 +18,7 @@ class BatchingConfig:
     """Bounds on everything that the batcher may pile up."""
 
     num_microbatches: int = 2
+    """Steps in flight at most; 0 for as many as the layout has stages."""
     max_step_tokens: int = 256
     max_running: int = 256
     max_queue: int = 1024

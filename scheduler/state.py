@@ -414,7 +414,7 @@ class SchedulerState:
         for name in self.members.in_order()[:num_stages]:
             info = self.members.workers[name].info
             devices.append(Device(name, Speed(kind_of_worker(info.device, info.device_name, 1))))
-        serving = Serving(self.batching.max_step_tokens, self.batching.max_running, self.batching.num_microbatches)
+        serving = Serving(self.batching.max_step_tokens, self.batching.max_running, self.batching.num_microbatches or num_stages)
         return default_counts(Facts(self.cluster.spec), devices, serving)
 
     def _num_units(self, name: WorkerName) -> int:
@@ -488,8 +488,12 @@ class SchedulerState:
         """Steps of this layout's epoch may be formed."""
         self.layouts[layout.epoch] = layout
         self.hop_sums[layout.epoch] = [HopSums() for _ in layout.segments]
+        self._count_stages()
         if self.status == "serving":
             self.directory.open_epoch(layout.epoch, tuple((s.worker, s.layers) for s in layout.segments))
+
+    def _count_stages(self) -> None:
+        self.batcher.num_stages = max(len(layout.workers) for layout in self.layouts.values())
 
     def adopt_layout(self, layout: Layout) -> None:
         """Nothing runs in the present layout any more; this one takes its place."""
@@ -497,6 +501,7 @@ class SchedulerState:
         old = self.layout
         self.directory.close_epoch(old.epoch)
         del self.layouts[old.epoch], self.hop_sums[old.epoch]
+        self._count_stages()
         self.layout, self.epoch = layout, layout.epoch
         for name in layout.workers:
             worker = self.members.workers[name]

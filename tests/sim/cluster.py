@@ -447,6 +447,7 @@ class SimCluster:
             found = worker.member.audit(Audit([], 1 << 60))
             assert not found.problems, f"{worker.name}: {found.problems}"
             if layout is not None and self.head.status == "serving":
+                assert self.head.batcher.num_stages == len(layout.workers)
                 self._audit_cache(worker, layout)
                 expected = set(unit_keys(layout, worker.name))
                 assert worker.store.held() == expected, f"{worker.name} holds {worker.store.held()}, not {expected}"

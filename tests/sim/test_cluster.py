@@ -13,7 +13,7 @@ def scenario(seed: int, *, crashes: bool = False, changes: bool = False) -> SimC
     num_stages = rng.randint(1, 4)
     block_size = rng.choice((2, 4, 8))
     batching = BatchingConfig(
-        num_microbatches=rng.randint(1, num_stages + 1),
+        num_microbatches=rng.randint(0, num_stages + 1),
         max_step_tokens=rng.choice((3, 8, 64)),
         max_running=rng.choice((2, 6, 64)),
         max_queue=rng.choice((3, 100)),
