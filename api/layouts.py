@@ -94,7 +94,7 @@ def progress_line(view: dict[str, Any]) -> str:
     parts = []
     if phase == "shadow" and view["loading"]:
         parts.append(f"weights: {', '.join(view['loading'])} loading")
-    if phase in ("shadow", "flip") and view["snapshot_blocks"]:
+    if phase in ("copy", "flip") and view["snapshot_blocks"]:
         parts.append(f"snapshot {view['snapshot_blocks_arrived']} of {view['snapshot_blocks']} blocks")
     if phase == "flip":
         parts.append(f"{view['sequences_flipped']} sequences over, {view['sequences_left']} left")

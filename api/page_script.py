@@ -22,7 +22,7 @@ const size = bytes => {
 };
 const range = ([start, stop]) => stop > start + 1 ? `${start}–${stop - 1}` : stop > start ? `${start}` : "none";
 const chain = stages => stages.map(s => `${s.worker} ${range(s.layers)}`).join("  |  ");
-const PHASES = ["reserve", "prepare", "shadow", "flip", "retire"];
+const PHASES = ["reserve", "prepare", "shadow", "copy", "flip", "retire"];
 const KEPT_SAMPLES = 120, KEPT_NOTES = 6, SHOWN_CHANGES = 10, LINGER_MS = 5000;
 const COLOURS = 6;
 

@@ -77,6 +77,7 @@ class Handover:
     bytes_per_s: float = math.inf
     copy_s: float = 0.0
     """From the first slice of the snapshot to the last."""
+    _leaving: list[tuple[int, Move]] = field(default_factory=list)
     _jobs: list[_CopyJob] = field(default_factory=list)
     _copy_began_s: float = 0.0
     _rhythms: dict[SequenceId, _Rhythm] = field(default_factory=dict)
@@ -85,19 +86,20 @@ class Handover:
 
     # -- beginning ------------------------------------------------------------------------------------------
 
-    def begin(
-        self, prepare: Prepare, worker: WorkerName, pool: PagePool | None, old: Layout | None, starts: dict[int, int]
-    ) -> None:
-        """Take up the ends of all moves from and to `worker`; ``starts[hop]`` is the step due at a hop of `old`."""
-        for index, move in enumerate(prepare.moves):
-            if move.target == worker and prepare.mirror:
-                assert pool is not None
-                self.incoming[index] = Incoming(pool, tuple(move.layers))
-            if move.source == worker and prepare.mirror:
-                assert pool is not None
-                assert old is not None
-                hop = next(h for h, s in enumerate(old.segments) if move.layers.start in s.layers)
-                self.sources.append(_Source(index, move, Outgoing(pool, tuple(move.layers)), hop, starts[hop]))
+    def begin(self, prepare: Prepare, worker: WorkerName, pool: PagePool) -> None:
+        """Make ready for what will come to `worker`, if KV is to follow."""
+        if prepare.copies:
+            self._leaving = [(i, move) for i, move in enumerate(prepare.moves) if move.source == worker]
+            arriving = [(i, move) for i, move in enumerate(prepare.moves) if move.target == worker]
+            self.incoming = {index: Incoming(pool, tuple(move.layers)) for index, move in arriving}
+
+    def start_mirror(self, pool: PagePool, old: Layout, starts: dict[int, int]) -> list[tuple[int, int]]:
+        """Mirror what leaves, from the steps that are due now at each hop of `old`; each such move with its first step."""
+        for index, move in self._leaving:
+            hop = next(h for h, s in enumerate(old.segments) if move.layers.start in s.layers)
+            self.sources.append(_Source(index, move, Outgoing(pool, tuple(move.layers)), hop, starts[hop]))
+        self._leaving = []
+        return [(source.index, source.start) for source in self.sources]
 
     def open(self, starts: list[int]) -> None:
         """The mirror's starts are known: the fence can be judged, steps of the next epoch may run."""

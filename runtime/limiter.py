@@ -3,15 +3,11 @@
 Two things take time from steps: a step that comes while background work runs waits for the end of that slice, and a worker
 without idle time has none to give. So background work gets a *share* of the time that follows from how busy the worker
 is: a fifth of the time that steps leave free, at least `MIN_SHARE` (or a saturated worker could never give
-its layers away), and all of it when no step came for a while. A worker that serves nothing yet has no steps to go by, but it
-may share its processors with others that do: its loader looks at the host instead (`HostLoad`). After a slice that took t seconds the next may begin
+its layers away), and all of it when no step came for a while. After a slice that took t seconds the next may begin
 t / share later. On top of that, `bytes_per_s` bounds what one change may put on the network.
 """
 
 import math
-import time
-
-import psutil
 
 MIN_SHARE = 0.02
 SHARE_OF_FREE = 0.2
@@ -50,23 +46,3 @@ class Limiter:
         if self.is_idle(now_s):
             return 0.0
         return max(worked_s * (1.0 / self.share(now_s) - 1.0), num_bytes / bytes_per_s - worked_s, 0.0)
-
-
-class HostLoad:
-    """How much of this host's processors others leave to a worker that serves nothing yet."""
-
-    def __init__(self) -> None:
-        self._looked_s = self._own_s = 0.0
-        self._share = SHARE_OF_FREE
-
-    def free_share(self) -> float:
-        """Of one processor's time, in [MIN_SHARE, 1]: all of it while one is free, else what limits it as on a busy worker."""
-        now_s, own_s = time.monotonic(), time.process_time()
-        elapsed_s = now_s - self._looked_s
-        if elapsed_s > IDLE_AFTER_S:
-            idle = 1.0 - psutil.cpu_percent(None) / 100.0
-            free = idle * (psutil.cpu_count() or 1) + (own_s - self._own_s) / elapsed_s
-            if elapsed_s < 1.0:  # else what was seen is of long ago, or this is the first look
-                self._share = 1.0 if free >= 1.0 else max(MIN_SHARE, SHARE_OF_FREE * free)
-            self._looked_s, self._own_s = now_s, own_s
-        return self._share

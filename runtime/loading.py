@@ -2,12 +2,14 @@
 
 Units are loaded one at a time, so the peak is the worker's units plus the one being read. A *shadow* is loaded by a
 thread of its own while steps run, from the checkpoint or from the peer that holds the unit (`runtime.exchange`), with rests
-between units that the worker's limiter sets, and warmed up on pages that nobody else uses. (Not at a lower
-priority: a thread that the system starves while it holds the interpreter's lock starves the steps with it.) Its units stand
-beside the others as soon as they are built; nothing runs on them before the flip. Only one thread builds at a time.
+between pieces of the work that the worker's limiter sets, and warmed up on pages that nobody else uses. (Not at a lower
+priority, unless the worker serves nothing yet: a thread that the system starves while it holds the interpreter's lock starves the steps with it.)
+Its units stand beside the others as soon as they are built; nothing runs on them before the flip. Only one thread builds at a time.
 """
 
+import contextlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,7 +25,6 @@ from runtime import attention, sampling
 from runtime.batch import LayerKV, StepBatch
 from runtime.device import DeviceInfo
 from runtime.exchange import FetchFailed, Importer, Sources
-from runtime.limiter import HostLoad
 from runtime.member import Pace, UnitKey
 from runtime.messages import Load
 from runtime.model.builder import UnitBuilder
@@ -63,7 +64,6 @@ class Loader:
         self._shadow: threading.Thread | None = None
         self._shadow_token = 0
         self._sources = Sources()
-        self._host = HostLoad()
         self._form: str | None = None
         self._process = psutil.Process()
 
@@ -158,6 +158,8 @@ class Loader:
 
     def _load_shadow(self, load: Load, keys: Sequence[UnitKey], transition: int, pace: Pace, token: int) -> None:
         started_s, peer_bytes = time.perf_counter(), 0
+        if pace.is_idle:
+            _give_way()
         try:
             spec = self._open(load)
             missing = [key for key in keys if self._get(key) is None]
@@ -207,8 +209,7 @@ class Loader:
             nonlocal mark_s
             worked_s = time.thread_time() - mark_s
             if worked_s >= PIECE_S:
-                share = self._host.free_share() if pace.is_idle else pace.share()
-                time.sleep(worked_s * (1.0 / share - 1.0))
+                time.sleep(worked_s * (1.0 / pace.share() - 1.0))
                 mark_s = time.thread_time()
 
         return rest
@@ -342,6 +343,12 @@ def warm_up(
             if "lm_head" in keys and units.lm_head is not None:
                 units.lm_head(hidden[:count])
                 rest()
+
+
+def _give_way() -> None:
+    """Put this thread behind all others on this host. Only where no step can wait for it."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def _unit_bytes(spec: ModelSpec, key: UnitKey) -> int:

@@ -39,6 +39,7 @@ from runtime.messages import (
     LoadFailed,
     LoadProgress,
     Mirror,
+    Mirroring,
     Open,
     Pages,
     Prepare,
@@ -46,6 +47,7 @@ from runtime.messages import (
     Retire,
     Retired,
     ShadowReady,
+    StartMirror,
     Step,
     StepPlan,
     StepResult,
@@ -348,7 +350,7 @@ class Member:
     # -- a transition ---------------------------------------------------------------------------------------
 
     def prepare(self, prepare: Prepare) -> None:
-        """Begin a transition: room for the arriving layers, the mirror of the leaving ones, the shadow's loading."""
+        """Begin a transition: room for the arriving layers, and the shadow's loading."""
         if prepare.transition <= self._last_transition:
             return
         self._last_transition = prepare.transition
@@ -366,20 +368,13 @@ class Member:
             self._outbox.to_head(TransitionFailed(self._name, prepare.transition, f"{type(error).__name__}: {error}"))
             return
         self._handover = handover = Handover(prepare.transition, prepare.source_epoch, layout)
-        starts: dict[int, int] = {}
-        if old is not None:
-            for hop, segment in enumerate(old.layout.segments):
-                if segment.worker == self._name:
-                    order = self._order.get((prepare.source_epoch, hop))
-                    starts[hop] = order.next_ordinal if order is not None else 0
-        handover.begin(prepare, self._name, self.pool, old.layout if old else None, starts)
+        handover.begin(prepare, self._name, self.pool)
         if self._name in layout.workers:
             self._stages[layout.epoch] = Stage(layout, self._name, self._store.units, self.pool, self._device)
         self._outbox.to_head(
             Prepared(
                 worker=self._name,
                 transition=prepare.transition,
-                starts=[(source.index, source.start) for source in handover.sources],
                 num_pages=self.pool.num_pages,
                 page_bytes=self.pool.page_bytes,
             )
@@ -405,6 +400,21 @@ class Member:
     def fetch(self, fetch: Fetch) -> None:
         """A peer asks for a unit that is here; it is sent in the background."""
         self._exports.append(Export(fetch, self._store.parts(fetch.unit, fetch.form)))
+
+    def start_mirror(self, message: StartMirror) -> None:
+        """From the next step on, mirror the rows of the layers that leave."""
+        handover = self._handover
+        if handover is None or handover.transition != message.transition:
+            return
+        stage = self._stages[handover.source_epoch]
+        assert self.pool is not None, "a source of KV has a pool"
+        starts: dict[int, int] = {}
+        for hop, segment in enumerate(stage.layout.segments):
+            if segment.worker == self._name:
+                order = self._order.get((handover.source_epoch, hop))
+                starts[hop] = order.next_ordinal if order is not None else 0
+        begun = handover.start_mirror(self.pool, stage.layout, starts)
+        self._outbox.to_head(Mirroring(self._name, message.transition, begun))
 
     def copy(self, copy: Copy) -> None:
         if self._handover is not None and self._handover.transition == copy.transition:

@@ -164,9 +164,8 @@ class Audit(msgspec.Struct, frozen=True, array_like=True, tag=5):
 class Prepare(msgspec.Struct, frozen=True, array_like=True, tag=6):
     """A transition begins. Give back the pages of `retired_blocks`, get ready for `load.layout`, answer `Prepared`.
 
-    A worker that gains units loads them in the background as a shadow and answers `ShadowReady`. One that loses layers
-    mirrors, from the step that its answer names, the rows of these layers to their targets. With `mirror` false
-    (nothing will be copied) it does not. `ends` hold the embedding and the LM head in the old layout.
+    A worker that gains units loads them in the background as a shadow and answers `ShadowReady`. With `copies` the KV of the
+    moving layers will follow. `ends` hold the embedding and the LM head in the old layout.
     """
 
     transition: int
@@ -174,7 +173,7 @@ class Prepare(msgspec.Struct, frozen=True, array_like=True, tag=6):
     load: Load
     moves: tuple[Move, ...]
     retired_blocks: list[BlockId]
-    mirror: bool
+    copies: bool
     ends: tuple[WorkerName, WorkerName]
 
 
@@ -269,6 +268,12 @@ class Weights(msgspec.Struct, frozen=True, array_like=True, tag=14):
     checksum: int = 0
 
 
+class StartMirror(msgspec.Struct, frozen=True, array_like=True, tag=16):
+    """The shadow is up: from now on send the rows that steps write in leaving layers to their targets. Answer `Mirroring`."""
+
+    transition: int
+
+
 class Trace(msgspec.Struct, frozen=True, array_like=True, tag=15):
     """Record spans from now on, or no more, and answer `Traced` at once, whatever runs (a call, not a message)."""
 
@@ -290,6 +295,7 @@ ToWorker: TypeAlias = (
     | Pages
     | Fetch
     | Weights
+    | StartMirror
     | Trace
 )
 
@@ -404,11 +410,10 @@ class Audited(msgspec.Struct, frozen=True, array_like=True, tag=40):
 
 
 class Prepared(msgspec.Struct, frozen=True, array_like=True, tag=41):
-    """`starts` pairs each move of which the worker is the source with the first step that it mirrors."""
+    """There is room for the arriving layers, and they are being loaded. `num_pages` is the size of the pool."""
 
     worker: WorkerName
     transition: int
-    starts: list[tuple[int, int]]
     num_pages: int
     page_bytes: int
 
@@ -464,6 +469,14 @@ class Retired(msgspec.Struct, frozen=True, array_like=True, tag=45):
     copy_us: int = 0
 
 
+class Mirroring(msgspec.Struct, frozen=True, array_like=True, tag=47):
+    """`starts` pairs each move of which the worker is the source with the first step that it mirrors."""
+
+    worker: WorkerName
+    transition: int
+    starts: list[tuple[int, int]]
+
+
 class Traced(msgspec.Struct, frozen=True, array_like=True, tag=46):
     """The answer to `Trace`: the clock as it was read, and the spans since the tracer was started.
 
@@ -491,6 +504,7 @@ ToHead: TypeAlias = (
     | TransitionFailed
     | Copied
     | Retired
+    | Mirroring
     | Traced
 )
 

@@ -42,6 +42,7 @@ from runtime.messages import (
     Prepare,
     Retire,
     Shutdown,
+    StartMirror,
     Step,
     StepFailed,
     ToHead,
@@ -89,6 +90,7 @@ _Message = (
     | Mirror
     | Pages
     | Fetch
+    | StartMirror
     | Audit
     | Shutdown
     | _ShadowBuilt
@@ -261,6 +263,8 @@ class Worker:
                 member.load(message)
             case Prepare():
                 member.prepare(message)
+            case StartMirror():
+                member.start_mirror(message)
             case Copy():
                 member.copy(message)
             case Open():

@@ -133,16 +133,18 @@ class Batcher:
         """The last step of `epoch` that has come back, with all before it."""
         return self._lanes[epoch].completed
 
-    def live_blocks(self) -> list[BlockId]:
-        """Blocks whose content matters: those of running sequences, oldest sequence first, then the cached ones."""
+    def live_blocks(self) -> tuple[list[BlockId], int]:
+        """Blocks whose content matters: those of running sequences, oldest sequence first, and how many these are; then
+        the ones in limbo and the cached ones."""
         running = sorted((s for s in self._sequences.values() if s.running), key=lambda s: s.id)
         blocks = dict.fromkeys(block for sequence in running for block in sequence.blocks)
+        num_running = len(blocks)
         for _, _, limbo in self._limbo:
             for block in limbo:
                 blocks.setdefault(block)
         for block in reversed(self._pool.cached_blocks()):
             blocks.setdefault(block)
-        return list(blocks)
+        return list(blocks), num_running
 
     # -- epochs -------------------------------------------------------------------------------------------
 

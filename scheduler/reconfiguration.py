@@ -20,11 +20,25 @@ from kvstore.block_pool import BlockPool
 from kvstore.directory import Directory
 from kvstore.ids import Epoch, WorkerName
 from runtime.layout import Layout, Move, moves_between
-from runtime.messages import Cancel, Copied, Copy, Load, Open, Prepare, Prepared, Retire, Retired, ShadowReady, ToWorker
+from runtime.messages import (
+    Cancel,
+    Copied,
+    Copy,
+    Load,
+    Mirroring,
+    Open,
+    Prepare,
+    Prepared,
+    Retire,
+    Retired,
+    ShadowReady,
+    StartMirror,
+    ToWorker,
+)
 from scheduler.batching import Batcher
 from scheduler.lanes import Opening
 from scheduler.membership import Membership
-from scheduler.transition import NEXT_PHASES, Phase, Report, Snapshot, Strategy, describe, split_into_hops
+from scheduler.transition import ABORTABLE, NEXT_PHASES, Phase, Report, Snapshot, Strategy, describe, split_into_hops
 
 MAX_QUEUED = 16
 MAX_REPORTS = 64
@@ -104,6 +118,8 @@ class _Transition:
     starts: dict[int, int] = field(default_factory=dict)
     num_pages: dict[WorkerName, int] = field(default_factory=dict)
     snapshot: Snapshot | None = None
+    num_needed: int = 0
+    """Blocks of the snapshot, from the first on, without which nothing flips."""
     opening: Opening | None = None
     pauses: _Pauses = field(default_factory=_Pauses)
     why: str = ""
@@ -196,7 +212,7 @@ class Reconfiguration:
                 self.num_aborts_asked += 1
                 return True
         now = self._now
-        if now is None or now.change.id != transition or now.phase not in ("reserve", "prepare", "shadow"):
+        if now is None or now.change.id != transition or now.phase not in ABORTABLE:
             return False
         if now.report.num_hops - len(now.later) > 1:
             return False
@@ -211,8 +227,13 @@ class Reconfiguration:
         if now is None or message.worker not in now.awaiting or now.phase != "prepare":
             return
         now.awaiting.discard(message.worker)
-        now.starts.update(message.starts)
         now.num_pages[message.worker] = message.num_pages
+
+    def mirroring(self, message: Mirroring) -> None:
+        now = self._current(message.transition)
+        if now is not None and now.phase == "copy" and message.worker in now.awaiting:
+            now.awaiting.discard(message.worker)
+            now.starts.update(message.starts)
 
     def shadow_ready(self, message: ShadowReady) -> None:
         now = self._current(message.transition)
@@ -233,7 +254,7 @@ class Reconfiguration:
     def failed(self, worker: WorkerName, transition: int, error: str) -> bool:
         """A worker could not do its part: abort, if nothing has flipped. False when it is too late for that."""
         now = self._current(transition)
-        if now is not None and now.phase in ("reserve", "prepare", "shadow"):
+        if now is not None and now.phase in ABORTABLE:
             self._abort(now, f"{worker}: {error}")
         return now is None or now.phase != "flip"
 
@@ -268,7 +289,7 @@ class Reconfiguration:
             return False
         now.awaiting.discard(name)
         now.workers = tuple(worker for worker in now.workers if worker != name)
-        if now.phase in ("reserve", "prepare", "shadow"):
+        if now.phase in ABORTABLE:
             self._abort(now, f"worker {name} was lost before anything had flipped")
         return True
 
@@ -300,7 +321,7 @@ class Reconfiguration:
     def _advance_once(self, now: _Transition) -> bool:
         """One phase further? Each branch is the condition under which its phase ends."""
         head = self._head
-        if now.phase in ("reserve", "prepare", "shadow") and head.now_s - now.began_s > now.change.deadline_s:
+        if now.phase in ABORTABLE and head.now_s - now.began_s > now.change.deadline_s:
             self._abort(now, f"its deadline of {now.change.deadline_s:g} s has passed in phase {now.phase}")
             return True
         match now.phase:
@@ -312,10 +333,17 @@ class Reconfiguration:
                 if now.awaiting:
                     return False
                 if self._has_room(now):
-                    self._shadow(now)
+                    now.enter("shadow", head.now_s)
             case "shadow":
-                stopped = now.change.strategy == "stop-copy"
-                if now.not_warm or (stopped and now.snapshot is not None and not now.snapshot.is_complete):
+                if now.not_warm:
+                    return False
+                self._start_mirror(now)
+            case "copy":
+                if now.awaiting:
+                    return False
+                if now.snapshot is None:
+                    self._copy(now)
+                if now.snapshot.num_arrived < now.num_needed:
                     return False
                 self._flip(now)
             case "flip":
@@ -442,7 +470,7 @@ class Reconfiguration:
         ends = (now.old.embedding_worker, now.old.lm_head_worker)
         for name in now.workers:
             load = head.load_message(now.new, name)
-            prepare = Prepare(now.new.epoch, now.old.epoch, load, now.moves, retired, mirror=now.copies, ends=ends)
+            prepare = Prepare(now.new.epoch, now.old.epoch, load, now.moves, retired, now.copies, ends)
             head.send(name, prepare)
 
     def _has_room(self, now: _Transition) -> bool:
@@ -456,10 +484,17 @@ class Reconfiguration:
         self._abort(now, "the pool of a worker that joins is smaller than was thought")
         return False
 
-    def _shadow(self, now: _Transition) -> None:
+    def _start_mirror(self, now: _Transition) -> None:
+        now.enter("copy", self._head.now_s)
+        now.awaiting = {move.source for move in now.moves} if now.copies else set()
+        for name in sorted(now.awaiting):
+            self._head.send(name, StartMirror(now.new.epoch))
+
+    def _copy(self, now: _Transition) -> None:
+        """All mirrors are on. What is live now, and was written before, is copied: running sequences first."""
         head = self._head
-        now.enter("shadow", head.now_s)
-        blocks = head.batcher.live_blocks() if now.copies else []
+        blocks, num_running = head.batcher.live_blocks() if now.copies else ([], 0)
+        now.num_needed = len(blocks) if now.change.strategy == "stop-copy" else num_running
         now.snapshot = Snapshot(blocks, len(now.moves) if now.copies else 0)
         now.report.blocks_copied += len(blocks)
         rate = NO_LIMIT if now.change.strategy == "stop-copy" else now.change.bytes_per_s

@@ -33,6 +33,7 @@ from runtime.messages import (
     Loaded,
     LoadFailed,
     LoadProgress,
+    Mirroring,
     Prepared,
     Retired,
     ShadowReady,
@@ -325,6 +326,8 @@ class SchedulerState:
                 self._lose(message.worker, f"step {message.ordinal} failed: {message.error}", now_s, effects)
             case Leave():
                 self._lose(message.worker, f"it leaves: {message.reason}", now_s, effects)
+            case Mirroring():
+                self.reconfiguration.mirroring(message)
             case Prepared():
                 self.reconfiguration.prepared(message)
             case ShadowReady():
@@ -414,7 +417,9 @@ class SchedulerState:
         for name in self.members.in_order()[:num_stages]:
             info = self.members.workers[name].info
             devices.append(Device(name, Speed(kind_of_worker(info.device, info.device_name, 1))))
-        serving = Serving(self.batching.max_step_tokens, self.batching.max_running, self.batching.num_microbatches or num_stages)
+        serving = Serving(
+            self.batching.max_step_tokens, self.batching.max_running, self.batching.num_microbatches or num_stages
+        )
         return default_counts(Facts(self.cluster.spec), devices, serving)
 
     def _num_units(self, name: WorkerName) -> int:

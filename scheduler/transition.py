@@ -3,8 +3,9 @@
 The phases, and what each waits for:
 
     reserve   room: the block pool has shrunk to what both layouts can hold, and the steps that were in flight are back
-    prepare   every worker of both layouts is ready: mirrors on, pages and shadows begun
-    shadow    the arriving units are loaded and warm; the snapshot is being copied
+    prepare   every worker of both layouts has made room and begun to load what arrives
+    shadow    the arriving units are loaded and warm
+    copy      mirrors are on; what running sequences wrote before has been copied
     flip      sequences go over, each between two of its steps, as soon as its snapshot has arrived
     retire    the old layout is empty: the workers drop it and report
     committed | aborted | refused
@@ -24,17 +25,19 @@ from runtime.layout import Layout, Move, layout_from_owners
 
 Strategy: TypeAlias = Literal["live", "stop-copy", "drain", "recompute"]
 STRATEGIES: tuple[Strategy, ...] = ("live", "stop-copy", "drain", "recompute")
-Phase: TypeAlias = Literal["reserve", "prepare", "shadow", "flip", "retire", "abort", "done"]
+Phase: TypeAlias = Literal["reserve", "prepare", "shadow", "copy", "flip", "retire", "abort", "done"]
 
 NEXT_PHASES: dict[Phase, tuple[Phase, ...]] = {
     "reserve": ("prepare", "abort"),
     "prepare": ("shadow", "abort"),
-    "shadow": ("flip", "abort"),
+    "shadow": ("copy", "abort"),
+    "copy": ("flip", "abort"),
     "flip": ("retire", "done"),
     "retire": ("reserve", "done"),
     "abort": ("done",),
     "done": (),
 }
+ABORTABLE: tuple[Phase, ...] = ("reserve", "prepare", "shadow", "copy")
 """``flip -> done`` is a worker's death after the first flip; ``retire -> reserve`` the next hop of a change in place."""
 
 

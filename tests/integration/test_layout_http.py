@@ -142,7 +142,7 @@ async def test_a_change_under_load_is_shown_and_not_felt(own: Server) -> None:
     assert [report["outcome"] for report in reports] == ["committed", "committed"]
     phases = [event["transition"]["phase"] for event in events if event.get("transition")]
     first = list(dict.fromkeys(phases))
-    assert first == [phase for phase in ("reserve", "prepare", "shadow", "flip", "retire") if phase in first]
+    assert first == [phase for phase in ("reserve", "prepare", "shadow", "copy", "flip", "retire") if phase in first]
     assert {"shadow", "retire"} <= set(first)
     for report in reports:
         view = own.get(f"/admin/transitions/{report['id']}")[1]

@@ -32,6 +32,7 @@ from runtime.messages import (
     Prepare,
     Retire,
     Sampling,
+    StartMirror,
     Step,
     ToHead,
     ToWorker,
@@ -262,6 +263,8 @@ class SimWorker:
                 member.load(message)
             case Prepare():
                 member.prepare(message)
+            case StartMirror():
+                member.start_mirror(message)
             case Copy():
                 member.copy(message)
             case Open():

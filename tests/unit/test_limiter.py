@@ -1,11 +1,8 @@
 """The limiter: the busier a worker is, the less of its time goes to a change of layout, and never none."""
 
-import time
-
-import psutil
 import pytest
 
-from runtime.limiter import IDLE_AFTER_S, MIN_SHARE, SHARE_OF_FREE, HostLoad, Limiter
+from runtime.limiter import IDLE_AFTER_S, MIN_SHARE, SHARE_OF_FREE, Limiter
 
 
 def after_steps(busy: float, *, seconds: float = 5.0, step_s: float = 0.01) -> tuple[Limiter, float]:
@@ -50,15 +47,3 @@ def test_rests_keep_the_share_and_the_rate() -> None:
     assert 0.001 / (0.001 + limiter.rest_s(now_s, 0.001)) == pytest.approx(share)
     slow = limiter.rest_s(now_s, 0.001, num_bytes=1_000_000, bytes_per_s=10e6)
     assert 0.001 + slow == pytest.approx(0.1)
-
-
-@pytest.mark.parametrize(("percent", "expected"), [(0.0, 1.0), (100.0, MIN_SHARE), (75.0, 0.5 * SHARE_OF_FREE)])
-def test_a_worker_without_steps_looks_at_its_host(
-    percent: float, expected: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(psutil, "cpu_percent", lambda interval: percent)
-    monkeypatch.setattr(psutil, "cpu_count", lambda: 2)
-    host = HostLoad()
-    assert host.free_share() == SHARE_OF_FREE, "before it has seen anything"
-    time.sleep(IDLE_AFTER_S + 0.02)
-    assert host.free_share() == pytest.approx(expected, abs=0.05 * SHARE_OF_FREE)
