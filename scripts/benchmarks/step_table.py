@@ -8,7 +8,7 @@ A stage's time is the length of the recording; its compute thread is always in e
     products         matrix products, the LM head and the final norm with them
     sampling         from logits to tokens
     sending          encoding and handing over what goes to the next hop or to the head
-    transition       mirror, snapshot and received KV; 0 unless a layout changes
+    transition       mirror, snapshot, weights sent and received KV; 0 unless a layout changes
     else             all that remains: norms, rotary embedding, KV writes, the batch's arrays, Python between the kernels
 
 All are wall time: on a machine whose cores are shared, a thread that was made to wait for a core stretches the part that it was
@@ -19,7 +19,7 @@ tell their products from the rest; there *else* has both.
 from collections.abc import Iterable
 
 SHARES = ("waiting", "decode message", "attention", "products", "else", "sampling", "sending", "transition")
-_TRANSITION = frozenset(("mirror", "handover", "rows applied", "pages applied", "snapshot slice"))
+_TRANSITION = frozenset(("mirror", "handover", "rows applied", "pages applied", "snapshot slice", "weights sent"))
 
 
 def breakdown(trace: dict) -> dict:
