@@ -190,8 +190,8 @@ class Loader:
         if unit is None:
             holder, unit = None, self._build(key)
         if self.tracer.is_on:
-            source = "" if holder is None else f" from {holder}"
-            self.tracer.span("shadow", f"load {key}{source}", began_s, time.perf_counter())
+            way = "load" if holder is None else "fetch"
+            self.tracer.span("shadow", f"{way} {key}", began_s, time.perf_counter())
         with self._lock:
             if token != self._shadow_token:
                 return None

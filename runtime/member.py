@@ -511,7 +511,7 @@ class Member:
         if began_s < self._background_due_s:
             return
         if self._exports:
-            what, num_bytes = "weights slice", self._send_weights()
+            what, num_bytes = "weights sent", self._send_weights()
         elif self._handover is not None and self._handover.has_slices:
             what, num_bytes = "snapshot slice", self._handover.send_slice(began_s, self._outbox.to_peer)
             bytes_per_s = self._handover.bytes_per_s
