@@ -1,0 +1,412 @@
+"""When to change the layout: the planner's proposals against what a change costs, and what became of earlier ones. Pure.
+
+Every `interval_s` the planner is asked (`decide`). Its gain is taken with a grain of salt: times `trust`, which is what came
+true of earlier predictions, and times the *pressure*, since more capacity is worth nothing to a load that has enough of it.
+
+Then time works for the change. While the gain exceeds a threshold, the excess is added up (Page's one-sided CUSUM, 1954): the
+*regret* is how many seconds' worth of service the present layout has lost so far to the best one known. A change is due
+when the regret has reached its cost, as one buys skis when the rent paid has reached their price (Karlin, Manasse,
+Rudolph and Sleator 1988; for changing loads Borodin, Linial and Saks 1992): whatever comes, little more is lost than by
+knowing it. So a large gain acts within seconds, a small one after a while, and noise, which is sometimes above and
+sometimes below the threshold, never.
+
+On top of that, no change before the last one has stayed `min_stay_s`; none that the load, by how long loads lasted so far,
+will not pay back (loads that take turns faster than that are planned for together, as their mean); and each change raises the threshold for the next by a penalty that halves every `half_life_s` (route
+flap damping, RFC 2439), so that an oscillating load is followed only as far as it is worth it.
+
+After a change the time that a request in service spends per token is measured and compared with what it was before (times
+what the model says that the load's own change makes of it). `trust` moves towards the part of the prediction that came true.
+
+Never true: something is decided from the time of day or by chance; two changes within `min_stay_s`; a change in "advise".
+"""
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from runtime.layout import Layout
+from scheduler.planning.cost import Facts, MigrationCost, migration_cost
+from scheduler.planning.forecast import Device, Pipeline
+from scheduler.planning.monitor import Load, Measured, Monitor
+from scheduler.planning.planner import NoPlan, Plan, plan
+from scheduler.planning.sizing import Workers, num_wanted
+from scheduler.planning.traffic import Objective, Serving, Slo, Traffic
+
+Mode: TypeAlias = Literal["off", "advise", "on"]
+MODES: tuple[Mode, ...] = ("off", "advise", "on")
+MAX_LOG = 200
+_JUDGED_FROM = 0.02
+"""Predicted gains per token below this drown in noise and are not judged."""
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """What the operator wants, and how eager to be about it.
+
+    `min_gain` is relative; `overhead` the share of the service that a change takes while it goes on, `change_s` what it is
+    taken to cost beyond that (seconds of service). `pressure_at` is the utilization from which on capacity is worth all that it
+    promises. `elastic`: use no more workers than the load needs.
+    """
+
+    objective: Objective = "throughput"
+    slo: Slo = Slo()
+    elastic: bool = False
+    interval_s: float = 2.0
+    min_gain: float = 0.05
+    min_stay_s: float = 15.0
+    half_life_s: float = 60.0
+    horizon_s: float = 600.0
+    pay_back: float = 2.0
+    overhead: float = 0.15
+    change_s: float = 0.5
+    min_age_s: float = 3.0
+    min_requests: int = 4
+    settle_s: float = 3.0
+    verify_s: float = 10.0
+    verify_tokens: int = 200
+    retry_s: float = 60.0
+    shrink_after_s: float = 60.0
+    pressure_at: float = 0.7
+    headroom: float = 0.1
+    kv_bytes_per_s: float = 50e6
+    load_bytes_per_s: float = 200e6
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """A line of the log. `kind` is shift, advice, change, kept, refused, result, mode or workers."""
+
+    at_s: float
+    kind: str
+    text: str
+    numbers: dict[str, float] = {}
+
+
+class Decision(msgspec.Struct, frozen=True):
+    """Change to `layout` now."""
+
+    layout: Layout
+    gain: float
+    cost: MigrationCost
+    why: str
+
+
+class Error(msgspec.Struct, frozen=True):
+    """Predicted and measured for the layout that serves, under the load that there is. Seconds; 0 when not known."""
+
+    ttft_predicted_s: float
+    ttft_measured_s: float
+    tpot_predicted_s: float
+    tpot_measured_s: float
+    per_token_predicted_s: float
+    per_token_measured_s: float
+
+
+class _Trial(msgspec.Struct):
+    """A change whose result is awaited: what was served before it, and the relative gain per token that was predicted."""
+
+    decision: Decision
+    old: Layout
+    traffic: Traffic
+    before: Measured
+    gain: float
+    committed_s: float = math.inf
+
+
+class Autopilot:
+    """Tell `monitor` of the load; ask `decide` often; say what became of a decision with `committed` or `failed`."""
+
+    def __init__(self, facts: Facts, settings: Settings, serving: Serving, mode: Mode = "off") -> None:
+        self.facts, self.serving = facts, serving
+        self.settings = settings
+        self.mode: Mode = mode
+        self.monitor = Monitor()
+        self.log: deque[Entry] = deque(maxlen=MAX_LOG)
+        self.num_entries: dict[str, int] = {}
+        self.plan: Plan | None = None
+        self.load: Load | None = None
+        self.workers: Workers | None = None
+        self.error: Error | None = None
+        self.trust = 1.0
+        self.slowness = 1.0
+        """How long changes take, relative to what the table of speeds says."""
+        self.regret_s = 0.0
+        self.cost: MigrationCost | None = None
+        self._penalty = 0.0
+        self._penalty_at_s = 0.0
+        self._looked_s = -math.inf
+        self._changed_s = -math.inf
+        self._pending: _Trial | None = None
+        self._trial: _Trial | None = None
+        self._wanted = 0
+        self._wanted_more = 0
+        self._wanted_less: tuple[float, int] | None = None
+        self._blocked: dict[tuple[object, ...], tuple[float, float]] = {}
+        """Layouts that were refused or failed: until when they are left alone, and for how long that was."""
+        self._advised: tuple[object, ...] | None = None
+        self._needed_s = 0.0
+        """How long a load must last for the change that it asked for to pay; loads that do not are planned for together."""
+
+    # -- what happens -----------------------------------------------------------------------------------------
+
+    def observe(self, now_s: float, running: Sequence[tuple[float, int]], waiting: int, generated_tokens: int) -> None:
+        """A sample of the load, as `Monitor.sample` takes it."""
+        shift = self.monitor.sample(now_s, running, waiting, generated_tokens)
+        if shift is not None:
+            self._note(now_s, "shift", shift.text(), before=shift.before, after=shift.after)
+
+    def set_mode(self, now_s: float, mode: Mode) -> None:
+        if mode != self.mode:
+            self.mode, self._advised, self.regret_s = mode, None, 0.0
+            self._note(now_s, "mode", f"the autopilot is {mode}" if mode != "advise" else "the autopilot advises")
+
+    def committed(self, now_s: float, layout: Layout, took_s: float = 0.0) -> None:
+        """The layout has changed, by our decision or an operator's. `took_s` is how long the change went on, if known."""
+        self._penalty, self._penalty_at_s = self.penalty(now_s) + 1.0, now_s
+        self._changed_s, self.regret_s, self._advised, self._trial = now_s, 0.0, None, None
+        trial, self._pending = self._pending, None
+        if trial is not None and trial.decision.layout.segments == layout.segments:
+            if took_s > 0 and trial.decision.cost.seconds > 0:
+                off = math.log(took_s / trial.decision.cost.seconds)
+                self.slowness = min(max(self.slowness * math.exp(0.5 * off), 0.01), 100.0)
+            trial.committed_s = now_s
+            self._trial = trial
+
+    def failed(self, now_s: float, layout: Layout, why: str) -> None:
+        """What was decided could not be done; it is left alone for a while, twice as long each time."""
+        _, before_s = self._blocked.get(layout.segments, (0.0, self.settings.retry_s / 2))
+        self._blocked[layout.segments] = now_s + 2 * before_s, 2 * before_s
+        self._pending, self.regret_s = None, 0.0
+        self._note(now_s, "refused", f"{layout.brief()}: {why}")
+
+    def penalty(self, now_s: float) -> float:
+        """What is left of the penalties for changes; each added 1."""
+        return self._penalty * 0.5 ** ((now_s - self._penalty_at_s) / self.settings.half_life_s)
+
+    def threshold(self, now_s: float) -> float:
+        """The gain from which on regret is counted."""
+        return self.settings.min_gain * (1.0 + self.penalty(now_s))
+
+    # -- deciding -----------------------------------------------------------------------------------------------
+
+    def decide(
+        self, now_s: float, devices: Sequence[Device], present: Layout, *, kv_tokens: float = 0.0, is_free: bool = True
+    ) -> Decision | None:
+        """The change to make now, if any. `devices` are all workers that could serve; with `is_free` false (a change is under
+        way) nothing is decided. `kv_tokens` are the live and cached tokens that a change would copy.
+
+        A decision stands until `committed` or `failed` is called.
+        """
+        if self.mode == "off" or not is_free or now_s - self._looked_s < self.settings.interval_s:
+            return None
+        elapsed_s = min(now_s - self._looked_s, 2 * self.settings.interval_s)
+        found = self.look(now_s, devices, present, kv_tokens=kv_tokens)
+        if found is None or self._pending is not None:
+            return None
+        return self._weigh(now_s, elapsed_s, found, devices, present)
+
+    def look(self, now_s: float, devices: Sequence[Device], present: Layout, *, kv_tokens: float = 0.0) -> Plan | None:
+        """Plan for the load of now, for whoever wants to see it; None when there is no load to plan for, or no plan."""
+        self._looked_s = now_s
+        load = self.monitor.load()
+        if load is not None and load.remaining_s < self._needed_s:
+            load = self.monitor.load(mixed=True)
+        self.load = load
+        if load is None or load.age_s < self.settings.min_age_s or load.num_requests < self.settings.min_requests:
+            return None
+        try:
+            found = self._plan(now_s, devices, present, load)
+        except NoPlan as error:
+            self._advise(now_s, "kept", str(error), (str(error),))
+            return None
+        self.plan = found
+        self.cost = migration_cost(
+            self.facts,
+            present,
+            found.layout,
+            kv_tokens=kv_tokens,
+            kv_bytes_per_s=self.settings.kv_bytes_per_s / self.slowness,
+            load_bytes_per_s=self.settings.load_bytes_per_s / self.slowness,
+        )
+        assert found.present is not None
+        measured = self.monitor.measured(self._changed_s)
+        self.error = Error(
+            ttft_predicted_s=found.present.ttft_s,
+            ttft_measured_s=load.ttft_s,
+            tpot_predicted_s=found.present.tpot_s,
+            tpot_measured_s=load.tpot_s,
+            per_token_predicted_s=self._per_token_s(devices, present, load.traffic, measured),
+            per_token_measured_s=measured.service_s_per_token,
+        )
+        self._verify(now_s, devices, present, load)
+        return found
+
+    def _plan(self, now_s: float, devices: Sequence[Device], present: Layout, load: Load) -> Plan:
+        """The planner's answer; with `elastic` over no more workers than it takes."""
+        settings = self.settings
+
+        def ask(devices: Sequence[Device], num_stages: int, present: Layout | None, traffic: Traffic) -> Plan:
+            return plan(
+                self.facts, devices, traffic, serving=self.serving, objective=settings.objective, slo=settings.slo,
+                present=present, num_stages=num_stages, headroom=settings.headroom,
+            )  # fmt: skip
+
+        found = ask(devices, 0, present, load.traffic)
+        anyhow = load.traffic if load.is_closed else msgspec.structs.replace(load.traffic, concurrency=0.0)
+        wanted = self._settled(
+            now_s,
+            num_wanted(
+                lambda devices, k: ask(devices, k, None, anyhow),
+                devices,
+                self.facts.num_layers,
+                settings.slo,
+                len(present.workers),
+            ),
+            len(present.workers),
+        )
+        if settings.elastic and wanted < len(found.layout.workers):
+            found = _with_fewer(found, ask(devices, wanted, _if_on(wanted, present), load.traffic), present)
+        used = set(found.layout.workers)
+        spare = tuple(device.worker for device in devices if device.worker not in used | set(present.workers))
+        self.workers = Workers(len(devices), len(used), wanted, spare)
+        return found
+
+    def _settled(self, now_s: float, raw: int, num_serving: int) -> int:
+        """The number of workers wanted: more when it was more twice in a row, fewer when it was fewer for long."""
+        before = self._wanted = self._wanted or num_serving
+        if raw > before:
+            self._wanted = min(raw, self._wanted_more) if self._wanted_more > before else before
+            self._wanted_more, self._wanted_less = raw, None
+        elif raw == before:
+            self._wanted_more, self._wanted_less = 0, None
+        else:
+            since_s, most = self._wanted_less or (now_s, 0)
+            self._wanted_more, self._wanted_less = 0, (since_s, max(most, raw))
+            if now_s - since_s >= self.settings.shrink_after_s:
+                self._wanted, self._wanted_less = max(most, raw), None
+        if self._wanted != before:
+            self._note(now_s, "workers", f"{self._wanted} workers are wanted", wanted=self._wanted)
+        return self._wanted
+
+    def _weigh(
+        self, now_s: float, elapsed_s: float, found: Plan, devices: Sequence[Device], present: Layout
+    ) -> Decision | None:
+        """Add to the regret, and see whether it suffices."""
+        assert self.cost is not None
+        assert self.load is not None
+        settings, cost = self.settings, self.cost
+        cost_s = cost.seconds * settings.overhead + settings.change_s
+        until_s, _ = self._blocked.get(found.layout.segments, (-math.inf, 0.0))
+        shrinks = found.is_change and settings.elastic and len(found.layout.workers) < len(present.workers)
+        gain = self.worth(found)
+        if shrinks:  # what it saves counts as a gain
+            gain = max(gain, 1.0 - len(found.layout.workers) / len(present.workers))
+        if not found.is_change or now_s < until_s:
+            gain = 0.0
+        self.regret_s = min(max(0.0, self.regret_s + (gain - self.threshold(now_s)) * elapsed_s), 10 * cost_s)
+        if gain <= self.threshold(now_s) or self.regret_s < cost_s:
+            return None
+        what = f"{present.brief()} -> {found.layout.brief()}"
+        lasts_s = min(settings.horizon_s, self.load.remaining_s)
+        if gain * lasts_s < settings.pay_back * cost_s and not shrinks:
+            why = f"{what} would gain {gain:.0%}, but this load is expected to last {lasts_s:.0f} s, too short to pay"
+            self._needed_s = settings.pay_back * cost_s / gain
+            self.regret_s = 0.0
+            self._advise(now_s, "kept", why + "; planning for the mean of the last minutes", ("short",))
+            return None
+        why = f"{what}: {'fewer workers suffice' if shrinks else f'gain {gain:.0%}'}, cost {cost_s:.1f} s of service"
+        if self.mode == "advise":
+            self._advise(now_s, "advice", why, (found.layout.segments,))
+            return None
+        if now_s - self._changed_s < settings.min_stay_s:
+            return None
+        decision = Decision(found.layout, found.gain, cost, why)
+        before = self.monitor.measured(self._changed_s)
+        old_s = self._per_token_s(devices, present, found.traffic, before)
+        new_s = self._per_token_s(devices, found.layout, found.traffic, before)
+        self._pending = _Trial(decision, present, found.traffic, before, old_s / new_s - 1.0)
+        self._note(now_s, "change", why, gain=found.gain, trust=self.trust, cost_s=cost_s)
+        return decision
+
+    def worth(self, found: Plan) -> float:
+        """The gain as it is believed in: times trust and pressure, at most 10."""
+        return min(10.0, found.gain * self.trust * self.pressure(found)) if found.gain > 0 else 0.0
+
+    def pressure(self, found: Plan) -> float:
+        """How much of a gain in capacity the load would feel, in [0, 1]. Latency is felt always."""
+        traffic = found.traffic
+        if self.settings.objective == "latency" or traffic.requests_per_s <= 0:
+            return 1.0
+        if found.present_score <= 0:
+            return 1.0
+        return min(1.0, traffic.requests_per_s / (self.settings.pressure_at * found.present_score))
+
+    # -- learning -----------------------------------------------------------------------------------------------
+
+    def _verify(self, now_s: float, devices: Sequence[Device], present: Layout, load: Load) -> None:
+        """Compare what the last change brought with what it promised, once there is enough to see."""
+        trial, settings = self._trial, self.settings
+        if trial is None:
+            return
+        since_s = trial.committed_s + settings.settle_s
+        if trial.decision.layout.segments != present.segments or any(s.now_s > since_s for s in self.monitor.shifts):
+            self._trial = None
+            self._note(now_s, "result", "the load moved on before the last change could be judged")
+            return
+        after = self.monitor.measured(since_s)
+        if after.seconds < settings.verify_s or after.tokens < settings.verify_tokens:
+            return
+        self._trial = None
+        if trial.gain < _JUDGED_FROM or trial.before.tokens <= 0:
+            return  # what was to be gained does not show in the time per token
+        if not {*trial.old.workers, *present.workers} <= {device.worker for device in devices}:
+            return
+        then_s = self._per_token_s(devices, trial.old, trial.traffic, trial.before)
+        now_old_s = self._per_token_s(devices, trial.old, load.traffic, after)
+        came_true = trial.before.service_s_per_token * (now_old_s / then_s) / after.service_s_per_token - 1.0
+        share = min(max(came_true / trial.gain, 0.0), 1.5)
+        self.trust = min(1.0, max(0.1, self.trust + 0.4 * (share - self.trust)))
+        self._note(
+            now_s,
+            "result",
+            f"gained {came_true:.0%} per token of a predicted {trial.gain:.0%};"
+            f" predictions are now trusted to {self.trust:.0%}",
+            predicted=trial.gain,
+            came_true=came_true,
+            trust=self.trust,
+        )
+
+    def _per_token_s(self, devices: Sequence[Device], layout: Layout, traffic: Traffic, measured: Measured) -> float:
+        """What the model says of a request's time per token, with as many in service as there were."""
+        running = max(1.0, measured.service_s / measured.seconds) if measured.seconds > 0 else traffic.concurrency
+        at = msgspec.structs.replace(traffic, requests_per_s=0.0, concurrency=running)
+        forecast = Pipeline(self.facts, devices, layout, at, self.serving).forecast()
+        return forecast.num_sequences / forecast.tokens_per_s
+
+    # -- the log ------------------------------------------------------------------------------------------------
+
+    def _advise(self, now_s: float, kind: str, text: str, what: tuple[object, ...]) -> None:
+        """Note it, unless the last advice was the same."""
+        if what != self._advised:
+            self._advised = what
+            self._note(now_s, kind, text)
+
+    def _note(self, now_s: float, kind: str, text: str, **numbers: float) -> None:
+        self.log.append(Entry(now_s, kind, text, numbers))
+        self.num_entries[kind] = self.num_entries.get(kind, 0) + 1
+
+
+def _if_on(num_workers: int, present: Layout) -> Layout | None:
+    """The present layout as a starting point for one of so many workers; else the planner would rather keep it."""
+    return present if len(present.workers) == num_workers else None
+
+
+def _with_fewer(found: Plan, fewer: Plan, present: Layout) -> Plan:
+    """`fewer`, compared with the present as `found` is."""
+    return msgspec.structs.replace(
+        fewer,
+        present=found.present,
+        present_score=found.present_score,
+        is_change=fewer.layout.segments != present.segments,
+    )
