@@ -14,8 +14,9 @@ On top of that, no change before the last one has stayed `min_stay_s`; none that
 will not pay back (loads that take turns faster than that are planned for together, as their mean); and each change raises the threshold for the next by a penalty that halves every `half_life_s` (route
 flap damping, RFC 2439), so that an oscillating load is followed only as far as it is worth it.
 
-After a change the time that a request in service spends per token is measured and compared with what it was before (times
-what the model says that the load's own change makes of it). `trust` moves towards the part of the prediction that came true.
+After a change the time that a request in service spends per token is measured: r = measured / predicted, by the coefficients
+that the decision was made with, before and after it. The gain that came true is (1 + predicted) r_before / r_after - 1, and
+`trust` moves towards what part of the prediction that is.
 
 Never true: something is decided from the time of day or by chance; two changes within `min_stay_s`; a change in "advise".
 """
@@ -104,13 +105,13 @@ class Error(msgspec.Struct, frozen=True):
 
 
 class _Trial(msgspec.Struct):
-    """A change whose result is awaited: what was served before it, and the relative gain per token that was predicted."""
+    """A change whose result is awaited: the devices as they were seen, the gain per token that was predicted for it, and
+    measured over predicted before it."""
 
     decision: Decision
-    old: Layout
-    traffic: Traffic
-    before: Measured
+    devices: tuple[Device, ...]
     gain: float
+    ratio: float
     committed_s: float = math.inf
 
 
@@ -139,6 +140,8 @@ class Autopilot:
         self._changed_s = -math.inf
         self._pending: _Trial | None = None
         self._trial: _Trial | None = None
+        self._ratio = 0.0
+        """Measured over predicted per token, when last a load had gone on for long enough to tell."""
         self._wanted = 0
         self._wanted_more = 0
         self._wanted_less: tuple[float, int] | None = None
@@ -239,7 +242,9 @@ class Autopilot:
             per_token_predicted_s=self._per_token_s(devices, present, load.traffic, measured),
             per_token_measured_s=measured.service_s_per_token,
         )
-        self._verify(now_s, devices, present, load)
+        self._verify(now_s, present, load)
+        if measured.seconds >= self.settings.verify_s and measured.tokens >= self.settings.verify_tokens:
+            self._ratio = self.error.per_token_measured_s / self.error.per_token_predicted_s
         return found
 
     def _plan(self, now_s: float, devices: Sequence[Device], present: Layout, load: Load) -> Plan:
@@ -325,7 +330,7 @@ class Autopilot:
         before = self.monitor.measured(self._changed_s)
         old_s = self._per_token_s(devices, present, found.traffic, before)
         new_s = self._per_token_s(devices, found.layout, found.traffic, before)
-        self._pending = _Trial(decision, present, found.traffic, before, old_s / new_s - 1.0)
+        self._pending = _Trial(decision, tuple(devices), old_s / new_s - 1.0, self._ratio)
         self._note(now_s, "change", why, gain=found.gain, trust=self.trust, cost_s=cost_s)
         return decision
 
@@ -344,7 +349,7 @@ class Autopilot:
 
     # -- learning -----------------------------------------------------------------------------------------------
 
-    def _verify(self, now_s: float, devices: Sequence[Device], present: Layout, load: Load) -> None:
+    def _verify(self, now_s: float, present: Layout, load: Load) -> None:
         """Compare what the last change brought with what it promised, once there is enough to see."""
         trial, settings = self._trial, self.settings
         if trial is None:
@@ -358,13 +363,10 @@ class Autopilot:
         if after.seconds < settings.verify_s or after.tokens < settings.verify_tokens:
             return
         self._trial = None
-        if trial.gain < _JUDGED_FROM or trial.before.tokens <= 0:
-            return  # what was to be gained does not show in the time per token
-        if not {*trial.old.workers, *present.workers} <= {device.worker for device in devices}:
-            return
-        then_s = self._per_token_s(devices, trial.old, trial.traffic, trial.before)
-        now_old_s = self._per_token_s(devices, trial.old, load.traffic, after)
-        came_true = trial.before.service_s_per_token * (now_old_s / then_s) / after.service_s_per_token - 1.0
+        if trial.gain < _JUDGED_FROM or trial.ratio <= 0:
+            return  # nothing that would show in the time per token, or nothing known from before
+        ratio = after.service_s_per_token / self._per_token_s(trial.devices, present, load.traffic, after)
+        came_true = (1.0 + trial.gain) * trial.ratio / ratio - 1.0
         share = min(max(came_true / trial.gain, 0.0), 1.5)
         self.trust = min(1.0, max(0.1, self.trust + 0.4 * (share - self.trust)))
         self._note(
