@@ -21,12 +21,12 @@ import torch
 
 from kvstore.ids import WorkerName
 from kvstore.page_pool import PagePool
-from runtime import attention, sampling
+from runtime import attention, profile, sampling
 from runtime.batch import LayerKV, StepBatch
 from runtime.device import DeviceInfo
 from runtime.exchange import FetchFailed, Importer, Sources
 from runtime.member import Pace, UnitKey
-from runtime.messages import Load
+from runtime.messages import Load, ProfilePoint
 from runtime.model.builder import UnitBuilder
 from runtime.model.config import inspect_model
 from runtime.model.spec import ModelSpec
@@ -54,6 +54,8 @@ class Loader:
         self.weight_bytes = 0
         self.implementation = ""
         self.tracer = Tracer()
+        self.profile: list[ProfilePoint] = []
+        self._is_profiled = False
         self.on_shadow: OnShadow = lambda transition, seconds, peer_bytes, error: None
         self.importer = Importer()
         self._device = device
@@ -94,6 +96,9 @@ class Loader:
         self._own_form()
         self._compile(spec)
         warm_up(self.units, keys, spec, self._device.device)
+        if not self._is_profiled:
+            self._is_profiled = True
+            self.profile = profile.measure(self.units, spec, self._device.device)
         return self.make_pool(load, num_layers)
 
     def make_pool(self, load: Load, num_layers: int) -> PagePool:
@@ -255,6 +260,7 @@ class Loader:
             self._builder = UnitBuilder(self._spec, device=device, implementation=load.implementation)  # type: ignore[arg-type]
             self.implementation = self._builder.implementation
             self._source, self._form = source, None
+            self._is_profiled = False
         return self._spec
 
     def _own_form(self) -> str:

@@ -44,6 +44,7 @@ from runtime.messages import (
     Pages,
     Prepare,
     Prepared,
+    ProfilePoint,
     Retire,
     Retired,
     ShadowReady,
@@ -76,6 +77,8 @@ class UnitStore(Protocol):
     units: Units
     weight_bytes: int
     implementation: str
+    profile: list[ProfilePoint]
+    """What was measured when units were first loaded; the member sends it on and empties it."""
 
     def load(
         self, load: Load, keys: Sequence[UnitKey], num_layers: int, progress: Callable[[int, str], None]
@@ -205,6 +208,7 @@ class Member:
             return
         self._stages[layout.epoch] = Stage(layout, self._name, self._store.units, pool, self._device)
         self._idle_since_s = self._clock()
+        profile, self._store.profile = self._store.profile, []
         self._outbox.to_head(
             Loaded(
                 worker=self._name,
@@ -214,6 +218,7 @@ class Member:
                 page_bytes=pool.page_bytes,
                 seconds=self._clock() - started_s,
                 implementation=self._store.implementation,
+                profile=profile,
             )
         )
 

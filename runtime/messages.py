@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from kvstore.ids import BlockId, Epoch, SequenceId, WorkerName
+from kvstore.ids import BlockId, Epoch, LayerRange, SequenceId, WorkerName
 from runtime.layout import Layout, Move
 
 
@@ -334,8 +334,24 @@ class LoadProgress(msgspec.Struct, frozen=True, array_like=True, tag=34):
     phase: str
 
 
+class ProfilePoint(msgspec.Struct, frozen=True, array_like=True):
+    """What a worker measured on itself: so many `seconds` for these rows in these layers, or, with `samples`, for the LM
+    head and as many draws. Contexts are positions attended to; a prompt's tokens begin at its first position.
+    """
+
+    decode_rows: int
+    decode_context: int
+    prefill_tokens: int
+    samples: int
+    layers: LayerRange
+    seconds: float
+
+
 class Loaded(msgspec.Struct, frozen=True, array_like=True, tag=35):
-    """The units of `epoch` are up and warm. `num_pages` is the size of the page pool, `page_bytes` that of a page."""
+    """The units of `epoch` are up and warm. `num_pages` is the size of the page pool, `page_bytes` that of a page.
+
+    `profile` is there the first time that the worker loads this model.
+    """
 
     worker: WorkerName
     epoch: Epoch
@@ -344,6 +360,7 @@ class Loaded(msgspec.Struct, frozen=True, array_like=True, tag=35):
     page_bytes: int
     seconds: float
     implementation: str
+    profile: list[ProfilePoint] = []
 
 
 class LoadFailed(msgspec.Struct, frozen=True, array_like=True, tag=36):

@@ -9,7 +9,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, assert_never
+from typing import Any, assert_never, cast
 
 import msgspec
 import torch
@@ -30,12 +30,16 @@ from runtime.messages import (
 )
 from runtime.rpc import Door, DoorError
 from runtime.trace import Tracer
+from scheduler.pilot import SNAPSHOT_BYTES_PER_S
+from scheduler.planning.autopilot import Mode
+from scheduler.planning.sizing import Workers
 from scheduler.reconfiguration import Change, Refused
 from scheduler.request import (
     AdmissionError,
     EngineStats,
     Health,
     Limits,
+    PilotStats,
     ProcessTrace,
     Request,
     Sink,
@@ -57,6 +61,7 @@ from scheduler.state import (
     SchedulerState,
     Send,
     SendStep,
+    SetAutopilot,
     Submit,
     Tick,
 )
@@ -67,8 +72,6 @@ log = logging.getLogger("midflight.head")
 
 HEARTBEAT_INTERVAL_S = 1.0
 TICK_INTERVAL_S = 0.5
-SNAPSHOT_BYTES_PER_S = 200_000_000
-"""The snapshot's rate while the source serves, unless a change asks for another."""
 _WATCHED = ("id", "phase", "hop", "loading", "snapshot_blocks_arrived", "sequences_flipped")
 AUDIT_TIMEOUT_S = 30.0
 TRACE_TIMEOUT_S = 10.0
@@ -88,12 +91,12 @@ class Driver:
         self._ticker: asyncio.Task[None] | None = None
         self._finish_rate = 0.0
         self._num_finished_before = 0
-        self._next_change = 1
         self._changed = asyncio.Event()
         self._listeners: set[Callable[[dict[str, Any]], None]] = set()
         self._seen: tuple[Any, ...] = ()
         self._unended: list[int] = []
         self._tracer = Tracer()
+        self._workers: Workers | None = None
 
     # -- life ---------------------------------------------------------------------------------------------
 
@@ -323,6 +326,19 @@ class Driver:
                 )
         return TraceRun(begun_s, ended_s, processes, cpu_s, counters.generated_tokens - tokens)
 
+    # -- planning -----------------------------------------------------------------------------------------
+
+    def plan_view(self) -> dict[str, Any]:
+        """What the planner says of the present load; see `scheduler.pilot.Pilot.view`."""
+        self._state.now_s = self._loop.time()
+        return self._state.pilot.view(self._state)
+
+    def pilot_stats(self) -> PilotStats:
+        return self._state.pilot.stats()
+
+    def set_autopilot(self, mode: Mode) -> None:
+        self._handle(SetAutopilot(mode, self._loop.time()))
+
     # -- changing the layout ------------------------------------------------------------------------------
 
     def change_layout(self, wish: dict[str, Any]) -> int:
@@ -388,7 +404,7 @@ class Driver:
 
     def _change(self, layout: Layout, wish: dict[str, Any]) -> int:
         change = Change(
-            self._next_change,
+            self._state.next_change,
             layout,
             _option(wish, "strategy", "live", lambda v: v in STRATEGIES, f"one of {', '.join(STRATEGIES)}"),
             _option(wish, "deadline_s", 600.0, lambda v: _is_number(v) and v > 0, "a positive number of seconds"),
@@ -398,8 +414,8 @@ class Driver:
         )
         queue = _option(wish, "queue", False, lambda v: isinstance(v, bool), "true or false")
         self._handle(ChangeLayout(change, queue, self._loop.time()))
-        self._next_change += 1
-        self._unended.append(change.id)
+        if change.id not in self._unended:
+            self._unended.append(change.id)
         self._watch()
         return change.id
 
@@ -441,6 +457,8 @@ class Driver:
     def _watch(self) -> None:
         """Tell listeners when the transition has gone on (another phase, more arrived) and when a change has ended."""
         view = self._state.reconfiguration.view()
+        if view is not None and (change := cast("int", view["id"])) not in self._unended:  # the autopilot's
+            self._unended.append(change)
         seen = () if view is None else tuple(view[key] for key in _WATCHED)
         if seen != self._seen:
             self._seen = seen
@@ -450,6 +468,13 @@ class Driver:
             self._unended.remove(change)
             self._changed.set()
             self._tell({"type": "report", "report": msgspec.to_builtins(reports[change])})
+
+    def _watch_workers(self) -> None:
+        """Tell listeners when another number of workers is wanted, or others are spare."""
+        workers = self._state.pilot.autopilot.workers
+        if workers is not None and workers != self._workers:
+            self._workers = workers
+            self._tell({"type": "workers", "workers": msgspec.to_builtins(workers)})
 
     def _tell(self, event: dict[str, Any]) -> None:
         for listener in list(self._listeners):
@@ -504,6 +529,7 @@ class Driver:
             self._num_finished_before = finished
             self._finish_rate += 0.1 * (rate - self._finish_rate)
             self._handle(Tick(self._loop.time()))
+            self._watch_workers()
 
     def _retry_after_s(self) -> int:
         """How long the present queue takes at the present rate, between 1 s and a minute."""

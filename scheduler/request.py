@@ -149,6 +149,26 @@ class TraceRun(msgspec.Struct, frozen=True):
     generated_tokens: int
 
 
+class PilotStats(msgspec.Struct, frozen=True):
+    """What the autopilot says of itself, for `/metrics`. Errors are relative; `trust`, `gain` and `regret_s` as it uses them."""
+
+    mode: str
+    gain: float
+    trust: float
+    regret_s: float
+    entries: dict[str, int]
+    stage_errors: list[tuple[str, int, float, float]]
+    """Worker, steps, mean absolute and mean signed relative error of the predicted step times."""
+    stages: list[tuple[str, int, str, float]]
+    """Layout ("present" or "proposed"), hop, worker, predicted seconds per mean step."""
+    service: dict[str, tuple[float, float]]
+    """Predicted and measured seconds: ttft, tpot, per_token."""
+    workers_present: int
+    workers_used: int
+    workers_wanted: int
+    workers_spare: int
+
+
 class Engine(Protocol):
     """What the API calls. All of it is synchronous and runs on the head's event loop; sinks are called there too."""
 
@@ -221,12 +241,20 @@ class Engine(Protocol):
         """The report of a known change, once it has ended."""
         ...
 
+    def plan_view(self) -> dict[str, Any]:
+        """The body of ``GET /admin/plan``."""
+        ...
+
+    def pilot_stats(self) -> PilotStats: ...
+
+    def set_autopilot(self, mode: Literal["off", "advise", "on"]) -> None: ...
+
     def listen(self, listener: Callable[[dict[str, Any]], None]) -> Callable[[], None]:
         """Call `listener` on the loop with every event for operators, until the returned function is called.
 
         Events have a ``type``: ``transition`` (``transition`` as in ``GET /admin/layout``, null once it has ended),
-        ``report`` (the ``report`` of a change that has ended), ``note`` (``level`` and ``text``). A listener never
-        raises.
+        ``report`` (the ``report`` of a change that has ended), ``workers`` (how many are wanted, as in ``GET /admin/plan``),
+        ``note`` (``level`` and ``text``). A listener never raises.
         """
         ...
 

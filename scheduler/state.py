@@ -48,6 +48,8 @@ from runtime.messages import (
 from runtime.model.spec import ModelSpec
 from scheduler.batching import Batcher, BatchingConfig
 from scheduler.membership import Membership
+from scheduler.pilot import SNAPSHOT_BYTES_PER_S, Pilot
+from scheduler.planning.autopilot import Mode, Settings
 from scheduler.planning.cost import Facts, Speed
 from scheduler.planning.devices import kind_of_worker
 from scheduler.planning.forecast import Device
@@ -55,6 +57,9 @@ from scheduler.planning.planner import default_counts
 from scheduler.planning.traffic import Serving
 from scheduler.reconfiguration import Change, Reconfiguration, Refused
 from scheduler.request import AdmissionError, FinishReason, Request, StageStats, TokenOutput
+
+PILOT_DEADLINE_S = 300.0
+"""After which a change that the autopilot asked for is aborted, if nothing has flipped by then."""
 
 # -- events ---------------------------------------------------------------------------------------------------
 
@@ -114,7 +119,13 @@ class AbortChange:
     now_s: float
 
 
-Event: TypeAlias = Submit | Cancel | FromWorker | PeerDown | Tick | Drain | ChangeLayout | AbortChange
+@dataclass(frozen=True, slots=True)
+class SetAutopilot:
+    mode: Mode
+    now_s: float
+
+
+Event: TypeAlias = Submit | Cancel | FromWorker | PeerDown | Tick | Drain | ChangeLayout | AbortChange | SetAutopilot
 
 # -- effects --------------------------------------------------------------------------------------------------
 
@@ -172,6 +183,8 @@ class ClusterConfig:
     implementation: str = "auto"
     heartbeat_timeout_s: float = 15.0
     rejoin_timeout_s: float = 45.0
+    autopilot: Mode = "off"
+    piloting: Settings = field(default_factory=Settings)
 
 
 Status: TypeAlias = Literal["waiting_for_workers", "loading", "serving", "recovering", "failed"]
@@ -204,11 +217,14 @@ class SchedulerState:
     """Of the last event that had a time."""
     layouts: dict[int, Layout] = field(default_factory=dict)
     """By epoch: the one that serves and, while sequences flip, the next."""
+    next_change: int = 1
+    """The id of the next change of layout, the operator's or the autopilot's."""
     hop_sums: dict[int, list[HopSums]] = field(default_factory=dict)
     batcher: Batcher = field(init=False)
     pool: BlockPool = field(init=False)
     directory: Directory = field(init=False)
     reconfiguration: Reconfiguration = field(init=False)
+    pilot: Pilot = field(init=False)
     _last_epoch: int = 0
     _recovering_since_s: float = 0.0
     _effects: list[Effect] = field(default_factory=list)
@@ -218,6 +234,15 @@ class SchedulerState:
         self.directory = Directory()
         self.batcher = Batcher(self.batching, self.pool, self.directory)
         self.reconfiguration = Reconfiguration(self)
+        cluster = self.cluster
+        self.pilot = Pilot(
+            cluster.spec,
+            self.batching,
+            cluster.piloting,
+            cluster.autopilot,
+            cluster.kv_bytes,
+            cluster.memory_fraction,
+        )
 
     def step(self, event: Event) -> list[Effect]:
         """Apply one event; the effects are to be carried out in their order, steps first: the pipeline waits for them.
@@ -236,6 +261,7 @@ class SchedulerState:
                 self._submit(event)
             case Cancel():
                 self.batcher.abort(event.sequence, event.reason)
+                self.pilot.cancelled(event.sequence, is_end=event.reason == "stop", now_s=self.now_s)
             case PeerDown():
                 self._lose(event.worker, event.reason, event.now_s, effects)
             case Tick():
@@ -246,6 +272,8 @@ class SchedulerState:
                 self._change_layout(event)
             case AbortChange():
                 self.reconfiguration.cancel(event.change, "the operator aborted it")
+            case SetAutopilot():
+                self.pilot.autopilot.set_mode(event.now_s, event.mode)
             case _:
                 assert_never(event)
         if self.status == "serving":
@@ -285,6 +313,7 @@ class SchedulerState:
         if self.status == "failed":
             raise AdmissionError(f"the server has failed: {self.detail}", status=503, code="failed")
         self.batcher.submit(event.sequence, event.request, event.now_s)
+        self.pilot.submitted(event.sequence, len(event.request.prompt), event.now_s)
 
     # -- workers ------------------------------------------------------------------------------------------
 
@@ -297,6 +326,7 @@ class SchedulerState:
             if message.replaces and message.replaces in self.members.workers:
                 self._lose(message.replaces, "its restarted self joined", now_s, effects)
             self.members.join(message, now_s)
+            self.pilot.joined(message)
             effects.append(Report("info", f"worker {message.name} joined: {message.device_name} on {message.host}"))
             self._try_load(now_s, effects)
             return
@@ -315,6 +345,7 @@ class SchedulerState:
                 if message.epoch == worker.epoch and worker.status == "loading":
                     worker.weight_bytes, worker.num_pages = message.weight_bytes, message.num_pages
                     worker.implementation = message.implementation
+                    self.pilot.loaded(message.worker, message.profile)
                     worker.units_loaded = worker.units_total
                     worker.advance("loaded")
                     self._try_serve(effects)
@@ -347,6 +378,7 @@ class SchedulerState:
     def _lose(self, name: WorkerName, reason: str, now_s: float, effects: list[Effect]) -> None:
         if self.members.lose(name) is None:
             return
+        self.pilot.lost(name)
         effects.append(EvictWorker(name, reason))
         effects.append(Report("warning", f"worker {name} is lost: {reason}"))
         if self.status == "serving" and self.reconfiguration.lost(name):
@@ -376,6 +408,22 @@ class SchedulerState:
             self._lose(name, reason, now_s, effects)
         if self.status == "recovering" and self.layout is None:
             self._try_load(now_s, effects)
+        self._ask_pilot(effects)
+
+    def _ask_pilot(self, effects: list[Effect]) -> None:
+        """Let the autopilot look, begin what it decides, and pass on what it says."""
+        pilot = self.pilot
+        decision = pilot.tick(self, is_serving=self.status == "serving" and not self.draining)
+        if decision is not None:
+            change = Change(self.next_change, decision.layout, "live", PILOT_DEADLINE_S, SNAPSHOT_BYTES_PER_S)
+            try:
+                self._change_layout(ChangeLayout(change, False, self.now_s))
+                pilot.asked(change.id, decision.layout)
+            except Refused as error:
+                pilot.autopilot.failed(self.now_s, decision.layout, str(error))
+        said = pilot.autopilot.news()
+        if pilot.autopilot.mode != "off":
+            effects.extend(Report("info", f"autopilot: {entry.text}") for entry in said)
 
     # -- layouts ------------------------------------------------------------------------------------------
 
@@ -456,6 +504,7 @@ class SchedulerState:
         self.directory.open_epoch(self.epoch, tuple((s.worker, s.layers) for s in layout.segments))
         outputs = self.batcher.open_epoch(self.epoch, self.num_blocks, self.cluster.spec.max_context)
         effects.extend(Emit(sequence, output) for sequence, output in outputs)
+        self.pilot.outputs(outputs, self.now_s)
         tokens = self.num_blocks * self.batching.block_size
         effects.append(Report("info", f"serving layout {layout.brief()}, room for {tokens:,} KV tokens"))
 
@@ -478,6 +527,7 @@ class SchedulerState:
             if name not in self.members.workers:
                 raise Refused(f"there is no worker {name}; there are {', '.join(self.members.in_order())}")
         self.reconfiguration.request(change, queue=event.queue)
+        self.next_change = max(self.next_change, change.id + 1)
 
     def new_epoch(self) -> int:
         self._last_epoch += 1
@@ -533,10 +583,16 @@ class SchedulerState:
         if self.status == "serving":
             while (plan := self.batcher.next_step(self.now_s)) is not None:
                 sends.append(SendStep(self.layouts[plan.epoch].embedding_worker, plan))
+                self.pilot.sent(plan, self.now_s)
         return sends
 
     def _step_result(self, result: StepResult, now_s: float, effects: list[Effect]) -> None:
-        effects.extend(Emit(sequence, output) for sequence, output in self.batcher.complete(result))
+        outputs = self.batcher.complete(result)
+        effects.extend(Emit(sequence, output) for sequence, output in outputs)
+        self.pilot.outputs(outputs, now_s)
+        layout = self.layouts.get(result.epoch)
+        if layout is not None:
+            self.pilot.result(result, layout, self.reconfiguration.is_active)
         sums_of = self.hop_sums.get(result.epoch)
         if sums_of is not None:
             for sums, timing in zip(sums_of, result.timings, strict=True):

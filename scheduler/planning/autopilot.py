@@ -136,6 +136,7 @@ class Autopilot:
         self.cost: MigrationCost | None = None
         self._penalty = 0.0
         self._penalty_at_s = 0.0
+        self._num_logged = self._num_told = 0
         self._looked_s = -math.inf
         self._changed_s = -math.inf
         self._pending: _Trial | None = None
@@ -386,6 +387,11 @@ class Autopilot:
         forecast = Pipeline(self.facts, devices, layout, at, self.serving).forecast()
         return forecast.num_sequences / forecast.tokens_per_s
 
+    def news(self) -> list[Entry]:
+        """Entries of the log since this was last asked."""
+        count, self._num_told = self._num_logged - self._num_told, self._num_logged
+        return list(self.log)[len(self.log) - min(count, len(self.log)) :]
+
     # -- the log ------------------------------------------------------------------------------------------------
 
     def _advise(self, now_s: float, kind: str, text: str, what: tuple[object, ...]) -> None:
@@ -395,6 +401,7 @@ class Autopilot:
             self._note(now_s, kind, text)
 
     def _note(self, now_s: float, kind: str, text: str, **numbers: float) -> None:
+        self._num_logged += 1
         self.log.append(Entry(now_s, kind, text, numbers))
         self.num_entries[kind] = self.num_entries.get(kind, 0) + 1
 

@@ -30,6 +30,7 @@ from runtime.messages import (
     Open,
     Pages,
     Prepare,
+    ProfilePoint,
     Retire,
     Sampling,
     StartMirror,
@@ -147,6 +148,7 @@ class _Store:
         self.units = Units({})
         self.weight_bytes = 0
         self.implementation = "sim"
+        self.profile: list[ProfilePoint] = []
         self._worker = worker
         self._cluster = cluster
         self._token = self._ticket = 0

@@ -1,0 +1,317 @@
+"""Between the head and its autopilot: what happens to requests and steps becomes a load, speeds and now and then a change. Pure.
+
+The head calls the short methods (`submitted`, `sent`, `result`, `outputs`, `cancelled`) as things happen, and `tick` a few
+times a second. Those in the way of every step do next to nothing: a step in ten at most is remembered with its work, and
+what its timings teach is learned at the tick. Nothing is learned while a change is under way, since workers load and copy
+then.
+
+Never true: the head waits for this, or a change is begun here; `tick` returns what the head may ask for.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import msgspec
+
+from kvstore.block_pool import BlockPool
+from kvstore.ids import SequenceId, WorkerName
+from runtime.layout import Layout
+from runtime.messages import HopTiming, Join, ProfilePoint, StepPlan, StepResult
+from runtime.model.spec import ModelSpec
+from scheduler.batching import Batcher, Output
+from scheduler.lanes import BatchingConfig
+from scheduler.membership import Membership
+from scheduler.planning.autopilot import Autopilot, Decision, Mode, Settings
+from scheduler.planning.cost import Facts, Work, work_of_rows
+from scheduler.planning.fleet import Fleet
+from scheduler.planning.forecast import Device
+from scheduler.planning.planner import NoPlan, Plan, plan
+from scheduler.planning.sizing import Workers
+from scheduler.planning.traffic import Serving, Traffic
+from scheduler.reconfiguration import Reconfiguration
+from scheduler.request import PilotStats
+
+SNAPSHOT_BYTES_PER_S = 200_000_000
+"""The rate of a change's snapshot while its source serves, unless the change asks for another."""
+NOTE_INTERVAL_S = 0.1
+"""Steps that are learned from are at least so far apart."""
+MAX_TIMED = 16
+
+
+class Head(Protocol):
+    """What is read of the head."""
+
+    members: Membership
+    batcher: Batcher
+    pool: BlockPool
+    layout: Layout | None
+    now_s: float
+    reconfiguration: Reconfiguration
+
+
+@dataclass(slots=True)
+class _Request:
+    arrived_s: float
+    prompt_tokens: int
+    cached_tokens: int = 0
+    tokens: int = 0
+    first_s: float = 0.0
+
+
+class Pilot:
+    """The autopilot at work in a head."""
+
+    def __init__(
+        self, spec: ModelSpec, batching: BatchingConfig, settings: Settings, mode: Mode, kv_bytes: int, fraction: float
+    ) -> None:
+        self.facts = Facts(spec)
+        self.fleet = Fleet(self.facts)
+        serving = Serving(
+            max_step_tokens=batching.max_step_tokens,
+            max_running=batching.max_running,
+            num_microbatches=batching.num_microbatches,
+            block_size=batching.block_size,
+        )
+        self.autopilot = Autopilot(self.facts, settings, serving, mode)
+        self._spec, self._block_size = spec, batching.block_size
+        self._kv_bytes, self._fraction = kv_bytes, fraction
+        self._requests: dict[SequenceId, _Request] = {}
+        self._noted: dict[tuple[int, int], Work] = {}
+        self._noted_s = -1.0
+        self._timed: list[tuple[Work, Layout, list[HopTiming]]] = []
+        self._known: Layout | None = None
+        self._asked: tuple[int, Layout] | None = None
+
+    # -- as things happen -------------------------------------------------------------------------------------
+
+    def joined(self, info: Join) -> None:
+        self.fleet.joined(info)
+
+    def lost(self, worker: WorkerName) -> None:
+        self.fleet.lost(worker)
+
+    def loaded(self, worker: WorkerName, profile: Sequence[ProfilePoint]) -> None:
+        if profile:
+            self.fleet.profiled(worker, profile)
+
+    def submitted(self, sequence: SequenceId, prompt_tokens: int, now_s: float) -> None:
+        self._requests[sequence] = _Request(now_s, prompt_tokens)
+        self.autopilot.monitor.arrived(now_s, prompt_tokens)
+
+    def cancelled(self, sequence: SequenceId, *, is_end: bool, now_s: float) -> None:
+        """`is_end`: the request has all it wanted; otherwise its client went away, and it counts for nothing."""
+        request = self._requests.pop(sequence, None)
+        if request is not None and is_end and request.tokens:
+            self._ended(request, now_s)
+
+    def sent(self, step: StepPlan, now_s: float) -> None:
+        if now_s - self._noted_s < NOTE_INTERVAL_S:
+            return
+        self._noted_s = now_s
+        if len(self._noted) >= MAX_TIMED:
+            self._noted.clear()  # steps that never came back
+        rows = ((row.start, len(row.tokens), row.sample) for row in step.rows)
+        self._noted[step.epoch, step.ordinal] = work_of_rows(rows)
+
+    def result(self, result: StepResult, layout: Layout, is_changing: bool) -> None:
+        work = self._noted.pop((result.epoch, result.ordinal), None) if self._noted else None
+        if work is not None and not is_changing and len(self._timed) < MAX_TIMED:
+            self._timed.append((work, layout, result.timings))
+
+    def outputs(self, outputs: Sequence[Output], now_s: float) -> None:
+        for sequence, output in outputs:
+            request = self._requests.get(sequence)
+            if request is None:
+                continue
+            if not request.tokens:
+                request.first_s, request.cached_tokens = now_s, output.num_cached_tokens
+            request.tokens += len(output.tokens)
+            if output.finish_reason is not None:
+                del self._requests[sequence]
+                if output.finish_reason in ("stop", "length") and request.tokens:
+                    self._ended(request, now_s)
+
+    def _ended(self, request: _Request, now_s: float) -> None:
+        self.autopilot.monitor.ended(
+            now_s,
+            request.arrived_s,
+            request.prompt_tokens,
+            request.tokens,
+            request.cached_tokens,
+            ttft_s=request.first_s - request.arrived_s,
+            decode_s=now_s - request.first_s,
+        )
+
+    # -- a few times a second -----------------------------------------------------------------------------------
+
+    def tick(self, head: Head, *, is_serving: bool) -> Decision | None:
+        """Learn, look, and perhaps decide: the change that the head should ask for now, if it could."""
+        autopilot, now_s, batcher = self.autopilot, head.now_s, head.batcher
+        self._learn()
+        autopilot.observe(
+            now_s, self._running(batcher.num_running), batcher.num_waiting, batcher.counters.generated_tokens
+        )
+        if head.layout is None or not is_serving:
+            return None
+        self._follow(head)
+        is_free = not head.reconfiguration.is_active
+        return autopilot.decide(
+            now_s, self.devices(head), head.layout, kv_tokens=self._kv_tokens(head), is_free=is_free
+        )
+
+    def asked(self, change: int, layout: Layout) -> None:
+        """What was decided has become a change of layout."""
+        self._asked = change, layout
+
+    def devices(self, head: Head) -> list[Device]:
+        """Every worker that is there, and what it may use for weights and KV."""
+        found = []
+        for name in head.members.in_order():
+            worker = head.members.workers[name]
+            share = self._fraction / head.members.same_host(name)
+            pages = worker.num_pages * self._block_size * self._spec.kv_bytes_per_token_layer()
+            kv_bytes = pages or self._kv_bytes or round(worker.info.memory_available * share)
+            weights = max(worker.weight_bytes, round(worker.info.memory_available * (1 - self._fraction) * share))
+            found.append(Device(name, self.fleet.speed(name), kv_bytes + weights))
+        return found
+
+    def _running(self, num_running: int) -> list[tuple[float, int]]:
+        """Arrival and tokens of the requests in service: those with a token, and the first that have none yet."""
+        running = [(r.arrived_s, r.tokens) for r in self._requests.values() if r.tokens]
+        if len(running) < num_running:
+            reading = [(r.arrived_s, 0) for r in self._requests.values() if not r.tokens]
+            running += reading[: num_running - len(running)]
+        return running
+
+    def _learn(self) -> None:
+        timed, self._timed = self._timed, []
+        for work, layout, timings in timed:
+            last = layout.num_hops - 1
+            for hop, (segment, timing) in enumerate(zip(layout.segments, timings, strict=True)):
+                self.fleet.ran(
+                    timing.worker,
+                    work,
+                    segment.layers,
+                    is_last=hop == last,
+                    compute_s=timing.compute_us / 1e6,
+                    sample_s=timing.sample_us / 1e6,
+                )
+
+    def _follow(self, head: Head) -> None:
+        """Notice layouts that have come and decisions that came to nothing."""
+        assert head.layout is not None
+        report = None
+        if self._asked is not None:
+            report = head.reconfiguration.reports.get(self._asked[0])
+            if report is None or report.outcome in ("aborted", "refused"):
+                self.autopilot.failed(head.now_s, self._asked[1], report.why if report else "it was dropped")
+                self._asked = None
+        if self._known is None or self._known.segments != head.layout.segments:
+            is_ours = report is not None and report.outcome == "committed"
+            if self._known is not None and not head.reconfiguration.is_active:
+                self.autopilot.committed(head.now_s, head.layout, report.total_s if report and is_ours else 0.0)
+            if self._known is None or not head.reconfiguration.is_active:
+                self._known = head.layout
+        if report is not None and report.outcome == "committed":
+            self._asked = None
+
+    def _kv_tokens(self, head: Head) -> float:
+        """Tokens whose KV a change would copy."""
+        return float((head.pool.num_used + head.pool.num_cached) * self._block_size)
+
+    # -- to be looked at ----------------------------------------------------------------------------------------
+
+    def view(self, head: Head) -> dict[str, Any]:
+        """The body of ``GET /admin/plan``. Plans anew when the last plan is old; without a load, for the usual one."""
+        autopilot = self.autopilot
+        found, is_assumed = None, False
+        if head.layout is not None:
+            devices = self.devices(head)
+            found = autopilot.look(head.now_s, devices, head.layout, kv_tokens=self._kv_tokens(head))
+            if found is None:
+                found, is_assumed = self._usual(devices, head.layout), True
+        settings, load = autopilot.settings, autopilot.load
+        return {
+            "mode": autopilot.mode,
+            "objective": settings.objective,
+            "slo": msgspec.to_builtins(settings.slo),
+            "elastic": settings.elastic,
+            "load": None if load is None else _plain(load),
+            "load_is_assumed": is_assumed,
+            "plan": None if found is None else _plan_view(found, head.layout),
+            "cost": None if is_assumed or autopilot.cost is None else _plain(autopilot.cost),
+            "worth": 0.0 if found is None or is_assumed else autopilot.worth(found),
+            "trust": autopilot.trust,
+            "threshold": autopilot.threshold(head.now_s),
+            "regret_s": autopilot.regret_s,
+            "errors": {
+                "stages": [_plain(error) for error in self.fleet.errors()],
+                "service": None if autopilot.error is None else _plain(autopilot.error),
+            },
+            "coefficients": {name: self.fleet.coefficients(name) for name in head.members.in_order()},
+            "workers": None if autopilot.workers is None else _plain(autopilot.workers),
+            "log": [
+                {"age_s": round(head.now_s - entry.at_s, 1), "kind": entry.kind, "text": entry.text, **entry.numbers}
+                for entry in autopilot.log
+            ],
+        }
+
+    def stats(self) -> PilotStats:
+        autopilot, found, error = self.autopilot, self.autopilot.plan, self.autopilot.error
+        stages = []
+        for name, forecast in (("present", found.present), ("proposed", found.forecast)) if found else ():
+            for hop, stage in enumerate(forecast.stages if forecast else ()):
+                stages.append((name, hop, stage.worker, stage.seconds))
+        service = {}
+        if error is not None:
+            service = {
+                "ttft": (error.ttft_predicted_s, error.ttft_measured_s),
+                "tpot": (error.tpot_predicted_s, error.tpot_measured_s),
+                "per_token": (error.per_token_predicted_s, error.per_token_measured_s),
+            }
+        workers = autopilot.workers or Workers(0, 0, 0)
+        return PilotStats(
+            mode=autopilot.mode,
+            gain=found.gain if found else 0.0,
+            trust=autopilot.trust,
+            regret_s=autopilot.regret_s,
+            entries=dict(autopilot.num_entries),
+            stage_errors=[(e.worker, e.num_steps, e.mape, e.bias) for e in self.fleet.errors()],
+            stages=stages,
+            service=service,
+            workers_present=workers.present,
+            workers_used=workers.used,
+            workers_wanted=workers.wanted,
+            workers_spare=len(workers.spare),
+        )
+
+    def _usual(self, devices: Sequence[Device], present: Layout) -> Plan | None:
+        traffic = Traffic(concurrency=16.0 * present.num_hops)
+        settings = self.autopilot.settings
+        try:
+            return plan(
+                self.facts, devices, traffic, serving=self.autopilot.serving, objective=settings.objective,
+                slo=settings.slo, present=present, headroom=settings.headroom,
+            )  # fmt: skip
+        except NoPlan:
+            return None
+
+
+def _plan_view(found: Plan, present: Layout | None) -> dict[str, Any]:
+    return {
+        "is_change": found.is_change,
+        "gain": found.gain,
+        "traffic": _plain(found.traffic),
+        "present": None if present is None else {"layout": present.brief(), **_plain(found.present)},
+        "proposed": {"layout": found.layout.brief(), "layers": found.layout.counts(), **_plain(found.forecast)},
+        "present_score": found.present_score,
+        "proposed_score": found.score,
+        "candidates": [_plain(candidate) for candidate in found.candidates],
+        "unused": found.unused,
+        "text": found.explain(),
+    }
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    return msgspec.to_builtins(value)
