@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-from api import admin, changes
+from api import admin, changes, plans
 from api.chat import chat_completions
 from api.completions import completions
 from api.context import CONTEXT, REQUEST_ID, ApiContext, ApiSettings, json_response
@@ -54,6 +54,8 @@ def build_app(engine: Engine, text: Text, settings: ApiSettings) -> web.Applicat
     app.router.add_delete("/admin/transitions/{id}", changes.abort_transition)
     app.router.add_get("/admin/workers", admin.workers)
     app.router.add_post("/admin/workers/{name}/drain", changes.drain_worker)
+    app.router.add_get("/admin/plan", plans.plan)
+    app.router.add_post("/admin/autopilot", plans.autopilot)
     app.router.add_get("/admin/events", admin.events)
     app.router.add_get("/admin/stats", admin.stats)
     app.router.add_post("/admin/audit", admin.audit)

@@ -25,14 +25,14 @@ _MAX_MESSAGE = 600
 async def change_layout(request: web.Request) -> web.Response:
     """202 and the id of the change; with ``?wait=true`` 200 and its report, once it has ended."""
     wait = _wait(request)
-    wish = await _wish(request, _LAYOUT_FIELDS)
+    wish = await read_wish(request, _LAYOUT_FIELDS)
     return await _begin(request, wait, functools.partial(request.app[CONTEXT].engine.change_layout, wish))
 
 
 async def drain_worker(request: web.Request) -> web.Response:
     """Move everything off a worker. Answers as `change_layout`; 404 when there is no such worker."""
     wait, name = _wait(request), request.match_info["name"]
-    wish = await _wish(request, _OPTIONS)
+    wish = await read_wish(request, _OPTIONS)
     return await _begin(request, wait, functools.partial(request.app[CONTEXT].engine.drain_worker, name, wish))
 
 
@@ -71,7 +71,8 @@ async def _begin(request: web.Request, wait: bool, ask: Callable[[], int]) -> we
     return json_response({"id": change}, status=202, headers={"Location": f"/admin/transitions/{change}"})
 
 
-async def _wish(request: web.Request, fields: tuple[str, ...]) -> dict[str, Any]:
+async def read_wish(request: web.Request, fields: tuple[str, ...]) -> dict[str, Any]:
+    """The body, a JSON object with none but these fields; 400 otherwise."""
     raw = await read_body(request)
     try:
         wish = msgspec.json.decode(raw) if raw.strip() else {}

@@ -1,4 +1,4 @@
-"""The command line: `midflight serve | layout | workers | pull | chat`.
+"""The command line: `midflight serve | layout | workers | plan | pull | chat`.
 
 Only parsing happens here, and nothing heavy is imported before a command is known, so that `--help` is instant. This is
 the entry point: the one place that reads the environment (`MIDFLIGHT_HOME`, `MIDFLIGHT_API_KEY`, `MIDFLIGHT_ADMIN_KEY`,
@@ -13,7 +13,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from api.config import DTYPES, IMPLEMENTATIONS, LOAD_FORMATS, LOG_LEVELS, STRATEGIES, ServeConfig
+from api.config import (
+    AUTOPILOT_MODES,
+    DTYPES,
+    IMPLEMENTATIONS,
+    LOAD_FORMATS,
+    LOG_LEVELS,
+    OBJECTIVES,
+    STRATEGIES,
+    ServeConfig,
+)
 
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[kmgt]?)(?:i?b)?", re.IGNORECASE)
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -99,7 +108,23 @@ def _chat(options: argparse.Namespace, environment: Mapping[str, str]) -> int:
     return chat(_url(options, environment), environment.get("MIDFLIGHT_API_KEY", ""), options.system, parameters)
 
 
-_COMMANDS = {"serve": _serve, "pull": _pull, "layout": _layout, "workers": _workers, "chat": _chat}
+def _plan(options: argparse.Namespace, environment: Mapping[str, str]) -> int:
+    from api.plan_text import set_autopilot, show_plan
+
+    url, key = _url(options, environment), environment.get("MIDFLIGHT_ADMIN_KEY", "")
+    if options.autopilot is not None:
+        return set_autopilot(url, key, options.autopilot, options.json)
+    return show_plan(url, key, options.json)
+
+
+_COMMANDS = {
+    "serve": _serve,
+    "pull": _pull,
+    "layout": _layout,
+    "workers": _workers,
+    "plan": _plan,
+    "chat": _chat,
+}
 
 
 # -- parsing -------------------------------------------------------------------------------------------------
@@ -134,6 +159,11 @@ def build_parser() -> argparse.ArgumentParser:
     drain.add_argument("name", metavar="NAME")
     _add_url(drain, is_inner=True)
     _add_change(drain)
+    plan = commands.add_parser("plan", help="show which layout the planner would choose and why, or set the autopilot")
+    _add_url(plan)
+    plan.add_argument(
+        "--autopilot", choices=AUTOPILOT_MODES, default=None, help="switch it: off, advise (say), on (act)"
+    )
     chat = commands.add_parser("chat", help="talk to a running server")
     _add_url(chat, json=False)
     chat.add_argument("--system", default="", metavar="TEXT", help="a system message to begin with")
@@ -214,6 +244,25 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     )
     add("--no-prefix-cache", action="store_true", help="compute every prompt in full")
 
+    group = parser.add_argument_group("planning")
+    add = group.add_argument
+    add(
+        "--autopilot",
+        choices=AUTOPILOT_MODES,
+        default="off",
+        help="advise: say which layout would be better; on: change to it",
+    )
+    add("--objective", choices=OBJECTIVES, default="throughput", help="what a better layout is better at")
+    add("--slo-ttft", type=_seconds, default=2.0, metavar="SECONDS", help="to the first token, for the goodput")
+    add("--slo-tpot", type=_seconds, default=0.1, metavar="SECONDS", help="per further token, for the goodput")
+    add("--elastic", action="store_true", help="let the autopilot use no more workers than the load needs")
+    add(
+        "--scale-command",
+        default="",
+        metavar="COMMAND",
+        help="run by the shell when another number of workers is wanted, with MIDFLIGHT_WORKERS_WANTED set",
+    )
+
     group = parser.add_argument_group("HTTP")
     add = group.add_argument
     add("--host", default="127.0.0.1")
@@ -262,6 +311,12 @@ def _serve_config(options: argparse.Namespace, environment: Mapping[str, str]) -
         step_tokens=options.step_tokens,
         num_microbatches=options.microbatches,
         prefix_cache=not options.no_prefix_cache,
+        autopilot=options.autopilot,
+        objective=options.objective,
+        slo_ttft_s=options.slo_ttft,
+        slo_tpot_s=options.slo_tpot,
+        elastic=options.elastic,
+        scale_command=options.scale_command,
         api_key=options.api_key if options.api_key is not None else environment.get("MIDFLIGHT_API_KEY", ""),
         admin_key=options.admin_key if options.admin_key is not None else environment.get("MIDFLIGHT_ADMIN_KEY", ""),
         max_body_bytes=options.max_body,

@@ -12,6 +12,9 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 IMPLEMENTATIONS = ("auto", "lean", "transformers")
 STRATEGIES = ("live", "stop-copy", "drain", "recompute")
 """The same as `scheduler.transition.STRATEGIES`, without importing it."""
+AUTOPILOT_MODES = ("off", "advise", "on")
+OBJECTIVES = ("throughput", "latency", "goodput")
+"""The same as `scheduler.planning.autopilot.MODES` and `scheduler.planning.traffic.Objective`, without importing them."""
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -58,6 +61,16 @@ class ServeConfig:
     num_microbatches: int = 0
     """Microbatches in flight; 0: as many as it takes to keep every stage busy."""
     prefix_cache: bool = True
+
+    autopilot: str = "off"
+    objective: str = "throughput"
+    slo_ttft_s: float = 2.0
+    slo_tpot_s: float = 0.1
+    """What a request must meet to count for the goodput: seconds to the first token, and per further token."""
+    elastic: bool = False
+    """Let the autopilot use no more workers than the load needs."""
+    scale_command: str = ""
+    """Run by the shell when another number of workers is wanted; see `api.scaling`."""
 
     api_key: str = ""
     admin_key: str = ""

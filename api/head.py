@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import psutil
 import uvloop
@@ -23,6 +24,7 @@ from api.app import build_app, make_runner
 from api.config import ServeConfig
 from api.context import ApiSettings
 from api.pull import PullError, resolve_model
+from api.scaling import Scaler
 from api.signals import Signals, Stopped, first_of, unless_stopped
 from api.status import StatusReporter, Terminal, TerminalHandler, ready_lines
 from api.text import Text, load_text
@@ -33,6 +35,8 @@ from runtime.model.spec import ModelSpec
 from runtime.rpc import Door, DoorError
 from scheduler.batching import BatchingConfig
 from scheduler.driver import Driver
+from scheduler.planning.autopilot import Mode, Settings
+from scheduler.planning.traffic import Objective, Slo
 from scheduler.state import ClusterConfig, SchedulerState
 
 log = logging.getLogger("midflight.head")
@@ -93,8 +97,11 @@ class _Head:
             if config.num_local_workers < config.num_stages:
                 self._say(_join_line(config, door.address))
             reporter = loop.create_task(self._report(driver, _address(runner, config)))
+            scaler = _start_scaler(config, driver, loop)
             await self._until_told(signals, driver)
             reporter.cancel()
+            if scaler is not None:
+                scaler.cancel()
         except Stopped:
             pass
         finally:
@@ -195,6 +202,14 @@ class _Head:
         await ended
 
 
+def _start_scaler(config: ServeConfig, driver: Driver, loop: asyncio.AbstractEventLoop) -> "asyncio.Task[None] | None":
+    if not config.scale_command:
+        return None
+    scaler = Scaler(config.scale_command, os.environ)
+    driver.listen(scaler.on_event)
+    return loop.create_task(scaler.run())
+
+
 async def _clean_up(runner: web.AppRunner | None) -> None:
     if runner is not None:
         await runner.cleanup()
@@ -235,6 +250,12 @@ def _make_state(config: ServeConfig, spec: ModelSpec) -> SchedulerState:
         layers=config.layers or None,
         kv_bytes=config.kv_memory,
         implementation=config.implementation,
+        autopilot=cast("Mode", config.autopilot),
+        piloting=Settings(
+            objective=cast("Objective", config.objective),
+            slo=Slo(config.slo_ttft_s, config.slo_tpot_s),
+            elastic=config.elastic,
+        ),
     )
     return SchedulerState(cluster, batching)
 

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, PlatformCollector, ProcessColle
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from api.pilot_metrics import pilot_families
 from scheduler.request import Engine, EngineStats
 
 _LATENCY_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -128,6 +129,7 @@ class Metrics:
         yield from _engine_families(self._engine.stats())
         yield from _layout_families(self._engine.layout_view())
         yield from self.transitions.families()
+        yield from pilot_families(self._engine.pilot_stats())
 
 
 class _Families(Collector):

@@ -24,6 +24,7 @@ from scheduler.request import (
     EngineStats,
     Health,
     Limits,
+    PilotStats,
     Request,
     Sink,
     StageStats,
@@ -53,6 +54,7 @@ class ScriptedEngine:
         self.refusal: Exception | None = None
         self.traces: list[TraceRun] = []
         self.reports: dict[int, dict[str, Any]] = {}
+        self.mode = "off"
         self.listeners: set[Callable[[dict[str, Any]], None]] = set()
         self._ended = asyncio.Event()
 
@@ -129,6 +131,18 @@ class ScriptedEngine:
             {"worker": "w1", "layers": [3, 4], "device": "cpu"},
         ]
         return {"epoch": 1, "model": MODEL, "num_layers": 4, "stages": stages, "transition": None}
+
+    def plan_view(self) -> dict[str, Any]:
+        return {"mode": self.mode}
+
+    def pilot_stats(self) -> PilotStats:
+        return PilotStats(
+            self.mode, 0.25, 0.9, 1.5, {"shift": 2}, [("w0", 40, 0.05, -0.01)], [("present", 0, "w0", 0.012)],
+            {"tpot": (0.02, 0.021)}, 3, 2, 2, 1,
+        )  # fmt: skip
+
+    def set_autopilot(self, mode: str) -> None:
+        self.mode = mode
 
     def workers_view(self) -> list[dict[str, Any]]:
         return [{"name": "w0", "host": "127.0.0.1", "layers": [0, 3]}]
