@@ -48,7 +48,8 @@ class Settings(msgspec.Struct, frozen=True):
 
     `min_gain` is relative; `overhead` the share of the service that a change takes while it goes on, `change_s` what it is
     taken to cost beyond that (seconds of service). `pressure_at` is the utilization from which on capacity is worth all that it
-    promises. `elastic`: use no more workers than the load needs.
+    promises. Of two proposals the one that pays more within `nearer_s` is taken. `elastic`: use no more workers than the load
+    needs.
     """
 
     objective: Objective = "throughput"
@@ -70,6 +71,7 @@ class Settings(msgspec.Struct, frozen=True):
     retry_s: float = 60.0
     shrink_after_s: float = 60.0
     pressure_at: float = 0.7
+    nearer_s: float = 60.0
     headroom: float = 0.1
     kv_bytes_per_s: float = 50e6
     load_bytes_per_s: float = 200e6
@@ -224,15 +226,10 @@ class Autopilot:
         except NoPlan as error:
             self._advise(now_s, "kept", str(error), (str(error),))
             return None
+        self.cost = self._migration(present, found.layout, kv_tokens)
+        if found.is_change and found.gain > 0 and len(present.workers) == present.num_hops:
+            found = self._or_nearer(found, devices, present, load, kv_tokens)
         self.plan = found
-        self.cost = migration_cost(
-            self.facts,
-            present,
-            found.layout,
-            kv_tokens=kv_tokens,
-            kv_bytes_per_s=self.settings.kv_bytes_per_s / self.slowness,
-            load_bytes_per_s=self.settings.load_bytes_per_s / self.slowness,
-        )
         assert found.present is not None
         measured = self.monitor.measured(self._changed_s)
         self.error = Error(
@@ -278,6 +275,39 @@ class Autopilot:
         self.workers = Workers(len(devices), len(used), wanted, spare)
         return found
 
+    def _or_nearer(self, found: Plan, devices: Sequence[Device], present: Layout, load: Load, kv_tokens: float) -> Plan:
+        """`found`, or the best with the present order of workers when that pays better: it moves fewer layers."""
+        settings, traffic = self.settings, found.traffic
+        near = plan(
+            self.facts, devices, traffic, serving=self.serving, objective=settings.objective, slo=settings.slo,
+            present=present, headroom=settings.headroom, keep_order=True,
+        )  # fmt: skip
+        if not near.is_change or near.layout.segments == found.layout.segments:
+            return found
+        cost, near_cost = self.cost, self._migration(present, near.layout, kv_tokens)
+        assert cost is not None
+        lasts_s = min(settings.nearer_s, load.remaining_s)
+        if min(near.gain, 10.0) * lasts_s - self._cost_s(near_cost) < min(found.gain, 10.0) * lasts_s - self._cost_s(
+            cost
+        ):
+            return found
+        self.cost = near_cost
+        return msgspec.structs.replace(near, candidates=found.candidates)
+
+    def _migration(self, present: Layout, layout: Layout, kv_tokens: float) -> MigrationCost:
+        return migration_cost(
+            self.facts,
+            present,
+            layout,
+            kv_tokens=kv_tokens,
+            kv_bytes_per_s=self.settings.kv_bytes_per_s / self.slowness,
+            load_bytes_per_s=self.settings.load_bytes_per_s / self.slowness,
+        )
+
+    def _cost_s(self, cost: MigrationCost) -> float:
+        """Seconds of service."""
+        return cost.seconds * self.settings.overhead + self.settings.change_s
+
     def _settled(self, now_s: float, raw: int, num_serving: int) -> int:
         """The number of workers wanted: more when it was more twice in a row, fewer when it was fewer for long."""
         before = self._wanted = self._wanted or num_serving
@@ -302,7 +332,7 @@ class Autopilot:
         assert self.cost is not None
         assert self.load is not None
         settings, cost = self.settings, self.cost
-        cost_s = cost.seconds * settings.overhead + settings.change_s
+        cost_s = self._cost_s(cost)
         until_s, _ = self._blocked.get(found.layout.segments, (-math.inf, 0.0))
         shrinks = found.is_change and settings.elastic and len(found.layout.workers) < len(present.workers)
         gain = self.worth(found)

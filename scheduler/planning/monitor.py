@@ -27,7 +27,9 @@ from scheduler.planning.traffic import Traffic
 
 
 class MonitorSettings(msgspec.Struct, frozen=True):
-    """`z` is how many standard errors a difference must be, `effect` how large (0.25: by a quarter); counts are requests."""
+    """`z` is how many standard errors a difference must be, `effect` how large (0.25: by a quarter); counts are requests.
+    A pause longer than `idle_s` ends a load.
+    """
 
     bucket_s: float = 1.0
     window_s: float = 180.0
@@ -36,6 +38,7 @@ class MonitorSettings(msgspec.Struct, frozen=True):
     min_recent: int = 6
     min_before: int = 8
     forget_shifts_s: float = 1800.0
+    idle_s: float = 15.0
 
 
 class Shift(msgspec.Struct, frozen=True):
@@ -145,6 +148,7 @@ class Monitor:
         self._sampled_s: float | None = None
         self._num_tokens = 0
         self._since_s: float | None = None
+        self._idle_s = math.inf
         self._running: Sequence[tuple[float, int]] = ()
         self._outputs: deque[tuple[float, float, int]] = deque(maxlen=_MAX_OUTPUTS)
         """When a request ended, when it had arrived, and its output tokens."""
@@ -212,6 +216,8 @@ class Monitor:
         if bucket.seconds < self.settings.bucket_s:
             return None
         self._now = _Bucket(start_s=now_s)
+        if self._is_idle(bucket):
+            return None
         for buckets in (self._buckets, self._all):
             buckets.append(bucket)
             while buckets[0].start_s < now_s - self.settings.window_s:
@@ -223,6 +229,18 @@ class Monitor:
                 self._buckets.popleft()
             self._since_s = shift.began_s
         return shift
+
+    def _is_idle(self, bucket: _Bucket) -> bool:
+        """Whether nothing is going on, and has not for a while: such a time is no part of any load."""
+        if bucket.arrivals or bucket.ended or bucket.tokens or bucket.running_s + bucket.waiting_s > 0:
+            if self._idle_s > self.settings.idle_s:
+                self._buckets.clear()
+                self._all.clear()
+                self._since_s = bucket.start_s
+            self._idle_s = 0.0
+        else:
+            self._idle_s += bucket.seconds
+        return self._idle_s > self.settings.idle_s
 
     # -- what it comes to ---------------------------------------------------------------------------------------
 

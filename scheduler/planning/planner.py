@@ -100,10 +100,12 @@ def plan(
     present: Layout | None = None,
     num_stages: int = 0,
     headroom: float = 0.1,
+    keep_order: bool = False,
 ) -> Plan:
     """The best layout over `devices` for `traffic`.
 
-    `num_stages` 0 leaves their number free. `headroom` is the share of each device's memory that is planned to stay empty. The
+    `num_stages` 0 leaves their number free; with `keep_order` only the cuts of `present` are, which must name no worker
+    twice. `headroom` is the share of each device's memory that is planned to stay empty. The
     layout's epoch is that of `present`, or 0: a transition gives it a new one.
 
     Raises:
@@ -120,7 +122,12 @@ def plan(
             f"{num_stages} stages for {len(names)} devices and {facts.num_layers} layers;"
             f" between 1 and {min(len(names), facts.num_layers)} are possible"
         )
-    return _Planning(facts, tuple(devices), traffic, serving, objective, slo, present, headroom).run(num_stages)
+    planning = _Planning(facts, tuple(devices), traffic, serving, objective, slo, present, headroom)
+    if keep_order:
+        if present is None or len(present.workers) != present.num_hops:
+            raise ValueError("only the order of a present layout that names no worker twice can be kept")
+        planning.keeps_order, num_stages = True, present.num_hops
+    return planning.run(num_stages)
 
 
 def default_counts(facts: Facts, devices: Sequence[Device], serving: Serving = SERVING) -> tuple[int, ...]:
@@ -188,6 +195,7 @@ class _Planning:
         self.facts, self.devices, self.traffic, self.serving = facts, devices, traffic, serving
         self.objective: Objective = objective
         self.slo, self.present = slo, present
+        self.keeps_order = False
         rooms = [d.memory_bytes * (1 - headroom) if d.memory_bytes else math.inf for d in devices]
         self.rooms = np.array(rooms)
         self.names = [device.worker for device in devices]
@@ -257,7 +265,8 @@ class _Planning:
     def _solve(self, one: _Posed) -> tuple[_Posed, Split | None]:
         """The best split; where memory allows none, with fewer sequences until it does."""
         while True:
-            split = one.solver.best(*self._wanted(one.k))
+            wanted = self._wanted(one.k)
+            split = split_order(one.problem, wanted[0]) if self.keeps_order else one.solver.best(*wanted)
             if split is not None or one.num_sequences <= 1:
                 return one, split
             (one,) = self._pose([one.k], [max(1.0, one.num_sequences / 2)])

@@ -8,12 +8,13 @@ asked of the planner with copies of the fastest one there is.
 Never true: more workers than there are are wanted for a closed loop; it takes as much as it gets.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import msgspec
 
 from scheduler.planning.forecast import Device
-from scheduler.planning.planner import Plan
+from scheduler.planning.planner import Candidate, Plan
 from scheduler.planning.traffic import Slo
 
 FULL = 0.8
@@ -23,6 +24,7 @@ FULL_WITH_LESS = 0.65
 ENOUGH = 0.97
 """The share of the best throughput that fewer workers must reach in a closed loop."""
 MAX_MORE = 16
+"""Beyond so many workers it is taken for granted that capacity grows with their number."""
 
 Ask = Callable[[Sequence[Device], int], Plan]
 """The planner, for these devices and this number of stages (0: any), without a present layout."""
@@ -47,19 +49,20 @@ def num_wanted(ask: Ask, devices: Sequence[Device], num_layers: int, slo: Slo, n
     used = len(best.layout.workers)
     if not _carries(best, best, slo, FULL):
         return _with_more(ask, best, devices, num_layers, slo)
-    low, high = 1, used
-    while low < high:  # capacity grows with the number of stages for as long as more of them help
-        middle = (low + high) // 2
-        try:
-            found = ask(devices, middle)
-        except ValueError:  # it does not fit on so few
-            low = middle + 1
-            continue
-        if _carries(found, best, slo, FULL if middle >= num_serving else FULL_WITH_LESS):
-            high = middle
-        else:
-            low = middle + 1
-    return high
+    for candidate in best.candidates:
+        k = candidate.num_stages
+        full = FULL if k >= num_serving else FULL_WITH_LESS
+        if k < used and _may_carry(candidate, best, full) and _carries(ask(devices, k), best, slo, full):
+            return k
+    return used
+
+
+def _may_carry(candidate: Candidate, best: Plan, full: float) -> bool:
+    """By the score alone, which for those that were not split is a bound: what fails here need not be planned."""
+    rate = best.traffic.requests_per_s
+    if candidate.score == -math.inf or best.objective == "latency":
+        return candidate.score > -math.inf
+    return candidate.score * full >= rate if rate > 0 else candidate.score >= ENOUGH * best.score
 
 
 def _carries(found: Plan, best: Plan, slo: Slo, full: float) -> bool:
@@ -76,6 +79,10 @@ def _with_more(ask: Ask, best: Plan, devices: Sequence[Device], num_layers: int,
     present = len(devices)
     if best.traffic.requests_per_s <= 0:
         return present
+    if present > MAX_MORE:
+        forecast = best.forecast
+        short = best.traffic.requests_per_s / (FULL * forecast.capacity_requests_per_s)
+        return min(num_layers, present + max(1, math.ceil(present * (short - 1.0))))
     model = max(devices, key=lambda device: device.speed.kind.bandwidth)
     low, high = 1, min(MAX_MORE, num_layers - present)
     found = present
