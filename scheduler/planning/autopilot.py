@@ -47,7 +47,7 @@ class Settings(msgspec.Struct, frozen=True):
     """What the operator wants, and how eager to be about it.
 
     `min_gain` is relative; `overhead` the share of the service that a change takes while it goes on, `change_s` what it is
-    taken to cost beyond that (seconds of service). `pressure_at` is the utilization from which on capacity is worth all that it
+    taken to cost beyond that and `layer_s` for each layer moved (seconds of service). `pressure_at` is the utilization from which on capacity is worth all that it
     promises. Of two proposals the one that pays more within `nearer_s` is taken. `elastic`: use no more workers than the load
     needs.
     """
@@ -63,6 +63,7 @@ class Settings(msgspec.Struct, frozen=True):
     pay_back: float = 2.0
     overhead: float = 0.15
     change_s: float = 0.5
+    layer_s: float = 0.05
     min_age_s: float = 3.0
     min_requests: int = 4
     settle_s: float = 3.0
@@ -306,7 +307,8 @@ class Autopilot:
 
     def _cost_s(self, cost: MigrationCost) -> float:
         """Seconds of service."""
-        return cost.seconds * self.settings.overhead + self.settings.change_s
+        settings = self.settings
+        return cost.seconds * settings.overhead + settings.change_s + cost.num_layers * settings.layer_s
 
     def _settled(self, now_s: float, raw: int, num_serving: int) -> int:
         """The number of workers wanted: more when it was more twice in a row, fewer when it was fewer for long."""
@@ -376,7 +378,7 @@ class Autopilot:
             return 1.0
         if found.present_score <= 0:
             return 1.0
-        return min(1.0, traffic.requests_per_s / (self.settings.pressure_at * found.present_score))
+        return min(1.0, traffic.requests_per_s / (self.settings.pressure_at * found.present_score)) ** 2
 
     # -- learning -----------------------------------------------------------------------------------------------
 

@@ -366,9 +366,11 @@ class Monitor:
             z = abs(mean1 - mean0) / math.sqrt(variance / n0 + variance / n1)
             if abs(mean1 - mean0) > needed:
                 found.append((what, z, math.exp(mean0), math.exp(mean1)))
-        closed = _is_closed(before), _is_closed(after)
+        # the number of clients may change within a bucket, which is of neither side then
+        until = _Bucket(*map(float, rows_before[:-1].sum(axis=0)))
+        closed = _is_closed(until), _is_closed(after)
         if all(closed):
-            found += self._clients(before, after)
+            found += self._clients(until, after)
         elif not any(closed):
             found += self._arrivals(rows_before, rows_after)
         return found

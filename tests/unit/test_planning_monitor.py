@@ -1,0 +1,102 @@
+"""The monitor: what it makes of a load, what it takes for a change of it, and how fast it forgets."""
+
+import random
+
+import pytest
+
+from runtime.layout import layout_from_counts
+from scheduler.planning.monitor import Monitor
+from tests.unit.load_harness import Phase, World, device, make
+
+DEVICES = [device("a", "a100"), device("l", "l40s")]
+
+
+def watched(seed: int, *phases: Phase) -> World:
+    """A world that nobody changes, after these phases."""
+    world = World(make("off"), DEVICES, DEVICES, layout_from_counts(1, ["a", "l"], [16, 16]), seed)
+    world.run(*phases)
+    return world
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_closed_loop_is_seen_as_it_is(seed: int) -> None:
+    load = watched(seed, Phase(90, 256, 128, clients=24)).autopilot.monitor.load()
+    assert load is not None
+    assert load.is_closed
+    assert load.traffic.requests_per_s == 0.0
+    assert load.traffic.concurrency == pytest.approx(24, rel=0.02)
+    assert load.traffic.prompt_tokens == pytest.approx(256, rel=0.1)
+    assert load.traffic.output_tokens == pytest.approx(128, rel=0.15)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_an_open_loop_is_seen_as_it_is(seed: int) -> None:
+    load = watched(seed, Phase(120, 256, 64, rate=4.0)).autopilot.monitor.load()
+    assert load is not None
+    assert not load.is_closed
+    assert load.traffic.requests_per_s == pytest.approx(4.0, rel=0.25)
+    assert load.traffic.arrival_cv == pytest.approx(1.0, abs=0.25)
+    assert load.traffic.output_tokens == pytest.approx(64, rel=0.15)
+
+
+def test_no_load_is_none() -> None:
+    monitor = Monitor()
+    for tick in range(100):
+        assert monitor.sample(tick * 0.5, [], 0, 0) is None
+    assert monitor.load() is None
+
+
+def test_a_steady_load_hardly_ever_seems_to_change() -> None:
+    """Twelve times five minutes, closed and open: chance must not look like a shift more than once in half an hour."""
+    worlds = [watched(seed, Phase(300, 256, 128, clients=16)) for seed in range(6)]
+    worlds += [watched(seed, Phase(300, 256, 128, rate=3.0)) for seed in range(6)]
+    assert sum(len(world.autopilot.monitor.shifts) for world in worlds) <= 2
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_shift_is_noticed_and_the_old_load_forgotten(seed: int) -> None:
+    world = watched(seed, Phase(120, 448, 16, clients=32))
+    assert not world.autopilot.monitor.shifts
+    world.run(Phase(10, 128, 448, clients=32))
+    (first, *_) = world.autopilot.monitor.shifts
+    assert first.what == "prompt tokens"
+    assert 110 < first.began_s < 122
+    world.run(Phase(30, 128, 448, clients=32))
+    load = world.autopilot.monitor.load()
+    assert load is not None
+    assert load.traffic.prompt_tokens < 180
+    assert load.traffic.output_tokens > 300
+
+
+def test_another_rate_is_a_shift_and_so_are_more_clients() -> None:
+    world = watched(1, Phase(60, 256, 32, rate=2.0), Phase(30, 256, 32, rate=12.0))
+    assert "requests/s" in {shift.what for shift in world.autopilot.monitor.shifts}
+    world = watched(1, Phase(60, 256, 32, clients=4), Phase(30, 256, 32, clients=32))
+    assert "clients" in {shift.what for shift in world.autopilot.monitor.shifts}
+
+
+def test_loads_that_take_turns_are_expected_to_go_on_doing_so() -> None:
+    world = watched(3, *[Phase(20, 448, 16, clients=32), Phase(20, 128, 448, clients=32)] * 5)
+    load, mixed = world.autopilot.monitor.load(), world.autopilot.monitor.load(mixed=True)
+    assert load is not None
+    assert mixed is not None
+    assert load.remaining_s < 60
+    assert 128 < mixed.traffic.prompt_tokens < 448
+    assert watched(3, Phase(100, 448, 16, clients=32)).autopilot.monitor._remaining_s() == float("inf")
+
+
+def test_a_pause_ends_a_load() -> None:
+    monitor, draw = Monitor(), random.Random(1)
+    tokens = 0
+    for start_s, prompt in ((0.0, 500), (60.0, 50)):
+        for tick in range(40):
+            now_s = start_s + tick * 0.5
+            monitor.arrived(now_s, prompt + draw.randrange(10))
+            tokens += 10
+            monitor.sample(now_s, [(now_s, 5)], 0, tokens)
+        for tick in range(40):
+            monitor.sample(start_s + 20 + tick * 0.5, [], 0, tokens)
+    load = monitor.load()
+    assert load is not None
+    assert load.traffic.prompt_tokens < 100
+    assert not monitor.shifts
