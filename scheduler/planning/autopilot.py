@@ -363,7 +363,8 @@ class Autopilot:
         before = self.monitor.measured(self._changed_s)
         old_s = self._per_token_s(devices, present, found.traffic, before)
         new_s = self._per_token_s(devices, found.layout, found.traffic, before)
-        self._pending = _Trial(decision, tuple(devices), old_s / new_s - 1.0, self._ratio)
+        ratio = self._ratio or before.service_s_per_token / old_s
+        self._pending = _Trial(decision, tuple(devices), old_s / new_s - 1.0, ratio)
         self._note(now_s, "change", why, gain=found.gain, trust=self.trust, cost_s=cost_s)
         return decision
 
@@ -397,7 +398,8 @@ class Autopilot:
             return
         self._trial = None
         if trial.gain < _JUDGED_FROM or trial.ratio <= 0:
-            return  # nothing that would show in the time per token, or nothing known from before
+            self._note(now_s, "result", "the last change is not judged: its gain would not show in the time per token")
+            return
         ratio = after.service_s_per_token / self._per_token_s(trial.devices, present, load.traffic, after)
         came_true = (1.0 + trial.gain) * trial.ratio / ratio - 1.0
         share = min(max(came_true / trial.gain, 0.0), 1.5)
