@@ -207,6 +207,14 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="compute threads per local worker; default: cores / workers",
     )
+    add(
+        "--pace",
+        action="append",
+        default=[],
+        metavar="DEVICES",
+        help="emulate slower devices: one per local worker, as a100,l40s (none: as it is); or prefill=1.0,decode=2.4,"
+        " the option once for each worker",
+    )
     add("--rpc-host", default="127.0.0.1", metavar="HOST", help="where workers meet the head")
     add("--rpc-port", type=_port, default=0, metavar="PORT", help="default: a free one")
     add(
@@ -286,6 +294,7 @@ def _serve_config(options: argparse.Namespace, environment: Mapping[str, str]) -
     if options.no_local_workers and options.local_workers:
         _fail(f"--no-local-workers contradicts --local-workers {options.local_workers}; leave one out", code=2)
     num_local = 0 if options.no_local_workers else options.local_workers
+    paces = _paces(options.pace, num_stages if num_local is None else num_local)
     return ServeConfig(
         model=options.model,
         home=_home(environment),
@@ -294,6 +303,7 @@ def _serve_config(options: argparse.Namespace, environment: Mapping[str, str]) -
         layers=options.layers,
         num_local_workers=num_stages if num_local is None else num_local,
         num_threads=options.threads,
+        paces=paces,
         host=options.host,
         port=options.port,
         rpc_host=options.rpc_host,
@@ -323,6 +333,21 @@ def _serve_config(options: argparse.Namespace, environment: Mapping[str, str]) -
         drain_timeout_s=options.drain_timeout,
         log_level=options.log_level,
     )
+
+
+def _paces(texts: Sequence[str], num_workers: int) -> tuple[str, ...]:
+    """What every local worker emulates."""
+    if not texts:
+        return ()
+    from runtime.pace import parse_paces
+
+    try:
+        paces = parse_paces(texts)
+    except ValueError as error:
+        _fail(f"--{error}", code=2)
+    if len(paces) != num_workers:
+        _fail(f"--pace is for {len(paces)} workers, {num_workers} are started here; give one for each, or none", code=2)
+    return paces
 
 
 def _add_url(parser: argparse.ArgumentParser, *, json: bool = True, is_inner: bool = False) -> None:

@@ -42,6 +42,8 @@ class ServeConfig:
     rpc_host: str = "127.0.0.1"
     rpc_port: int = 0
     """Where workers rendezvous; 0: a free port."""
+    paces: tuple[str, ...] = ()
+    """What each local worker emulates (`runtime.pace.parse_pace`), empty for nothing; of no or all local workers."""
     allow_public_rpc: bool = False
     """The workers' RPC neither authenticates nor encrypts; a public `rpc_host` is refused without this."""
 

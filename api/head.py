@@ -280,6 +280,8 @@ def _worker_args(config: ServeConfig, index: int) -> list[str]:
     args = ["--name", f"w{index}", "--device", device, "--log-level", config.log_level]
     if config.log_level == "info":
         args[-1] = "warning"
+    if config.paces and config.paces[index]:
+        args += ["--pace", config.paces[index]]
     return [*args, "--allow-public-rpc"] if config.allow_public_rpc else args
 
 

@@ -44,9 +44,8 @@ def layout_lines(layout: dict[str, Any]) -> list[str]:
     rows = []
     for hop, stage in enumerate(stages):
         start, stop = stage["layers"]
-        rows.append(
-            [str(hop), stage["worker"], f"[{start}, {stop})", f"{stop - start} layers", str(stage.get("device", ""))]
-        )
+        device = stage.get("device_name" if stage.get("pace") else "device", "")
+        rows.append([str(hop), stage["worker"], f"[{start}, {stop})", f"{stop - start} layers", str(device)])
     lines += _table(rows)
     if layout.get("transition"):
         lines.append(f"transition {layout['transition']['id']}: {progress_line(layout['transition'])}")

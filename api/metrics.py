@@ -128,6 +128,7 @@ class Metrics:
         yield from _health_families(self._engine)
         yield from _engine_families(self._engine.stats())
         yield from _layout_families(self._engine.layout_view())
+        yield from _worker_families(self._engine.workers_view())
         yield from self.transitions.families()
         yield from pilot_families(self._engine.pilot_stats())
 
@@ -190,6 +191,17 @@ def _layout_families(layout: dict[str, Any]) -> Iterator[Metric]:
     for worker, count in counts.items():
         layers.add_metric([worker], count)
     yield layers
+
+
+def _worker_families(workers: list[dict[str, Any]]) -> Iterator[Metric]:
+    labels = ["worker", "device", "device_name", "emulation"]
+    info = GaugeMetricFamily("midflight_worker_info", "1; emulation is empty, or what slows the worker", labels=labels)
+    for worker in workers:
+        pace = worker.get("pace")
+        emulation = f"prefill={pace[0]:.4g},decode={pace[1]:.4g}" if pace else ""
+        names = (str(worker.get(key, "")) for key in labels[:3] if key != "worker")
+        info.add_metric([worker["name"], *names, emulation], 1.0)
+    yield info
 
 
 def _stage_families(stats: EngineStats) -> Iterator[Metric]:

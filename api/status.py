@@ -110,7 +110,8 @@ def ready_lines(
     for stage in layout["stages"]:
         start, stop = stage["layers"]
         layers = f"layers {start} to {stop - 1} of {layout['num_layers']}" if stop > start else "no layer"
-        lines.append(f"{stage['worker']}: {layers}, {stage['device']}")
+        device = stage["device_name"] if stage.get("pace") else stage["device"]
+        lines.append(f"{stage['worker']}: {layers}, {device}")
     lines.append(f"status page: {url}/    another layout: midflight layout --help    stop: Ctrl-C")
     if is_public and not (has_api_key and has_admin_key):
         missing = [

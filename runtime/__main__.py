@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from runtime.pace import parse_pace
+
 _SWITCH_INTERVAL_S = 0.0005
 """How long the compute thread may wait for the interpreter's lock while another thread (a shadow's loader) has it."""
 
@@ -47,7 +49,8 @@ class _Process:
         self._args = args
         if args.lifeline_pid:
             watch(args.lifeline_pid, lambda: os._exit(0))
-        self._device = choose_device(args.device, args.threads or int(os.environ.get("OMP_NUM_THREADS", "1")))
+        threads = args.threads or int(os.environ.get("OMP_NUM_THREADS", "1"))
+        self._device = choose_device(args.device, threads, args.emulation)
         self._loader = Loader(self._device)
         self._base = args.name or _default_name()
         self._turn = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
@@ -116,11 +119,17 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--name", default="", help="the worker's name (default: host and agent)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     parser.add_argument("--threads", type=int, default=0, help="compute threads (default: OMP_NUM_THREADS, or 1)")
+    parser.add_argument("--pace", default="", help="emulate a slower device: a100, or prefill=1.0,decode=2.4")
     parser.add_argument("--allow-public-rpc", action="store_true", help="bind RPC to an address that is not loopback")
     parser.add_argument("--rejoin-timeout", type=float, default=600.0, metavar="SECONDS")
     parser.add_argument("--lifeline-pid", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    try:
+        args.emulation = parse_pace(args.pace) if args.pace else None
+    except ValueError as error:
+        parser.error(f"--{error}")
+    return args
 
 
 if __name__ == "__main__":

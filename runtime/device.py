@@ -3,19 +3,32 @@
 import os
 import platform
 import socket
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import torch
 
+from runtime.pace import Emulation, Pacer
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceInfo:
-    """A chosen device."""
+    """A chosen device, and the slower one that it emulates, if any."""
 
     device: torch.device
     num_threads: int
+    emulation: Emulation | None = None
+
+    def pacer(self, clock: Callable[[], float]) -> Pacer | None:
+        """What slows steps down to the emulated device; None when nothing is emulated. `clock` gives seconds."""
+        if self.emulation is None:
+            return None
+        if self.device.type == "cuda":
+            return Pacer(self.emulation, clock, time.sleep, lambda: torch.cuda.synchronize(self.device))
+        return Pacer(self.emulation, clock, time.sleep)
 
     def memory(self) -> tuple[int, int]:
         """Bytes in all and bytes free right now."""
@@ -37,15 +50,15 @@ class DeviceInfo:
             "memory_available": available,
             "num_threads": self.num_threads,
             "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
+            "pace": (self.emulation.prefill, self.emulation.decode) if self.emulation is not None else None,
         }
 
     def _name(self) -> str:
-        if self.device.type == "cuda":
-            return torch.cuda.get_device_name(self.device)
-        return _cpu_name()
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else _cpu_name()
+        return self.emulation.label(name) if self.emulation is not None else name
 
 
-def choose_device(wanted: str, num_threads: int) -> DeviceInfo:
+def choose_device(wanted: str, num_threads: int, emulation: Emulation | None = None) -> DeviceInfo:
     """The device named `wanted` ("auto", "cpu", "cuda", "cuda:1"); "auto" is CUDA where there is one.
 
     Raises:
@@ -66,7 +79,7 @@ def choose_device(wanted: str, num_threads: int) -> DeviceInfo:
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
     torch.set_num_threads(num_threads)
-    return DeviceInfo(device, num_threads)
+    return DeviceInfo(device, num_threads, emulation)
 
 
 def _cpu_name() -> str:

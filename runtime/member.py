@@ -57,6 +57,7 @@ from runtime.messages import (
     Weights,
     decode_plan,
 )
+from runtime.pace import Pacer
 from runtime.stage import Stage, Units
 from runtime.stage_state import StepOrder
 from runtime.trace import Tracer
@@ -139,6 +140,7 @@ class Member:
         outbox: Outbox,
         clock: Callable[[], float],
         tracer: Tracer | None = None,
+        pacer: Pacer | None = None,
     ) -> None:
         self._name = name
         self._device = device
@@ -147,6 +149,7 @@ class Member:
         self._clock = clock
         self._tracer = tracer or Tracer()
         self._newest_run: Epoch = -1
+        self._pacer = pacer
         self.pool: PagePool | None = None
         self._stages: dict[Epoch, Stage] = {}
         self._order: dict[tuple[Epoch, int], StepOrder[_Due]] = {}
@@ -288,8 +291,12 @@ class Member:
         cpu_ns = self._tracer.cpu_ns()
         with torch.inference_mode():
             hidden = stage.run(plan, hop, tensors[0] if len(tensors) else None)
+            if self._pacer is not None:
+                self._pacer.hold_step((len(row.tokens) for row in plan.rows), begun_s)
             computed_s = self._clock()
             sampled = stage.sample(hidden) if hop == stage.layout.num_hops - 1 else None
+            if self._pacer is not None and sampled is not None:
+                self._pacer.hold_sampling(computed_s)
         ended_s = computed_s if sampled is None else self._clock()
         cpu_ns = self._tracer.cpu_ns() - cpu_ns
         self._limiter.ran(begun_s, ended_s)

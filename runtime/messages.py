@@ -304,7 +304,10 @@ ToWorker: TypeAlias = (
 
 
 class Join(msgspec.Struct, frozen=True, array_like=True, tag=32):
-    """A worker announces itself. `name` is unique per incarnation: a restarted worker joins as a new member."""
+    """A worker announces itself. `name` is unique per incarnation: a restarted worker joins as a new member.
+
+    `pace` is set when it emulates another device: by how much it slows prompt tokens and decode rows (`runtime.pace`).
+    """
 
     name: WorkerName
     host: str
@@ -316,6 +319,7 @@ class Join(msgspec.Struct, frozen=True, array_like=True, tag=32):
     num_threads: int
     versions: dict[str, str]
     replaces: WorkerName = ""
+    pace: tuple[float, float] | None = None
 
 
 class Heartbeat(msgspec.Struct, frozen=True, array_like=True, tag=33):

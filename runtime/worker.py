@@ -118,7 +118,8 @@ class Worker:
         self._stopping = threading.Event()
         self._process = psutil.Process()
         self._tracer = loader.tracer = Tracer()
-        self._member = Member(name, device.device, loader, self, time.perf_counter, self._tracer)
+        pacer = device.pacer(time.perf_counter)
+        self._member = Member(name, device.device, loader, self, time.perf_counter, self._tracer, pacer)
         loader.on_shadow = lambda *built: self._put(_ShadowBuilt(*built))
         loader.importer.name = name
         loader.importer.send = lambda peer, fetch: self.to_peer(peer, fetch, ())

@@ -50,8 +50,8 @@ from scheduler.batching import Batcher, BatchingConfig
 from scheduler.membership import Membership
 from scheduler.pilot import SNAPSHOT_BYTES_PER_S, Pilot
 from scheduler.planning.autopilot import Mode, Settings
-from scheduler.planning.cost import Facts, Speed
-from scheduler.planning.devices import kind_of_worker
+from scheduler.planning.cost import Facts
+from scheduler.planning.emulation import speed_of_worker
 from scheduler.planning.forecast import Device
 from scheduler.planning.planner import default_counts
 from scheduler.planning.traffic import Serving
@@ -464,7 +464,7 @@ class SchedulerState:
         devices = []
         for name in self.members.in_order()[:num_stages]:
             info = self.members.workers[name].info
-            devices.append(Device(name, Speed(kind_of_worker(info.device, info.device_name, 1))))
+            devices.append(Device(name, speed_of_worker(info)))
         serving = Serving(
             self.batching.max_step_tokens, self.batching.max_running, self.batching.num_microbatches or num_stages
         )

@@ -112,6 +112,16 @@ async def run_workload(
     return _summarise(workload, records, wall_s, time.process_time() - cpu_before), records
 
 
+async def emulated_devices(url: str) -> list[str]:
+    """The names of the devices that our server's workers emulate: figures with any of them are not of this machine."""
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10.0)) as session:
+        async with session.get(f"{url}/admin/workers") as response:
+            if response.status != 200:
+                return []  # another server, or one that wants a key
+            workers = (await response.json())["workers"]
+    return [worker["device_name"] for worker in workers if worker.get("pace")]
+
+
 async def warm_up(url: str, model: str, workload: Workload, *, seed: int) -> None:
     """A few short requests of the workload's width, so that nothing is compiled or allocated for the first time.
 
@@ -254,6 +264,7 @@ def main() -> int:
     if args.dump:
         with open(args.dump, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(vars(record)) + "\n" for record in records)
+    summary["emulated"] = asyncio.run(emulated_devices(args.url))
     print(json.dumps(summary, indent=2))
     return 1 if summary["errors"] else 0
 

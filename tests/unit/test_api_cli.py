@@ -63,7 +63,7 @@ def test_every_option_arrives() -> None:
         --allow-public-rpc --dtype bfloat16 --device cuda --load-format dummy --implementation lean
         --kv-memory 1.5GiB --block-size 32 --max-context 2048 --max-running 8 --max-queue 9 --step-tokens 64
         --microbatches 3 --no-prefix-cache --api-key a --admin-key b --max-body 1M --drain-timeout 5
-        --log-level debug --served-model-name name
+        --log-level debug --served-model-name name --pace a100
     """
     config = parsed(*line.split(), MIDFLIGHT_HOME="/somewhere")
     assert config == ServeConfig(
@@ -71,7 +71,7 @@ def test_every_option_arrives() -> None:
         num_threads=3, host="0.0.0.0", port=0, rpc_host="10.0.0.1", rpc_port=29500, allow_public_rpc=True, dtype="bfloat16",
         device="cuda", load_format="dummy", implementation="lean", kv_memory=3 << 29, block_size=32, max_context=2048,
         max_running=8, max_queue=9, step_tokens=64, num_microbatches=3, prefix_cache=False, api_key="a", admin_key="b",
-        max_body_bytes=1 << 20, drain_timeout_s=5.0, log_level="debug",
+        max_body_bytes=1 << 20, drain_timeout_s=5.0, log_level="debug", paces=("a100",),
     )  # fmt: skip
 
 
