@@ -114,11 +114,11 @@ async def run_workload(
 
 async def emulated_devices(url: str) -> list[str]:
     """The names of the devices that our server's workers emulate: figures with any of them are not of this machine."""
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10.0)) as session:
-        async with session.get(f"{url}/admin/workers") as response:
-            if response.status != 200:
-                return []  # another server, or one that wants a key
-            workers = (await response.json())["workers"]
+    timeout = aiohttp.ClientTimeout(total=10.0)
+    async with aiohttp.ClientSession(timeout=timeout) as session, session.get(f"{url}/admin/workers") as response:
+        if response.status != 200:
+            return []  # another server, or one that wants a key
+        workers = (await response.json())["workers"]
     return [worker["device_name"] for worker in workers if worker.get("pace")]
 
 

@@ -1,0 +1,431 @@
+"""A simulated worker: it answers the head's messages as `runtime.member` does, with times from the cost model. Pure.
+
+It has no tensors and no KV, but all that the head can see: which epochs it serves, the order of its steps, its memory, its
+page pool, mirrors, fences, the pace of what it does in the background (the real `Limiter`). Its one resource is the time
+of its compute thread: `free_at_s` is when the work that it has taken on will be done. Sending takes of that time too
+(`cost.hop_seconds`), as does every slice of a snapshot; loading of a shadow does not, it rests as the real one does.
+
+Simplified: weights come from the worker's own disk, never from a peer; a message is never lost, doubled or overtaken.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias, assert_never
+
+from kvstore.ids import Epoch, WorkerName
+from runtime.layout import Layout
+from runtime.limiter import Limiter
+from runtime.messages import (
+    Cancel,
+    Copied,
+    Copy,
+    HopTiming,
+    Join,
+    Load,
+    Loaded,
+    LoadFailed,
+    Open,
+    Prepare,
+    Prepared,
+    Retire,
+    Retired,
+    ShadowReady,
+    StepPlan,
+    StepResult,
+    ToHead,
+    ToWorker,
+    TransitionFailed,
+)
+from scheduler.planning.cost import Facts, Work, hop_seconds
+from scheduler.simulation.handover import CopyJob, Incoming, SimHandover, Source
+from scheduler.simulation.stage_cost import StageCost
+from scheduler.simulation.world import SimDevice, World
+
+MIN_FREE_BYTES = 512 << 20
+"""As `runtime.loading` leaves alone."""
+SLICE_S = 0.001
+"""What a slice of a snapshot takes of the worker's time, at most."""
+
+Unit: TypeAlias = int | str
+
+
+@dataclass(slots=True)
+class Flight:
+    """A step on its way through the pipeline. `layer_s` is `StageCost`'s memory of what it knows of this step."""
+
+    plan: StepPlan
+    work: Work
+    timings: list[HopTiming]
+    layer_s: dict[int, list[float]]
+
+
+class Network(Protocol):
+    """Where a worker's messages go; `sent_s` is when they have left it."""
+
+    def to_head(self, sent_s: float, message: ToHead) -> None: ...
+
+    def peer(self, name: WorkerName) -> "SimWorker": ...
+
+
+class SimWorker:
+    """One worker. `noise` gives the factor on the next stage time."""
+
+    def __init__(
+        self, device: SimDevice, facts: Facts, world: World, network: Network, noise: Callable[[], float]
+    ) -> None:
+        self.name = device.worker
+        self.device = device
+        self.free_at_s = 0.0
+        self.busy_s = 0.0
+        self._facts, self._world, self._network, self._noise = facts, world, network, noise
+        self._kind = device.speed.kind
+        self._units: set[Unit] = set()
+        self._pool_bytes = self._num_pages = self._page_bytes = 0
+        self._block_size = 1
+        self._stages: dict[Epoch, Layout] = {}
+        self._costs: dict[tuple[Epoch, int], StageCost] = {}
+        self._next: dict[tuple[Epoch, int], int] = {}
+        self._blocked: dict[tuple[Epoch, int], deque[tuple[Flight, float]]] = {}
+        self._handover: SimHandover | None = None
+        self._retire_due: Retire | None = None
+        self._last_transition = 0
+        self._idle_since_s = 0.0
+        self._limiter = Limiter()
+
+    def join(self) -> Join:
+        kind = self._kind.name
+        return Join(self.name, self.name, 0, f"sim:{kind}", kind, self.device.memory_bytes, self._memory_left(), 1, {})
+
+    def holds(self) -> set[Unit]:
+        return set(self._units)
+
+    def serves(self) -> list[Epoch]:
+        return sorted(self._stages)
+
+    def receive(self, message: ToWorker) -> None:
+        """Any message but a step."""
+        match message:
+            case Load():
+                self._load(message)
+            case Prepare():
+                self._prepare(message)
+            case Copy():
+                self._copy(message)
+            case Open():
+                if (handover := self._under_way(message.transition)) is not None:
+                    handover.open(message.starts)
+                    self._unblock()
+            case Retire() | Cancel():
+                self._retire(message)
+            case _:
+                raise AssertionError(f"a simulated worker got {message}")
+
+    # -- memory ---------------------------------------------------------------------------------------------
+
+    @property
+    def _weight_bytes(self) -> int:
+        return sum(self._unit_bytes(unit) for unit in self._units)
+
+    def _unit_bytes(self, unit: Unit) -> int:
+        spec = self._facts.spec
+        if isinstance(unit, int):
+            return spec.layer_bytes[unit]
+        return spec.embedding_bytes if unit == "embedding" else spec.lm_head_bytes
+
+    def _memory_left(self) -> int:
+        return self.device.memory_bytes - self._weight_bytes - self._pool_bytes
+
+    def _make_pool(self, load: Load, num_layers: int) -> str:
+        """Allocate the page pool as a worker does; what is wrong, if it has no room."""
+        self._block_size = load.block_size
+        self._page_bytes = load.block_size * self._facts.spec.kv_bytes_per_token_layer()
+        free = self._memory_left()
+        budget = load.kv_bytes or int((free - MIN_FREE_BYTES) * load.memory_share)
+        self._num_pages = max(0, budget // self._page_bytes)
+        if self._num_pages < max(1, num_layers) or self._num_pages * self._page_bytes > free:
+            self._num_pages = self._pool_bytes = 0
+            return f"no room for KV pages: {free / 1e9:.1f} GB are free beside the weights"
+        self._pool_bytes = self._num_pages * self._page_bytes
+        return ""
+
+    # -- one layout from scratch ----------------------------------------------------------------------------
+
+    def _load(self, load: Load) -> None:
+        layout, now_s = load.layout, self._world.now_s
+        self._units = set(_units_of(layout, self.name))
+        self._pool_bytes = 0
+        self._stages.clear()
+        if not self._units:
+            return
+        seconds = self._weight_bytes / self._world.rates.load_bytes_per_s
+        error = ""
+        if self._memory_left() < MIN_FREE_BYTES:
+            error = f"{self._weight_bytes / 1e9:.1f} GB of weights do not fit into {self.device.memory_bytes / 1e9:.1f} GB"
+        error = error or self._make_pool(load, len(layout.layers_of(self.name)))
+        if error:
+            self._network.to_head(now_s, LoadFailed(self.name, layout.epoch, f"{self.device.label}: {error}"))
+            return
+        self._open_stage(layout)
+        loaded = Loaded(
+            self.name, layout.epoch, self._weight_bytes, self._num_pages, self._page_bytes, seconds, "simulated"
+        )
+        self._network.to_head(now_s + seconds, loaded)
+
+    def _open_stage(self, layout: Layout) -> None:
+        self._stages[layout.epoch] = layout
+        for hop, segment in enumerate(layout.segments):
+            if segment.worker == self.name:
+                is_last = hop == layout.num_hops - 1
+                cost = StageCost(self._facts, self.device.speed, segment.layers, is_last=is_last)
+                self._costs[layout.epoch, hop] = cost
+
+    # -- steps ----------------------------------------------------------------------------------------------
+
+    def step(self, flight: Flight, hop: int) -> None:
+        """A step has arrived at a hop of this worker."""
+        plan = flight.plan
+        if plan.epoch not in self._stages:
+            return
+        key = plan.epoch, hop
+        assert plan.ordinal == self._next.get(key, 0), "a step was overtaken"
+        self._next[key] = plan.ordinal + 1
+        handover = self._handover
+        if handover is not None and plan.epoch > handover.source_epoch:
+            self._blocked.setdefault(key, deque()).append((flight, self._world.now_s))
+            self._run_due(handover, key)
+        else:
+            self._run(flight, hop, self._world.now_s)
+
+    def _run_due(self, handover: SimHandover, key: tuple[Epoch, int]) -> None:
+        """Run the steps of the next epoch whose fence is met, in their order."""
+        blocked = self._blocked[key]
+        while blocked:
+            flight, arrived_s = blocked[0]
+            if not handover.is_complete_through(flight.plan.fence):
+                if handover.blocked_since_s is None:
+                    handover.blocked_since_s = self._world.now_s
+                return
+            handover.unblocked(self._world.now_s)
+            blocked.popleft()
+            self._run(flight, key[1], arrived_s)
+
+    def _run(self, flight: Flight, hop: int, arrived_s: float) -> None:
+        plan, work, layout = flight.plan, flight.work, self._stages[flight.plan.epoch]
+        cost = self._costs[plan.epoch, hop]
+        begun_s = max(self._world.now_s, self.free_at_s)
+        factor = self._noise()
+        compute_s = cost.compute_s(work, flight.layer_s) * factor
+        sample_s = cost.sample_s(work) * factor if cost.is_last else 0.0
+        ended_s = begun_s + compute_s + sample_s
+        self._limiter.ran(begun_s, ended_s)
+        flight.timings.append(
+            HopTiming(
+                self.name,
+                max(0, int(1e6 * (arrived_s - self._idle_since_s))),
+                int(1e6 * (begun_s - arrived_s)),
+                int(1e6 * compute_s),
+                int(1e6 * sample_s),
+            )
+        )
+        is_last = hop == layout.num_hops - 1
+        sending_s = self._kind.link_latency_s if is_last else hop_seconds(self._facts, self._kind, work.num_tokens)
+        self._occupy(begun_s, compute_s + sample_s + sending_s)
+        if is_last:
+            tokens = [0] * int(work.samples)
+            result = StepResult(plan.epoch, plan.ordinal, plan.microbatch, tokens, [], [], flight.timings)
+            self._network.to_head(self.free_at_s, result)
+        else:
+            following = self._network.peer(layout.segments[hop + 1].worker)
+            self._world.at(self.free_at_s + self._world.rates.flight_s, following.step, flight, hop + 1)
+        if self._handover is not None:
+            self._handover.ran(plan, begun_s, ended_s)
+            if plan.epoch == self._handover.source_epoch:
+                self._mirror(self._handover, flight, hop)
+        self._idle_since_s = self.free_at_s
+
+    def _occupy(self, begun_s: float, seconds: float) -> None:
+        self.free_at_s = begun_s + seconds
+        self.busy_s += seconds
+
+    # -- a transition: the source ---------------------------------------------------------------------------
+
+    def _mirror(self, handover: SimHandover, flight: Flight, hop: int) -> None:
+        """Send the rows that the step wrote in the layers that leave."""
+        for source in handover.sources:
+            if source.hop != hop or flight.plan.ordinal < source.start:
+                continue
+            num_bytes = round(flight.work.num_tokens * len(source.move.layers) * self._facts.kv_bytes)
+            self._occupy(self.free_at_s, self._sending_s(num_bytes))
+            target = self._network.peer(source.move.target)
+            arguments = (handover.transition, source.index, source.start, flight.plan.ordinal, num_bytes)
+            self._world.at(self.free_at_s + self._world.rates.flight_s, target.mirrored, *arguments)
+
+    def _copy(self, copy: Copy) -> None:
+        handover = self._under_way(copy.transition)
+        if handover is not None:
+            handover.bytes_per_s, handover.copy_began_s = copy.bytes_per_s, self._world.now_s
+            handover.jobs.extend(CopyJob(source, len(copy.blocks)) for source in handover.sources)
+            self._slice(handover)
+
+    def _slice(self, handover: SimHandover) -> None:
+        """Send the next slice of the snapshot, then rest as the limiter says."""
+        if handover is not self._handover or not handover.jobs:
+            return
+        job, world = handover.jobs[0], self._world
+        block_bytes = self._page_bytes * len(job.source.move.layers)
+        link = math.inf if world.rates.free_changes else self._kind.link_bytes_per_s
+        per_slice = job.num_blocks if link == math.inf else max(1, int(SLICE_S * link / block_bytes))
+        count = min(per_slice, job.num_blocks - job.sent)
+        job.sent += count
+        num_bytes = count * block_bytes
+        worked_s = self._sending_s(num_bytes)
+        self._occupy(max(world.now_s, self.free_at_s), worked_s)
+        target = self._network.peer(job.source.move.target)
+        arguments = (handover.transition, job.source.index, job.sent, num_bytes)
+        world.at(self.free_at_s + world.rates.flight_s, target.copied, *arguments)
+        if job.sent >= job.num_blocks:
+            handover.jobs.popleft()
+        handover.copy_s = self.free_at_s - handover.copy_began_s
+        rate = math.inf if world.rates.free_changes else handover.bytes_per_s
+        rest_s = self._limiter.rest_s(world.now_s, worked_s, num_bytes, rate)
+        world.at(self.free_at_s + max(0.0, rest_s), self._slice, handover)
+
+    def _sending_s(self, num_bytes: int) -> float:
+        return 0.0 if self._world.rates.free_changes else num_bytes / self._kind.link_bytes_per_s
+
+    # -- a transition: the target ---------------------------------------------------------------------------
+
+    def mirrored(self, transition: int, move: int, start: int, ordinal: int, num_bytes: int) -> None:
+        """Rows of a step have arrived, in the order of their steps."""
+        handover = self._under_way(transition)
+        if handover is None:
+            return
+        incoming = handover.incoming[move]
+        incoming.begin(start)
+        assert incoming.through is not None
+        incoming.through = max(incoming.through, ordinal)
+        incoming.row_bytes += num_bytes
+        self._unblock()
+
+    def copied(self, transition: int, move: int, count: int, num_bytes: int) -> None:
+        """The first `count` blocks of a move's snapshot have arrived."""
+        handover = self._under_way(transition)
+        if handover is not None:
+            handover.incoming[move].page_bytes += num_bytes
+            self._reply(Copied(self.name, transition, move, count, num_bytes))
+
+    def _prepare(self, prepare: Prepare) -> None:
+        assert prepare.transition > self._last_transition, "a transition begins twice"
+        self._last_transition = prepare.transition
+        layout, mine = prepare.load.layout, prepare.load.layout.layers_of(self.name)
+        if not self._pool_bytes and (error := self._make_pool(prepare.load, max(1, len(mine)))):
+            self._reply(TransitionFailed(self.name, prepare.transition, error))
+            return
+        old = self._stages.get(prepare.source_epoch)
+        self._handover = handover = SimHandover(prepare.transition, prepare.source_epoch, layout)
+        for index, move in enumerate(prepare.moves if prepare.mirror else ()):
+            if move.target == self.name:
+                handover.incoming[index] = Incoming()
+            if move.source == self.name:
+                assert old is not None, "a move away from a worker that serves nothing"
+                hop = next(h for h, s in enumerate(old.segments) if move.layers.start in s.layers)
+                handover.sources.append(Source(index, move, hop, self._next.get((prepare.source_epoch, hop), 0)))
+        if self.name in layout.workers:
+            self._open_stage(layout)
+        starts = [(source.index, source.start) for source in handover.sources]
+        self._reply(Prepared(self.name, prepare.transition, starts, self._num_pages, self._page_bytes))
+        missing = [unit for unit in _units_of(layout, self.name) if unit not in self._units]
+        needed = sum(self._unit_bytes(unit) for unit in missing)
+        if needed + MIN_FREE_BYTES > self._memory_left() and missing:
+            free = max(0, self._memory_left() - MIN_FREE_BYTES)
+            error = f"{len(missing)} arriving units need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+            self._reply(TransitionFailed(self.name, prepare.transition, error))
+            return
+        self._shadow(handover, missing, self._world.now_s)
+
+    def _shadow(self, handover: SimHandover, missing: Sequence[Unit], began_s: float) -> None:
+        """Load the next unit, then rest as long as a worker that serves must."""
+        if handover is not self._handover:
+            return
+        now_s = self._world.now_s
+        if not missing:
+            ready = ShadowReady(self.name, handover.transition, self._weight_bytes, now_s - began_s)
+            self._reply(ready)
+            return
+        unit, *rest = missing
+        self._units.add(unit)
+        seconds = 0.0 if self._world.rates.free_changes else self._unit_bytes(unit) / self._world.rates.load_bytes_per_s
+        if handover.source_epoch in self._stages:
+            seconds /= self._limiter.share(now_s)
+        self._world.at(now_s + seconds, self._shadow, handover, rest, began_s)
+
+    # -- a transition: the end ------------------------------------------------------------------------------
+
+    def _unblock(self) -> None:
+        handover = self._handover
+        if handover is None or not handover.is_open:
+            return
+        for key in list(self._blocked):
+            self._run_due(handover, key)
+        if self._retire_due is not None and handover.is_complete_through(self._retire_due.through):
+            self._end_transition(handover, gone=handover.source_epoch)
+
+    def _retire(self, message: Retire | Cancel) -> None:
+        handover = self._under_way(message.transition)
+        if handover is None:
+            if isinstance(message, Cancel):
+                self._reply(Retired(self.name, message.transition, 0, 0, 0, 0, []))
+            return
+        match message:
+            case Retire():
+                self._retire_due = message
+                self._unblock()
+            case Cancel():
+                self._end_transition(handover, gone=handover.layout.epoch)
+            case _:
+                assert_never(message)
+
+    def _end_transition(self, handover: SimHandover, *, gone: Epoch) -> None:
+        self._handover, self._retire_due = None, None
+        self._stages.pop(gone, None)
+        self._costs = {key: cost for key, cost in self._costs.items() if key[0] != gone}
+        self._next = {key: ordinal for key, ordinal in self._next.items() if key[0] != gone}
+        assert not any(self._blocked.values()), "a transition ends and steps still wait for its mirror"
+        self._blocked.clear()
+        self._units &= {unit for layout in self._stages.values() for unit in _units_of(layout, self.name)}
+        if not self._stages:
+            self._pool_bytes = 0
+        self._reply(
+            Retired(
+                worker=self.name,
+                transition=handover.transition,
+                row_bytes=sum(incoming.row_bytes for incoming in handover.incoming.values()),
+                page_bytes=sum(incoming.page_bytes for incoming in handover.incoming.values()),
+                fence_waits=handover.fence_waits,
+                fence_wait_us=int(1e6 * handover.fence_wait_s),
+                pauses_us=[int(1e6 * pause) for pause in handover.pauses_s],
+                weight_bytes=self._weight_bytes,
+                copy_us=int(1e6 * handover.copy_s),
+            )
+        )
+
+    def _under_way(self, transition: int) -> SimHandover | None:
+        handover = self._handover
+        return handover if handover is not None and handover.transition == transition else None
+
+    def _reply(self, message: ToHead) -> None:
+        """Answer once what was taken on before is done: the real one has one thread for all of it."""
+        self._network.to_head(max(self._world.now_s, self.free_at_s), message)
+
+
+def _units_of(layout: Layout, worker: WorkerName) -> list[Unit]:
+    """As `runtime.member.unit_keys`."""
+    units: list[Unit] = list(layout.layers_of(worker))
+    if worker in layout.workers:
+        if layout.embedding_worker == worker:
+            units.insert(0, "embedding")
+        if layout.lm_head_worker == worker:
+            units.append("lm_head")
+    return units
