@@ -1,4 +1,4 @@
-"""The command line: `midflight serve | layout | workers | plan | pull | chat`.
+"""The command line: `midflight serve | layout | workers | plan | simulate | pull | chat`.
 
 Only parsing happens here, and nothing heavy is imported before a command is known, so that `--help` is instant. This is
 the entry point: the one place that reads the environment (`MIDFLIGHT_HOME`, `MIDFLIGHT_API_KEY`, `MIDFLIGHT_ADMIN_KEY`,
@@ -20,6 +20,7 @@ from api.config import (
     LOAD_FORMATS,
     LOG_LEVELS,
     OBJECTIVES,
+    SIMULATED_POLICIES,
     STRATEGIES,
     ServeConfig,
 )
@@ -117,7 +118,14 @@ def _plan(options: argparse.Namespace, environment: Mapping[str, str]) -> int:
     return show_plan(url, key, options.json)
 
 
+def _simulate(options: argparse.Namespace, environment: Mapping[str, str]) -> int:
+    from api.simulate import simulate
+
+    return simulate(options)
+
+
 _COMMANDS = {
+    "simulate": _simulate,
     "serve": _serve,
     "pull": _pull,
     "layout": _layout,
@@ -164,6 +172,7 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--autopilot", choices=AUTOPILOT_MODES, default=None, help="switch it: off, advise (say), on (act)"
     )
+    _add_simulate(commands.add_parser("simulate", help="a trace on devices that are not there", formatter_class=_Help))
     chat = commands.add_parser("chat", help="talk to a running server")
     _add_url(chat, json=False)
     chat.add_argument("--system", default="", metavar="TEXT", help="a system message to begin with")
@@ -350,6 +359,60 @@ def _paces(texts: Sequence[str], num_workers: int) -> tuple[str, ...]:
     return paces
 
 
+def _add_simulate(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--cluster", required=True, metavar="a100:2,l40s:4", help="the devices, by their names in the device table")
+    add("--model", required=True, metavar="NAME", help="a shipped shape such as llama-3-70b, or a folder with a config")
+    add(
+        "--trace",
+        required=True,
+        metavar="FILE",
+        help="CSV (Azure's columns, or arrival_s,prompt_tokens,output_tokens), or made up, as"
+        " poisson:rate=2,prompt=512,output=128,duration=300 (phases joined by +; cv=1 for lognormal lengths)",
+    )
+    add("--policy", choices=SIMULATED_POLICIES, default="static", help="who decides on the layout")
+    add("--layout", default="", metavar="a100:30,l40s:50", help="the first; default: the planner's for the mean load")
+    add("--objective", choices=("throughput", "latency", "goodput"), default="throughput", help="of the planner")
+    add("--slo-ttft", type=_seconds, default=2.0, metavar="SECONDS", help="to the first token")
+    add("--slo-tpot", type=_seconds, default=0.1, metavar="SECONDS", help="per further token, in mean")
+    add(
+        "--window", type=_span, default=300.0, metavar="SECONDS", help="how often the oracle plans; rows of windows.csv"
+    )
+    add("--paid-changes", action="store_true", help="the oracle's changes cost what others' do; default: nothing")
+    add("--json", action="store_true", help="print JSON")
+    add("--out", type=Path, default=None, metavar="FOLDER", help="write JSON, CSV and plots there")
+
+    group = parser.add_argument_group("load")
+    add = group.add_argument
+    add("--requests", type=_natural, default=0, metavar="N", help="only the first N of the trace")
+    add("--duration", type=_seconds, default=0.0, metavar="SECONDS", help="only the trace's beginning")
+    add("--rate-scale", type=_span, default=1.0, metavar="X", help="let requests come X times as fast")
+    add("--concurrency", type=_natural, default=0, metavar="N", help="N clients, instead of the trace's arrival times")
+    add("--seed", type=_natural, default=0, metavar="N", help="of a trace that is made up, and of noise")
+
+    group = parser.add_argument_group("server and hosts")
+    add = group.add_argument
+    add("--step-tokens", type=_positive, default=512, metavar="N", help="tokens in one step, at most")
+    add("--max-running", type=_positive, default=256, metavar="N", help="sequences computed at once")
+    add("--max-queue", type=_positive, default=1024, metavar="N", help="sequences that may wait")
+    add("--block-size", type=_positive, default=16, metavar="TOKENS")
+    add("--microbatches", type=_natural, default=0, metavar="N", help="in flight; default: stages of the first layout")
+    add(
+        "--kv-memory",
+        type=_size,
+        default=0,
+        metavar="SIZE",
+        help="KV pages per worker; default: a share of what is free",
+    )
+    add("--memory-fraction", type=_share, default=0.5, metavar="X", help="that share; the rest is for arriving weights")
+    add(
+        "--load-rate", type=_size, default=2 << 30, metavar="SIZE", help="bytes of weights that a host reads per second"
+    )
+    add(
+        "--noise", type=_seconds, default=0.0, metavar="X", help="spread of stage times (standard deviation of the log)"
+    )
+
+
 def _add_url(parser: argparse.ArgumentParser, *, json: bool = True, is_inner: bool = False) -> None:
     """`is_inner`: the command around it has the same options, and a default here would undo what was said there."""
     what = f"the server; default: MIDFLIGHT_URL or {_DEFAULT_URL}"
@@ -417,6 +480,18 @@ def _seconds(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds") from None
     if not 0 <= value < 1e9:
         raise argparse.ArgumentTypeError(f"{text} is no sensible number of seconds")
+    return value
+
+
+def _span(text: str) -> float:
+    if not (value := _seconds(text)):
+        raise argparse.ArgumentTypeError("it must be more than 0")
+    return value
+
+
+def _share(text: str) -> float:
+    if not 0.0 < (value := _seconds(text)) < 1.0:
+        raise argparse.ArgumentTypeError(f"{text} is no share; it is between 0 and 1")
     return value
 
 

@@ -104,9 +104,7 @@ def window_rows(outcome: Outcome, devices: Sequence[SimDevice], slo: Slo, window
 
 def describe(layout: Layout, labels: Mapping[str, str]) -> str:
     """A layout in words: ``w0 a100 [0, 30) | w1 l40s [30, 80)``."""
-    return " | ".join(
-        f"{s.worker} {labels[s.worker]} [{s.layers.start}, {s.layers.stop})" for s in layout.segments
-    )
+    return " | ".join(f"{s.worker} {labels[s.worker]} [{s.layers.start}, {s.layers.stop})" for s in layout.segments)
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float] | None:

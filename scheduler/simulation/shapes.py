@@ -36,7 +36,9 @@ def load_shape(name: str) -> ModelSpec:
     path = Path(name).expanduser()
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
-        raise ValueError(f"no model shape {name!r}; shipped are {', '.join(known_shapes())}, or give a folder with a config")
+        raise ValueError(
+            f"no model shape {name!r}; shipped are {', '.join(known_shapes())}, or give a folder with a config"
+        )
     try:
         config = json.loads(path.read_text())
     except ValueError as error:

@@ -112,7 +112,9 @@ def make_trace(text: str, seed: int) -> Trace:
     for phase in text.split("+"):
         kind, _, rest = phase.partition(":")
         if kind.strip() != "poisson":
-            raise ValueError(f"trace: {phase!r} is no phase; it looks like poisson:rate=2,prompt=512,output=128,duration=300")
+            raise ValueError(
+                f"trace: {phase!r} is no phase; it looks like poisson:rate=2,prompt=512,output=128,duration=300"
+            )
         part, duration_s = _phase(_fields(rest), rng)
         parts.append(Trace("", part.arrival_s + start_s, part.prompt_tokens, part.output_tokens))
         start_s += duration_s

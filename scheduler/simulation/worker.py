@@ -162,7 +162,9 @@ class SimWorker:
         seconds = self._weight_bytes / self._world.rates.load_bytes_per_s
         error = ""
         if self._memory_left() < MIN_FREE_BYTES:
-            error = f"{self._weight_bytes / 1e9:.1f} GB of weights do not fit into {self.device.memory_bytes / 1e9:.1f} GB"
+            error = (
+                f"{self._weight_bytes / 1e9:.1f} GB of weights do not fit into {self.device.memory_bytes / 1e9:.1f} GB"
+            )
         error = error or self._make_pool(load, len(layout.layers_of(self.name)))
         if error:
             self._network.to_head(now_s, LoadFailed(self.name, layout.epoch, f"{self.device.label}: {error}"))
