@@ -1,0 +1,241 @@
+"""The simulator against reality: a server with two workers, several loads and layouts, beside what the simulator says.
+
+One server runs all of it; between the parts its layout is changed live. The steps of the first layout are written down
+(`simulator_head`), and from them alone come the cost model's coefficients, the spread of stage times, and what a hop costs.
+Then every load is simulated on every layout. Figures of the first layout say how good the fit is, those of the others how
+good the prediction is.
+"""
+
+import argparse
+import asyncio
+import json
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+import msgspec
+import numpy as np
+from loadgen import Workload, emulated_devices, run_workload, warm_up
+from servers import ROOT, Arm, Server, describe_machine
+
+sys.path.insert(0, str(ROOT))
+
+from kvstore.ids import LayerRange
+from runtime.model.config import inspect_model
+from runtime.model.spec import ModelSpec
+from scheduler.batching import BatchingConfig
+from scheduler.planning.calibration import Measurement, Profile, correct, predict
+from scheduler.planning.cost import Facts, Speed, Work
+from scheduler.planning.devices import kind_of_worker
+from scheduler.planning.traffic import Slo
+from scheduler.simulation.policies import Policy
+from scheduler.simulation.results import summarise
+from scheduler.simulation.simulator import Simulation
+from scheduler.simulation.trace import Trace
+from scheduler.simulation.world import Rates, SimDevice
+
+WORKLOADS = (
+    Workload("one client", 1, 3, 128, 96),
+    Workload("8 clients", 8, 24, 128, 96),
+    Workload("32 clients", 32, 64, 128, 64),
+    Workload("decode", 16, 32, 16, 160),
+    Workload("prefill", 8, 16, 768, 16),
+)
+MAX_MEASUREMENTS = 1500
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the first layout's steps say of this machine. Seconds."""
+
+    speed: Speed
+    rates: Rates
+    send_s: float
+    num_steps: int
+    step_mape: float
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="scripts/bench simulator", description=__doc__)
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--folder", type=Path, help="the model's folder; default: where `midflight pull` keeps it")
+    parser.add_argument("--layouts", default="17,13 22,8 12,18", help="layers per stage; the first one calibrates")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--log", type=Path, default=Path("/tmp/midflight-bench-simulator"))
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    layouts = [[int(part) for part in text.split(",")] for text in args.layouts.split()]
+    args.log.mkdir(parents=True, exist_ok=True)
+    measured = asyncio.run(_measure(args, layouts))
+    steps = [json.loads(line) for line in (args.log / "steps.jsonl").read_text().splitlines()]
+    folder = args.folder or Path.home() / ".cache/midflight/models" / args.model
+    report = compare(inspect_model(folder, dtype="bfloat16"), layouts, measured, steps, args.seed)
+    report = {"machine": describe_machine(), "model": args.model, **report}
+    text = json.dumps(report, indent=2)
+    if args.out:
+        args.out.write_text(text + "\n")
+    print(text if not args.out else _table(report))
+    return 0
+
+
+async def _measure(args: argparse.Namespace, layouts: list[list[int]]) -> list[dict]:
+    """Every workload on every layout: the client's figures, with the times between which its steps ran."""
+    command = (
+        sys.executable, str(Path(__file__).with_name("simulator_head.py")), str(args.log / "steps.jsonl"),
+        str(args.folder or args.model), "--host", "127.0.0.1", "--port", "{port}", "--dtype", "bfloat16",
+        "--threads", "1", "--layers", ",".join(map(str, layouts[0])), "--no-prefix-cache",
+    )  # fmt: skip
+    measured = []
+    with Server(Arm("midflight", command, args.model), args.log / "server.log") as server:
+        if devices := await emulated_devices(server.url):
+            raise RuntimeError(f"these workers emulate other devices: {devices}")
+        name = (args.folder or Path(args.model)).name
+        for index, layout in enumerate(layouts):
+            if index:
+                await _change(server.url, layout)
+            await warm_up(server.url, name, WORKLOADS[2], seed=args.seed + 99)
+            for workload in WORKLOADS:
+                began_s = time.monotonic()
+                summary, _ = await run_workload(server.url, name, workload, seed=args.seed)
+                ended_s = time.monotonic()
+                assert not summary["errors"], summary["error_examples"]
+                measured.append({"layout": layout, "workload": workload, "from_s": began_s, "to_s": ended_s, **summary})
+                print(f"{layout} {workload.name}: {summary['output_tokens_per_s']:.1f} tokens/s", file=sys.stderr)
+    return measured
+
+
+async def _change(url: str, layout: list[int]) -> None:
+    wish, url = {"layers": layout}, f"{url}/admin/layout?wait=true"
+    async with aiohttp.ClientSession() as session, session.post(url, json=wish) as response:
+        report = await response.json()
+        assert report.get("outcome") == "committed", report
+
+
+def compare(spec: ModelSpec, layouts: list[list[int]], measured: list[dict], steps: list[dict], seed: int) -> dict:
+    """Calibrates on the first layout, simulates all, and sets the figures side by side."""
+    facts = Facts(spec)
+    calibration = calibrate(facts, layouts[0], measured, steps)
+    rows = []
+    for one in measured:
+        predicted = simulate(spec, calibration, one["layout"], one["workload"], seed)
+        real_tpot, said_tpot = one["tpot_s"]["mean"], predicted["tpot_s"]["mean"]
+        real_rate, said_rate = one["output_tokens_per_s"], predicted["output_tokens_per_s"]
+        rows.append({
+            "layout": one["layout"],
+            "workload": one["workload"].name,
+            "calibrated_on": one["layout"] == layouts[0],
+            "tokens_per_s": {"measured": real_rate, "simulated": said_rate, "error": said_rate / real_rate - 1},
+            "tpot_ms": {"measured": 1e3 * real_tpot, "simulated": 1e3 * said_tpot, "error": said_tpot / real_tpot - 1},
+            "ttft_ms": {"measured": 1e3 * one["ttft_s"]["mean"], "simulated": 1e3 * predicted["ttft_s"]["mean"]},
+        })  # fmt: skip
+    others = [row for row in rows if not row["calibrated_on"]]
+    return {
+        "calibration": {
+            "scale": [round(value, 3) for value in calibration.speed.scale],
+            "send_ms": 1e3 * calibration.send_s,
+            "flight_ms": 1e3 * calibration.rates.flight_s,
+            "head_ms": 1e3 * calibration.rates.head_s,
+            "noise": calibration.rates.noise,
+            "steps": calibration.num_steps,
+            "step_mape": calibration.step_mape,
+        },
+        "rows": rows,
+        "worst": {
+            key: max((abs(row[key]["error"]) for row in others), default=None) for key in ("tokens_per_s", "tpot_ms")
+        },
+        "mean": {
+            key: statistics.mean(abs(row[key]["error"]) for row in others) if others else None
+            for key in ("tokens_per_s", "tpot_ms")
+        },
+    }
+
+
+def calibrate(facts: Facts, layout: list[int], measured: list[dict], steps: list[dict]) -> Calibration:
+    """Coefficients, spread and overheads from the steps of the workloads on `layout`."""
+    windows = [(one["from_s"], one["to_s"]) for one in measured if one["layout"] == layout]
+    groups = [[step for step in steps if a <= step["sent_s"] and step["back_s"] <= b] for a, b in windows]
+    chosen = [step for group in groups for step in group]
+    measurements = []
+    for step in chosen:
+        work = Work(*step["work"])
+        for hop, (layers, (_, _, compute_us, sample_us)) in enumerate(zip(step["layers"], step["hops"], strict=True)):
+            measurements.append(Measurement(work, LayerRange(*layers), 1e-6 * compute_us, with_step=True))
+            if hop == len(step["hops"]) - 1:
+                measurements.append(Measurement(work, LayerRange(0, 0), 1e-6 * sample_us, with_head=True))
+    measurements = [m for m in measurements if m.seconds > 0]
+    picked = np.random.default_rng(0).permutation(len(measurements))[:MAX_MEASUREMENTS]
+    sample = [measurements[index] for index in picked]
+    speed = correct(facts, Speed(kind_of_worker("cpu", "", 1)), Profile("cpu", facts.spec.name, tuple(sample)))
+    ratios = np.array([m.seconds / predict(facts, speed, m) for m in sample])
+    weights = np.array([predict(facts, speed, m) for m in sample])
+    slower = float((ratios * weights).sum() / weights.sum())  # the fit leans to the median, time is spent by the mean
+    speed = Speed(speed.kind, tuple(value * slower for value in speed.scale))
+    send_s = statistics.mean(_overheads(groups))
+    round_trips = [_transit_s(step) for step in chosen]
+    head_s, hops = statistics.mean(step["step_s"] for step in chosen), len(layout)
+    flight_s = max(0.0, (statistics.mean(round_trips) - hops * send_s - head_s) / (hops + 1))
+    kind = msgspec.structs.replace(speed.kind, link_latency_s=send_s)
+    noise = float(np.log(ratios).std())
+    return Calibration(
+        Speed(kind, speed.scale),
+        Rates(flight_s=flight_s, head_s=head_s, noise=noise),
+        send_s,
+        len(chosen),
+        float(np.abs(1 / (ratios / slower) - 1).mean()),
+    )
+
+
+def _overheads(groups: list[list[dict]]) -> list[float]:
+    """What a worker's thread spends on a step beside computing: its time that is neither idle nor a step's, per step."""
+    found = []
+    for group in groups:
+        wall_us = 1e6 * (max(step["back_s"] for step in group) - min(step["sent_s"] for step in group))
+        for hop in range(len(group[0]["hops"])):
+            known_us = sum(step["hops"][hop][i] for step in group for i in (0, 2, 3))
+            found.append(max(0.0, wall_us - known_us) / len(group) / 1e6)
+    return found
+
+
+def _transit_s(step: dict) -> float:
+    """Of the time from the head and back, what the step spent neither in a worker's queue nor computed."""
+    return step["back_s"] - step["sent_s"] - 1e-6 * sum(sum(hop[1:]) for hop in step["hops"])
+
+
+def simulate(spec: ModelSpec, calibration: Calibration, layout: list[int], workload: Workload, seed: int) -> dict:
+    """What the simulator says of a workload on a layout."""
+    count = workload.num_requests
+    trace = Trace(
+        workload.name,
+        np.zeros(count),
+        np.full(count, workload.prompt_tokens),
+        np.full(count, workload.output_tokens),
+    )
+    devices = [SimDevice(f"w{i}", "cpu", calibration.speed, 8 << 30) for i in range(len(layout))]
+    simulation = Simulation(
+        spec, devices, layout, Policy(),
+        batching=BatchingConfig(num_microbatches=len(layout), max_step_tokens=512, prefix_cache=False),
+        rates=calibration.rates, seed=seed, concurrency=workload.concurrency,
+    )  # fmt: skip
+    return summarise(simulation.run(trace), devices, Slo())
+
+
+def _table(report: dict) -> str:
+    lines = [
+        "| layout | load | tokens/s measured | simulated | error | TPOT measured | simulated | error |",
+        "|" + "---|" * 8,
+    ]
+    for row in report["rows"]:
+        rate, tpot = row["tokens_per_s"], row["tpot_ms"]
+        layout = ",".join(map(str, row["layout"])) + (" (fit)" if row["calibrated_on"] else "")
+        lines.append(
+            f"| {layout} | {row['workload']} | {rate['measured']:.1f} | {rate['simulated']:.1f} | {rate['error']:+.1%}"
+            f" | {tpot['measured']:.2f} ms | {tpot['simulated']:.2f} ms | {tpot['error']:+.1%} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
