@@ -15,7 +15,7 @@ STRATEGIES = ("live", "stop-copy", "drain", "recompute")
 AUTOPILOT_MODES = ("off", "advise", "on")
 OBJECTIVES = ("throughput", "latency", "goodput")
 """The same as `scheduler.planning.autopilot.MODES` and `scheduler.planning.traffic.Objective`, without importing them."""
-SIMULATED_POLICIES = ("static", "oracle")
+SIMULATED_POLICIES = ("static", "oracle", "autopilot")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 

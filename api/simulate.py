@@ -17,6 +17,7 @@ from typing import Any
 
 from runtime.model.spec import ModelSpec
 from scheduler.batching import BatchingConfig
+from scheduler.planning.autopilot import Settings
 from scheduler.planning.cost import Facts, Speed
 from scheduler.planning.planner import NoPlan
 from scheduler.planning.traffic import Serving, Slo
@@ -61,7 +62,7 @@ def simulate(options: argparse.Namespace) -> int:
         "changes_cost": not scenario.simulation.world.rates.free_changes,
         "num_microbatches": scenario.simulation.head.batching.num_microbatches,
         **summarise(outcome, scenario.devices, scenario.slo),
-        "notes": scenario.policy.notes(),
+        "notes": scenario.policy.notes() or _pilot_notes(scenario.simulation),
         "wall_s": wall_s,
         "times_real_time": outcome.end_s / wall_s,
         "events": outcome.events,
@@ -109,6 +110,8 @@ def build(options: argparse.Namespace) -> Scenario:
         kv_bytes=options.kv_memory,
         memory_fraction=options.memory_fraction,
         concurrency=options.concurrency,
+        autopilot="on" if options.policy == "autopilot" else "off",
+        piloting=Settings(objective=options.objective, slo=slo, load_bytes_per_s=float(options.load_rate)),
     )
     return Scenario(spec, devices, counts, trace, policy, slo, simulation)
 
@@ -199,6 +202,13 @@ def _policy(options: argparse.Namespace, planning: Planning, trace: Trace) -> Po
     if options.policy == "oracle":
         return Oracle(planning, trace, options.window)
     return Policy()
+
+
+def _pilot_notes(simulation: Simulation) -> list[str]:
+    """The autopilot's log."""
+    began_s = simulation.world.now_s - simulation.now_s
+    log = simulation.head.pilot.autopilot.log
+    return [f"at {entry.at_s - began_s:.0f} s: {entry.kind}: {entry.text}" for entry in log]
 
 
 def _write(folder: Path, summary: dict[str, Any], scenario: Scenario, outcome: Outcome, window_s: float) -> None:

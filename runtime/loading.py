@@ -98,7 +98,9 @@ class Loader:
         warm_up(self.units, keys, spec, self._device.device)
         if not self._is_profiled:
             self._is_profiled = True
-            self.profile = profile.measure(self.units, spec, self._device.device)
+            points = profile.measure(self.units, spec, self._device.device)
+            emulation = self._device.emulation
+            self.profile = points if emulation is None else [emulation.point(point) for point in points]
         return self.make_pool(load, num_layers)
 
     def make_pool(self, load: Load, num_layers: int) -> PagePool:

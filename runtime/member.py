@@ -369,6 +369,7 @@ class Member:
         layout, load = prepare.load.layout, prepare.load
         old = self._stages.get(prepare.source_epoch)
         mine = layout.layers_of(self._name)
+        self._handover = handover = Handover(prepare.transition, prepare.source_epoch, layout)
         try:
             if self.pool is None:
                 self.pool = self._store.make_pool(load, max(1, len(mine)))
@@ -379,7 +380,6 @@ class Member:
             log.exception("preparing transition %d failed", prepare.transition)
             self._outbox.to_head(TransitionFailed(self._name, prepare.transition, f"{type(error).__name__}: {error}"))
             return
-        self._handover = handover = Handover(prepare.transition, prepare.source_epoch, layout)
         handover.begin(prepare, self._name, self.pool)
         if self._name in layout.workers:
             self._stages[layout.epoch] = Stage(layout, self._name, self._store.units, self.pool, self._device)

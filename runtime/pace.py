@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
+from runtime.messages import ProfilePoint
+
 PEAKS: dict[str, tuple[float, float]] = {
     "h200": (4.8e12, 989e12),
     "h100-pcie": (2.0e12, 756e12),
@@ -57,6 +59,14 @@ class Emulation(msgspec.Struct, frozen=True):
     def sample_s(self, seconds: float) -> float:
         """How long the LM head and sampling last that took `seconds`."""
         return seconds * self.decode
+
+    def point(self, point: ProfilePoint) -> ProfilePoint:
+        """What the emulated device would have measured in its profile."""
+        if point.samples:
+            seconds = self.sample_s(point.seconds)
+        else:
+            seconds = point.seconds * (self.decode if point.decode_rows else self.prefill)
+        return msgspec.structs.replace(point, seconds=seconds)
 
     def label(self, host: str) -> str:
         """The device's name to announce, when `host` is what it runs on."""

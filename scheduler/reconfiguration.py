@@ -341,9 +341,8 @@ class Reconfiguration:
             case "copy":
                 if now.awaiting:
                     return False
-                if now.snapshot is None:
-                    self._copy(now)
-                if now.snapshot.num_arrived < now.num_needed:
+                snapshot = now.snapshot or self._copy(now)
+                if snapshot.num_arrived < now.num_needed:
                     return False
                 self._flip(now)
             case "flip":
@@ -490,7 +489,7 @@ class Reconfiguration:
         for name in sorted(now.awaiting):
             self._head.send(name, StartMirror(now.new.epoch))
 
-    def _copy(self, now: _Transition) -> None:
+    def _copy(self, now: _Transition) -> Snapshot:
         """All mirrors are on. What is live now, and was written before, is copied: running sequences first."""
         head = self._head
         blocks, num_running = head.batcher.live_blocks() if now.copies else ([], 0)
@@ -501,6 +500,7 @@ class Reconfiguration:
         if blocks:
             for name in sorted({move.source for move in now.moves}):
                 head.send(name, Copy(now.new.epoch, blocks, rate))
+        return now.snapshot
 
     def _flip(self, now: _Transition) -> None:
         head, batcher = self._head, self._head.batcher

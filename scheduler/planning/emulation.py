@@ -16,8 +16,13 @@ _ARITHMETIC = ("products", "scores")
 
 def speed_of_worker(info: Join, num_threads: int = 1) -> Speed:
     """The speed to expect of a worker before any of its steps was seen."""
-    speed = Speed(kind_of_worker(info.device, info.device_name, num_threads))
-    return speed if info.pace is None else emulated(speed, *info.pace)
+    return speed_of_make(info.device, info.device_name, num_threads, info.pace)
+
+
+def speed_of_make(device: str, device_name: str, num_threads: int, pace: tuple[float, float] | None) -> Speed:
+    """The same from the fields of `Join`."""
+    speed = Speed(kind_of_worker(device, device_name, num_threads))
+    return speed if pace is None else emulated(speed, *pace)
 
 
 def emulated(speed: Speed, prefill: float, decode: float) -> Speed:

@@ -8,6 +8,7 @@ Never true: a worker's speed depends on the layout that it serves in.
 """
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import msgspec
 import numpy as np
@@ -16,7 +17,10 @@ from kvstore.ids import LayerRange, WorkerName
 from runtime.messages import Join, ProfilePoint
 from scheduler.planning.calibration import Measurement, PredictionError, Profile, Refiner, correct
 from scheduler.planning.cost import TERMS, Facts, Speed, Work
-from scheduler.planning.devices import kind_of_worker
+from scheduler.planning.emulation import speed_of_make
+
+_Make: TypeAlias = tuple[str, str, int, tuple[float, float] | None]
+"""Device, its name, threads, and the pace of one that is emulated."""
 
 
 class StageError(msgspec.Struct, frozen=True):
@@ -33,13 +37,13 @@ class Fleet:
 
     def __init__(self, facts: Facts) -> None:
         self._facts = facts
-        self._make: dict[WorkerName, tuple[str, str, int]] = {}
+        self._make: dict[WorkerName, _Make] = {}
         self._refiners: dict[WorkerName, Refiner] = {}
-        self._of_make: dict[tuple[str, str, int], Speed] = {}
+        self._of_make: dict[_Make, Speed] = {}
         """The last known speed of each make: a restarted worker begins with it."""
 
     def joined(self, info: Join) -> None:
-        self._make[info.name] = info.device, info.device_name, info.num_threads
+        self._make[info.name] = info.device, info.device_name, info.num_threads, info.pace
 
     def lost(self, worker: WorkerName) -> None:
         if worker in self._refiners:
@@ -75,7 +79,7 @@ class Fleet:
         if alike:
             scale = np.exp(np.log([speed.scale for speed in alike]).mean(axis=0))
             return Speed(alike[0].kind, tuple(float(value) for value in scale))
-        return self._of_make.get(make) or Speed(kind_of_worker(*make))
+        return self._of_make.get(make) or speed_of_make(*make)
 
     def errors(self) -> list[StageError]:
         found = []

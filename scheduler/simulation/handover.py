@@ -53,6 +53,7 @@ class SimHandover:
     transition: int
     source_epoch: Epoch
     layout: Layout
+    leaving: list[tuple[int, Move]] = field(default_factory=list)
     sources: list[Source] = field(default_factory=list)
     incoming: dict[int, Incoming] = field(default_factory=dict)
     jobs: deque[CopyJob] = field(default_factory=deque)

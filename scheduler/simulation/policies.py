@@ -1,8 +1,10 @@
-"""Who decides on the layout of a simulated cluster: nobody, an oracle that knows the trace, or the autopilot. Pure."""
+"""Who decides on the layout of a simulated cluster from outside: nobody, or an oracle that knows the trace. Pure.
+
+The autopilot is no policy: it is in the head, in the simulated one too.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from runtime.layout import Layout
 from scheduler.planning.cost import Facts
@@ -12,24 +14,13 @@ from scheduler.planning.traffic import Objective, Serving, Slo, Traffic
 from scheduler.simulation.trace import Trace
 from scheduler.simulation.world import SimDevice
 
-if TYPE_CHECKING:
-    from scheduler.simulation.simulator import Record
-
 __all__ = ["Oracle", "Planning", "Policy"]
 
 
 class Policy:
     """Keeps the layout that it is given. Others override what they need; seconds are of the trace's clock."""
 
-    def arrived(self, now_s: float, prompt_tokens: int) -> None: ...
-
-    def ended(self, now_s: float, record: "Record") -> None: ...
-
-    def sample(
-        self, now_s: float, running: Sequence[tuple[float, int]], waiting: int, generated_tokens: int
-    ) -> None: ...
-
-    def decide(self, now_s: float, present: Layout, *, kv_tokens: float, is_free: bool) -> Layout | None:
+    def decide(self, now_s: float, present: Layout, *, is_free: bool) -> Layout | None:
         """The layout to change to now, if any; with `is_free` false a change is under way."""
         return None
 
@@ -79,7 +70,7 @@ class Oracle(Policy):
         self._window = -1
         self._notes: list[str] = []
 
-    def decide(self, now_s: float, present: Layout, *, kv_tokens: float, is_free: bool) -> Layout | None:
+    def decide(self, now_s: float, present: Layout, *, is_free: bool) -> Layout | None:
         window = int(now_s // self._window_s)
         if window == self._window or not is_free:
             return None

@@ -17,6 +17,8 @@ from runtime.layout import Layout
 from runtime.messages import Sampling, StepResult, ToHead
 from runtime.model.spec import ModelSpec
 from scheduler.batching import BatchingConfig
+from scheduler.pilot import SNAPSHOT_BYTES_PER_S
+from scheduler.planning.autopilot import Mode, Settings
 from scheduler.planning.cost import Facts, work_of_rows
 from scheduler.reconfiguration import Change, Refused
 from scheduler.request import AdmissionError, Request, TokenOutput
@@ -40,8 +42,9 @@ from scheduler.state import (
 )
 from scheduler.transition import Report as ChangeReport
 
-SNAPSHOT_BYTES_PER_S = 200_000_000
+TICK_S = 0.5
 """As the driver's."""
+PILOTING = Settings()
 _GREEDY = Sampling(temperature=0.0)
 
 
@@ -97,7 +100,7 @@ class Simulation:
     """One run. `layout` is the first layout: layers per stage over the first workers of `devices`.
 
     With `concurrency` the trace's arrival times are not looked at: so many clients send its requests one after the other,
-    each when its last one has ended. `snapshot_bytes_per_s` limits what a change copies.
+    each when its last one has ended. With `autopilot` the head itself watches, learns and decides, as a real one does.
     """
 
     def __init__(
@@ -113,27 +116,27 @@ class Simulation:
         kv_bytes: int = 0,
         memory_fraction: float = 0.5,
         concurrency: int = 0,
-        tick_s: float = 1.0,
-        snapshot_bytes_per_s: int = SNAPSHOT_BYTES_PER_S,
+        autopilot: Mode = "off",
+        piloting: Settings = PILOTING,
     ) -> None:
         self.devices, self.policy = list(devices), policy
         self.world = World(rates)
         cluster = ClusterConfig(
-            spec, len(layout), tuple(layout), kv_bytes, memory_fraction, heartbeat_timeout_s=math.inf
-        )
+            spec, len(layout), tuple(layout), kv_bytes, memory_fraction,
+            heartbeat_timeout_s=math.inf, autopilot=autopilot, piloting=piloting,
+        )  # fmt: skip
         self.head = SchedulerState(cluster, batching)
         facts, rng = Facts(spec), np.random.default_rng(seed)
         factors = iter(()) if not rates.noise else _lognormal(rng, rates.noise)
         draw = (lambda: next(factors)) if rates.noise else (lambda: 1.0)
         self.workers = {d.worker: SimWorker(d, facts, self.world, self, draw) for d in devices}
-        self._concurrency, self._tick_s = concurrency, tick_s
-        self._snapshot_bytes_per_s = snapshot_bytes_per_s
+        self._concurrency = concurrency
         self._head_free_s = 0.0
         self._began_s = 0.0
         self._pending: list[Record] = []
         self._next = 0
         self._live: dict[int, Record] = {}
-        self._num_changes = 0
+        self._change_id = 0
         self._asked: Layout | None = None
         self._seen: tuple[Layout | None, Layout | None] = (None, None)
         self._failure = ""
@@ -240,7 +243,6 @@ class Simulation:
         prompt = [0] * record.prompt_tokens
         request = Request(str(record.index), prompt, _GREEDY, record.output_tokens, use_prefix_cache=False)
         self._live[record.index] = record
-        self.policy.arrived(self.now_s, record.prompt_tokens)
         try:
             self._handle(Submit(record.index, request, self.world.now_s))
         except AdmissionError:
@@ -259,7 +261,6 @@ class Simulation:
     def _ended(self, record: Record, outcome: str) -> None:
         record.outcome = outcome
         del self._live[record.index]
-        self.policy.ended(self.now_s, record)
         if self.is_over:
             self.world.stop()
         if self._concurrency:
@@ -268,28 +269,23 @@ class Simulation:
     # -- layouts ----------------------------------------------------------------------------------------------
 
     def _tick(self) -> None:
-        """Once a second: time passes for the head, and the policy is asked."""
+        """Time passes for the head, its autopilot included, and the policy is asked."""
         self._handle(Tick(self.world.now_s))
         head = self.head
-        live = [(record.arrival_s, record.num_tokens) for record in self._live.values()]
-        waiting = min(head.batcher.num_waiting, len(live))
-        running = live[: len(live) - waiting]  # who waits came last
-        self.policy.sample(self.now_s, running, waiting, head.batcher.counters.generated_tokens)
         if head.status == "serving" and head.layout is not None:
             is_free = not head.reconfiguration.is_active
-            kv_tokens = head.pool.num_used * head.batching.block_size
-            layout = self.policy.decide(self.now_s, head.layout, kv_tokens=kv_tokens, is_free=is_free)
+            layout = self.policy.decide(self.now_s, head.layout, is_free=is_free)
             if layout is not None:
                 self._change(layout)
         if self.is_over:
             self.world.stop()
         else:
-            self.world.at(self.world.now_s + self._tick_s, self._tick)
+            self.world.at(self.world.now_s + TICK_S, self._tick)
 
     def _change(self, layout: Layout) -> None:
-        self._num_changes += 1
         self._asked = layout
-        change = Change(self._num_changes, layout, "live", 600.0, self._snapshot_bytes_per_s)
+        self._change_id = self.head.next_change
+        change = Change(self._change_id, layout, "live", 600.0, SNAPSHOT_BYTES_PER_S)
         try:
             self._handle(ChangeLayout(change, False, self.world.now_s))
         except Refused as error:
@@ -310,7 +306,7 @@ class Simulation:
         if self._asked is None or target is not None:
             return
         asked, self._asked = self._asked, None
-        report = head.reconfiguration.reports[self._num_changes]
+        report = head.reconfiguration.reports[self._change_id]
         if report.outcome == "committed":
             self.policy.committed(self.now_s, layout)
         else:

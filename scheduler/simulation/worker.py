@@ -26,12 +26,14 @@ from runtime.messages import (
     Load,
     Loaded,
     LoadFailed,
+    Mirroring,
     Open,
     Prepare,
     Prepared,
     Retire,
     Retired,
     ShadowReady,
+    StartMirror,
     StepPlan,
     StepResult,
     ToHead,
@@ -111,6 +113,9 @@ class SimWorker:
                 self._load(message)
             case Prepare():
                 self._prepare(message)
+            case StartMirror():
+                if (handover := self._under_way(message.transition)) is not None:
+                    self._start_mirror(handover)
             case Copy():
                 self._copy(message)
             case Open():
@@ -325,19 +330,15 @@ class SimWorker:
         if not self._pool_bytes and (error := self._make_pool(prepare.load, max(1, len(mine)))):
             self._reply(TransitionFailed(self.name, prepare.transition, error))
             return
-        old = self._stages.get(prepare.source_epoch)
         self._handover = handover = SimHandover(prepare.transition, prepare.source_epoch, layout)
-        for index, move in enumerate(prepare.moves if prepare.mirror else ()):
+        for index, move in enumerate(prepare.moves if prepare.copies else ()):
             if move.target == self.name:
                 handover.incoming[index] = Incoming()
             if move.source == self.name:
-                assert old is not None, "a move away from a worker that serves nothing"
-                hop = next(h for h, s in enumerate(old.segments) if move.layers.start in s.layers)
-                handover.sources.append(Source(index, move, hop, self._next.get((prepare.source_epoch, hop), 0)))
+                handover.leaving.append((index, move))
         if self.name in layout.workers:
             self._open_stage(layout)
-        starts = [(source.index, source.start) for source in handover.sources]
-        self._reply(Prepared(self.name, prepare.transition, starts, self._num_pages, self._page_bytes))
+        self._reply(Prepared(self.name, prepare.transition, self._num_pages, self._page_bytes))
         missing = [unit for unit in _units_of(layout, self.name) if unit not in self._units]
         needed = sum(self._unit_bytes(unit) for unit in missing)
         if needed + MIN_FREE_BYTES > self._memory_left() and missing:
@@ -346,6 +347,14 @@ class SimWorker:
             self._reply(TransitionFailed(self.name, prepare.transition, error))
             return
         self._shadow(handover, missing, self._world.now_s)
+
+    def _start_mirror(self, handover: SimHandover) -> None:
+        old = self._stages[handover.source_epoch]
+        for index, move in handover.leaving:
+            hop = next(h for h, s in enumerate(old.segments) if move.layers.start in s.layers)
+            handover.sources.append(Source(index, move, hop, self._next.get((handover.source_epoch, hop), 0)))
+        starts = [(source.index, source.start) for source in handover.sources]
+        self._reply(Mirroring(self.name, handover.transition, starts))
 
     def _shadow(self, handover: SimHandover, missing: Sequence[Unit], began_s: float) -> None:
         """Load the next unit, then rest as long as a worker that serves must."""

@@ -1,9 +1,10 @@
 """The simulator against reality: a server with two workers, several loads and layouts, beside what the simulator says.
 
 One server runs all of it; between the parts its layout is changed live. The steps of the first layout are written down
-(`simulator_head`), and from them alone come the cost model's coefficients, the spread of stage times, and what a hop costs.
-Then every load is simulated on every layout. Figures of the first layout say how good the fit is, those of the others how
-good the prediction is.
+(`simulator_head`), and from them alone come the cost model's coefficients, the spread of stage times, and what a hop costs:
+once from all loads together, and once for each load from its own steps, as a head knows its workers that has served this
+load for a while. Then every load is simulated on every layout. Figures of the first layout say how good the fit is, those of
+the others how good the prediction is.
 """
 
 import argparse
@@ -65,11 +66,16 @@ def main() -> int:
     parser.add_argument("--layouts", default="17,13 22,8 12,18", help="layers per stage; the first one calibrates")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log", type=Path, default=Path("/tmp/midflight-bench-simulator"))
+    parser.add_argument("--again", action="store_true", help="compare anew what the last run left in --log")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     layouts = [[int(part) for part in text.split(",")] for text in args.layouts.split()]
     args.log.mkdir(parents=True, exist_ok=True)
-    measured = asyncio.run(_measure(args, layouts))
+    if args.again:
+        measured = json.loads((args.log / "measured.json").read_text())
+    else:
+        measured = asyncio.run(_measure(args, layouts))
+        (args.log / "measured.json").write_text(json.dumps(measured))
     steps = [json.loads(line) for line in (args.log / "steps.jsonl").read_text().splitlines()]
     folder = args.folder or Path.home() / ".cache/midflight/models" / args.model
     report = compare(inspect_model(folder, dtype="bfloat16"), layouts, measured, steps, args.seed)
@@ -102,7 +108,9 @@ async def _measure(args: argparse.Namespace, layouts: list[list[int]]) -> list[d
                 summary, _ = await run_workload(server.url, name, workload, seed=args.seed)
                 ended_s = time.monotonic()
                 assert not summary["errors"], summary["error_examples"]
-                measured.append({"layout": layout, "workload": workload, "from_s": began_s, "to_s": ended_s, **summary})
+                measured.append(
+                    {"layout": layout, "load": vars(workload), "from_s": began_s, "to_s": ended_s, **summary}
+                )
                 print(f"{layout} {workload.name}: {summary['output_tokens_per_s']:.1f} tokens/s", file=sys.stderr)
     return measured
 
@@ -120,17 +128,15 @@ def compare(spec: ModelSpec, layouts: list[list[int]], measured: list[dict], ste
     calibration = calibrate(facts, layouts[0], measured, steps)
     rows = []
     for one in measured:
-        predicted = simulate(spec, calibration, one["layout"], one["workload"], seed)
-        real_tpot, said_tpot = one["tpot_s"]["mean"], predicted["tpot_s"]["mean"]
-        real_rate, said_rate = one["output_tokens_per_s"], predicted["output_tokens_per_s"]
-        rows.append({
-            "layout": one["layout"],
-            "workload": one["workload"].name,
-            "calibrated_on": one["layout"] == layouts[0],
-            "tokens_per_s": {"measured": real_rate, "simulated": said_rate, "error": said_rate / real_rate - 1},
-            "tpot_ms": {"measured": 1e3 * real_tpot, "simulated": 1e3 * said_tpot, "error": said_tpot / real_tpot - 1},
-            "ttft_ms": {"measured": 1e3 * one["ttft_s"]["mean"], "simulated": 1e3 * predicted["ttft_s"]["mean"]},
-        })  # fmt: skip
+        same_load = [other for other in measured if other["load"] == one["load"]]
+        own = calibrate(facts, layouts[0], same_load, steps, calibration.speed)
+        load = Workload(**one["load"])
+        said, said_own = (simulate(spec, known, one["layout"], load, seed) for known in (calibration, own))
+        row = {"layout": one["layout"], "workload": load.name, "calibrated_on": one["layout"] == layouts[0]}
+        row["tokens_per_s"] = _beside(*(x["output_tokens_per_s"] for x in (one, said, said_own)))
+        for key in ("tpot", "ttft"):
+            row[f"{key}_ms"] = _beside(*(1e3 * x[f"{key}_s"]["mean"] for x in (one, said, said_own)))
+        rows.append(row)
     others = [row for row in rows if not row["calibrated_on"]]
     return {
         "calibration": {
@@ -143,18 +149,27 @@ def compare(spec: ModelSpec, layouts: list[list[int]], measured: list[dict], ste
             "step_mape": calibration.step_mape,
         },
         "rows": rows,
-        "worst": {
-            key: max((abs(row[key]["error"]) for row in others), default=None) for key in ("tokens_per_s", "tpot_ms")
-        },
-        "mean": {
-            key: statistics.mean(abs(row[key]["error"]) for row in others) if others else None
+        "errors": {
+            f"{key} {which}": {"worst": max(errors), "mean": statistics.mean(errors)}
             for key in ("tokens_per_s", "tpot_ms")
+            for which in ("error", "error_own")
+            if (errors := [abs(row[key][which]) for row in others])
         },
     }
 
 
-def calibrate(facts: Facts, layout: list[int], measured: list[dict], steps: list[dict]) -> Calibration:
-    """Coefficients, spread and overheads from the steps of the workloads on `layout`."""
+def _beside(measured: float, simulated: float, own: float) -> dict[str, float]:
+    """`own` is simulated with what was learned from this load alone."""
+    return {
+        "measured": measured, "simulated": simulated, "error": simulated / measured - 1,
+        "simulated_own": own, "error_own": own / measured - 1,
+    }  # fmt: skip
+
+
+def calibrate(
+    facts: Facts, layout: list[int], measured: list[dict], steps: list[dict], start: Speed | None = None
+) -> Calibration:
+    """Coefficients, spread and overheads from the steps of the workloads on `layout`; the fit begins at `start`."""
     windows = [(one["from_s"], one["to_s"]) for one in measured if one["layout"] == layout]
     groups = [[step for step in steps if a <= step["sent_s"] and step["back_s"] <= b] for a, b in windows]
     chosen = [step for group in groups for step in group]
@@ -163,12 +178,12 @@ def calibrate(facts: Facts, layout: list[int], measured: list[dict], steps: list
         work = Work(*step["work"])
         for hop, (layers, (_, _, compute_us, sample_us)) in enumerate(zip(step["layers"], step["hops"], strict=True)):
             measurements.append(Measurement(work, LayerRange(*layers), 1e-6 * compute_us, with_step=True))
-            if hop == len(step["hops"]) - 1:
+            if hop == len(step["hops"]) - 1 and work.samples:
                 measurements.append(Measurement(work, LayerRange(0, 0), 1e-6 * sample_us, with_head=True))
     measurements = [m for m in measurements if m.seconds > 0]
     picked = np.random.default_rng(0).permutation(len(measurements))[:MAX_MEASUREMENTS]
     sample = [measurements[index] for index in picked]
-    speed = correct(facts, Speed(kind_of_worker("cpu", "", 1)), Profile("cpu", facts.spec.name, tuple(sample)))
+    speed = correct(facts, start or Speed(kind_of_worker("cpu", "", 1)), Profile("cpu", facts.spec.name, tuple(sample)))
     ratios = np.array([m.seconds / predict(facts, speed, m) for m in sample])
     weights = np.array([predict(facts, speed, m) for m in sample])
     slower = float((ratios * weights).sum() / weights.sum())  # the fit leans to the median, time is spent by the mean
@@ -223,17 +238,15 @@ def simulate(spec: ModelSpec, calibration: Calibration, layout: list[int], workl
 
 
 def _table(report: dict) -> str:
-    lines = [
-        "| layout | load | tokens/s measured | simulated | error | TPOT measured | simulated | error |",
-        "|" + "---|" * 8,
-    ]
+    """The report as a table in Markdown: rates and TPOT measured and simulated, with both errors."""
+    titles = ("layout", "load", *("tokens/s", "simulated", "error", "own"), *("TPOT, ms", "simulated", "error", "own"))
+    lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
     for row in report["rows"]:
-        rate, tpot = row["tokens_per_s"], row["tpot_ms"]
-        layout = ",".join(map(str, row["layout"])) + (" (fit)" if row["calibrated_on"] else "")
-        lines.append(
-            f"| {layout} | {row['workload']} | {rate['measured']:.1f} | {rate['simulated']:.1f} | {rate['error']:+.1%}"
-            f" | {tpot['measured']:.2f} ms | {tpot['simulated']:.2f} ms | {tpot['error']:+.1%} |"
-        )
+        cells = [",".join(map(str, row["layout"])) + (" (fit)" if row["calibrated_on"] else ""), row["workload"]]
+        for figures in (row["tokens_per_s"], row["tpot_ms"]):
+            cells += [f"{figures['measured']:.1f}", f"{figures['simulated']:.1f}"]
+            cells += [f"{figures['error']:+.1%}", f"{figures['error_own']:+.1%}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

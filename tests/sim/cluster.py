@@ -163,6 +163,8 @@ class _Store:
         return self.make_pool(load, num_layers)
 
     def make_pool(self, load: Load, num_layers: int) -> PagePool:
+        if self._worker.name in load.layout.workers and self._worker.has_no_memory:
+            raise MemoryError("no page fits")
         return PagePool(self._worker.num_pages, load.block_size, 1, 1, torch.float32, "cpu")
 
     def parts(self, key: UnitKey, form: str) -> dict[str, torch.Tensor] | None:
@@ -241,6 +243,7 @@ class SimWorker:
         self.name = name
         self.num_pages = num_pages
         self.alive = True
+        self.has_no_memory = False
         self._cluster = cluster
         self.store = _Store(self, cluster)
         self.member = Member(name, torch.device("cpu"), self.store, self, lambda: cluster.now)
@@ -313,10 +316,13 @@ class SimCluster:
         num_blocks: int,
         num_spares: int = 0,
         shadow_failures: float = 0.0,
+        spares_without_memory: bool = False,
     ) -> None:
         self.random = random.Random(seed)
         self.now = 0.0
+        self.num_stages = num_stages
         self.shadow_failures = shadow_failures
+        self.spares_without_memory = spares_without_memory
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._num_events = 0
         cluster = ClusterConfig(spec=make_spec(NUM_LAYERS), num_stages=num_stages, rejoin_timeout_s=3.0)
@@ -397,7 +403,8 @@ class SimCluster:
     # -- workers --------------------------------------------------------------------------------------------
 
     def start_worker(self, name: str, replaces: str) -> None:
-        self.workers[name] = SimWorker(name, self.num_blocks * NUM_LAYERS, self)
+        self.workers[name] = worker = SimWorker(name, self.num_blocks * NUM_LAYERS, self)
+        worker.has_no_memory = self.spares_without_memory and int(name[1:].partition("-")[0]) >= self.num_stages
         join = Join(name, "host", 1, "cpu", "sim", 1, 1, 1, {}, replaces)
         self.at(self._delay(), lambda: self.handle(FromWorker(join, self.now)))
 

@@ -29,6 +29,7 @@ def scenario(seed: int, *, crashes: bool = False, changes: bool = False) -> SimC
         num_blocks=num_blocks,
         num_spares=rng.randint(0, 2) if changes else 0,
         shadow_failures=rng.choice((0.0, 0.1)) if changes else 0.0,
+        spares_without_memory=changes and not crashes and rng.random() < 0.1,
     )
     prompts: list[list[int]] = []
     at = 0.6

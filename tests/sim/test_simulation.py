@@ -29,7 +29,7 @@ class Scripted(Policy):
         self.failures: list[str] = []
         self.num_committed = 0
 
-    def decide(self, now_s: float, present: Layout, *, kv_tokens: float, is_free: bool) -> Layout | None:
+    def decide(self, now_s: float, present: Layout, *, is_free: bool) -> Layout | None:
         if self.wishes and now_s >= self.wishes[0][0] and is_free:
             return self.wishes.pop(0)[1]
         return None

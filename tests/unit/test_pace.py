@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from kvstore.ids import LayerRange
 from runtime.member import Member
-from runtime.messages import Join, Sampling, StepResult
+from runtime.messages import Join, ProfilePoint, Sampling, StepResult
 from runtime.pace import ALIASES, PEAKS, Emulation, Pacer, parse_pace, parse_paces
 from scheduler.batching import BatchingConfig
 from scheduler.planning import devices
@@ -49,6 +50,16 @@ def test_the_law() -> None:
     assert emulation.step_s(0.01, [100]) == pytest.approx(0.03)
     assert emulation.step_s(0.01, [1, 1, 6]) == pytest.approx(0.01 * (2 * 5 + 6 * 3) / 8)
     assert emulation.sample_s(0.01) == pytest.approx(0.05)
+
+
+def test_a_profile_is_stretched_like_steps() -> None:
+    emulation, layers = Emulation(prefill=3.0, decode=5.0), LayerRange(0, 4)
+    points = [
+        ProfilePoint(8, 100, 0, 0, layers, 0.01),
+        ProfilePoint(0, 0, 128, 0, layers, 0.01),
+        ProfilePoint(8, 1, 0, 8, LayerRange(0, 0), 0.01),
+    ]
+    assert [emulation.point(point).seconds for point in points] == pytest.approx([0.05, 0.03, 0.05])
 
 
 class _Clock:

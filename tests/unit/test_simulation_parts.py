@@ -12,7 +12,7 @@ from api import cli
 from kvstore.ids import LayerRange
 from runtime.loading import MIN_FREE_BYTES
 from runtime.model.config import inspect_model
-from scheduler.driver import SNAPSHOT_BYTES_PER_S
+from scheduler.driver import TICK_INTERVAL_S
 from scheduler.planning.cost import TERMS, Facts, Speed, Work, stage_seconds
 from scheduler.planning.devices import lookup
 from scheduler.simulation import shapes, simulator, worker
@@ -52,7 +52,7 @@ def test_shapes_have_their_models_sizes() -> None:
 
 def test_constants_are_those_of_the_real_ones() -> None:
     assert worker.MIN_FREE_BYTES == MIN_FREE_BYTES
-    assert simulator.SNAPSHOT_BYTES_PER_S == SNAPSHOT_BYTES_PER_S
+    assert simulator.TICK_S == TICK_INTERVAL_S
 
 
 @pytest.mark.parametrize("name", ["llama-3-8b", "qwen3-30b-a3b"])
