@@ -98,7 +98,7 @@ def _timings(pacer_of_clock) -> tuple[list[int], list[int]]:
     cluster = SimCluster(1, num_stages=1, batching=BatchingConfig(block_size=4), num_blocks=60)
     cluster.run(until=0.0)
     worker, clock = cluster.workers["w0"], _Clock()
-    worker.member = Member("w0", torch.device("cpu"), worker.store, worker, clock, pacer_of_clock(clock))
+    worker.member = Member("w0", torch.device("cpu"), worker.store, worker, clock, pacer=pacer_of_clock(clock))
     results: list[StepResult] = []
     deliver = worker.to_head
 
