@@ -20,6 +20,7 @@ from api.config import (
     LOAD_FORMATS,
     LOG_LEVELS,
     OBJECTIVES,
+    QUANTIZE,
     SIMULATED_POLICIES,
     STRATEGIES,
     ServeConfig,
@@ -196,6 +197,12 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=DTYPES, default="auto")
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--implementation", choices=IMPLEMENTATIONS, default="auto", help="of the decoder layers")
+    add(
+        "--quantize",
+        choices=QUANTIZE,
+        default="",
+        help="hold weights in 8 bits: faster for few requests at once, less memory; Llama-like models on the CPU",
+    )
 
     group = parser.add_argument_group("pipeline")
     add = group.add_argument
@@ -302,6 +309,10 @@ def _serve_config(options: argparse.Namespace, environment: Mapping[str, str]) -
     num_stages = len(options.layers) or options.stages or 2
     if options.no_local_workers and options.local_workers:
         _fail(f"--no-local-workers contradicts --local-workers {options.local_workers}; leave one out", code=2)
+    if options.quantize and options.implementation == "transformers":
+        _fail("--quantize is for the lean layers, not for --implementation transformers; leave one out", code=2)
+    if options.quantize and options.device.startswith("cuda"):
+        _fail(f"--quantize is for the CPU, not for --device {options.device}; leave one out", code=2)
     num_local = 0 if options.no_local_workers else options.local_workers
     paces = _paces(options.pace, num_stages if num_local is None else num_local)
     return ServeConfig(
@@ -322,6 +333,7 @@ def _serve_config(options: argparse.Namespace, environment: Mapping[str, str]) -
         device=options.device,
         load_format=options.load_format,
         implementation=options.implementation,
+        quantize=options.quantize,
         kv_memory=options.kv_memory,
         block_size=options.block_size,
         max_context=options.max_context,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 LOAD_FORMATS = ("safetensors", "dummy")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZE = ("int8",)
 IMPLEMENTATIONS = ("auto", "lean", "transformers")
 STRATEGIES = ("live", "stop-copy", "drain", "recompute")
 """The same as `scheduler.transition.STRATEGIES`, without importing it."""
@@ -52,6 +53,8 @@ class ServeConfig:
     device: str = "auto"
     load_format: str = "safetensors"
     implementation: str = "auto"
+    quantize: str = ""
+    """ "int8": weights of the lean CPU layers and the LM head as 8-bit integers; empty: in the dtype."""
     kv_memory: int = 0
     """Bytes of KV pages per worker; 0: follow the memory that is free."""
     block_size: int = 16

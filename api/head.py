@@ -223,6 +223,7 @@ def _inspect(config: ServeConfig, say: Callable[[str], None]) -> ModelSpec:
         load_format=config.load_format,
         max_context=config.max_context or None,
         name=config.served_model_name or Path(folder).resolve().name,
+        quantize=config.quantize,
     )
 
 
@@ -234,7 +235,7 @@ def _make_state(config: ServeConfig, spec: ModelSpec) -> SchedulerState:
         )
     if not config.layers and config.num_stages > spec.num_layers:
         raise StartError(f"--stages {config.num_stages}: {spec.name} has only {spec.num_layers} layers")
-    what = f"{spec.folder}\0{spec.dtype}\0{spec.architecture}\0{config.implementation}"
+    what = f"{spec.folder}\0{spec.dtype}\0{spec.architecture}\0{config.implementation}\0{config.quantize}"
     batching = BatchingConfig(
         num_microbatches=config.num_microbatches,
         max_step_tokens=config.step_tokens,

@@ -60,7 +60,7 @@ class Loader:
         self.importer = Importer()
         self._device = device
         self._builder: UnitBuilder | None = None
-        self._source: tuple[str, str, str, str] | None = None
+        self._source: tuple[str, str, str, str, str] | None = None
         self._spec: ModelSpec | None = None
         self._lock = threading.Lock()
         self._shadow: threading.Thread | None = None
@@ -250,17 +250,21 @@ class Loader:
 
     def _open(self, load: Load) -> ModelSpec:
         """The spec of the model, and a builder for it; units of another model are dropped."""
-        source = (load.model, load.load_format, load.dtype, load.implementation)
+        source = (load.model, load.load_format, load.dtype, load.implementation, load.quantize)
         if source != self._source or self._spec is None:
             with self._lock:
                 self.units.layers.clear()
                 self.units.embedding = self.units.lm_head = None
             self._spec = inspect_model(
-                load.model, dtype=load.dtype, load_format=load.load_format, max_context=load.max_context or None
+                load.model,
+                dtype=load.dtype,
+                load_format=load.load_format,
+                max_context=load.max_context or None,
+                quantize=load.quantize,
             )
             device = str(self._device.device)
             self._builder = UnitBuilder(self._spec, device=device, implementation=load.implementation)  # type: ignore[arg-type]
-            self.implementation = self._builder.implementation
+            self.implementation = f"{self._builder.implementation} {load.quantize}".strip()
             self._source, self._form = source, None
             self._is_profiled = False
         return self._spec
@@ -283,10 +287,10 @@ class Loader:
     def _compile(self, spec: ModelSpec) -> None:
         """Every kernel that a step may need: from the cache on disk, or anew the first time on a machine."""
         dtype = getattr(torch, spec.dtype)
-        if self.implementation == "lean":
+        if self._builder is not None and self._builder.implementation == "lean":
             from runtime.model import lean
 
-            lean.warm_up(self._device.device, dtype)
+            lean.warm_up(self._device.device, dtype, spec.quantize)
         else:
             attention.warm_up(self._device.device, dtype)
 

@@ -122,7 +122,7 @@ class Load(msgspec.Struct, frozen=True, array_like=True, tag=2):
     """Hold the units that `layout` gives to you, then answer `Loaded`. Progress goes out as `LoadProgress`.
 
     `model` is a folder; `load_format` is "safetensors" or "dummy". `kv_bytes` bounds the page pool; 0 lets the
-    worker take `memory_share` of the memory that is free once the weights are in.
+    worker take `memory_share` of the memory that is free once the weights are in. `quantize` is "" or "int8".
     """
 
     layout: Layout
@@ -134,6 +134,7 @@ class Load(msgspec.Struct, frozen=True, array_like=True, tag=2):
     memory_share: float
     max_context: int
     implementation: str = "auto"
+    quantize: str = ""
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True, tag=3):

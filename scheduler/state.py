@@ -487,6 +487,7 @@ class SchedulerState:
             memory_share=cluster.memory_fraction / self.members.same_host(worker),
             max_context=spec.max_context,
             implementation=cluster.implementation,
+            quantize=spec.quantize,
         )
 
     def _try_serve(self, effects: list[Effect]) -> None:

@@ -34,6 +34,7 @@ def rms_norm(x, first, count, weight, eps, out):
 @kernel
 def decoder_layer(
     tiles,
+    product_tiles,
     hidden,
     out,
     input_norm,
@@ -62,6 +63,7 @@ def decoder_layer(
     attended,
     activated,
     sums,
+    widened,
     floats,
     packed,
     places,
@@ -69,9 +71,10 @@ def decoder_layer(
 ):
     """out = the layer applied to hidden ``[T, hidden_size]``; False when a block has no page (nothing is safe then).
 
-    Weights are packed, norms and biases float32 (empty for none), `cos` and `sin` float32 ``[T, head_dim / 2]``.
-    The arguments from `normed` on are scratch; `q` and `attended` are ``[T, num_heads, head_dim]``. The last, `spent`, is
-    int64: empty, or where the time of products and attention is added (see `clock`).
+    Weights are packed, and `product_tiles` are the tiles for them; norms and biases float32 (empty for none), `cos` and `sin`
+    float32 ``[T, head_dim / 2]``. The arguments from `normed` on are scratch; `q` and `attended` are
+    ``[T, num_heads, head_dim]``. The last, `spent`, is int64: empty, or where the time of products and attention is added
+    (see `clock`).
     """
     num_tokens, hidden_size = hidden.shape
     attended_flat = attended.reshape(num_tokens, q.shape[1] * q.shape[2])
@@ -80,7 +83,7 @@ def decoder_layer(
         count = min(num_tokens - first, ROW_BLOCK)
         rms_norm(hidden, first, count, input_norm, eps, normed)
         begun = begin(spent)
-        product(tiles, normed, 0, count, qkv_weight, PLAIN, qkv_bias, qkv, qkv, 0, qkv.shape[1], sums)
+        product(product_tiles, normed, 0, count, qkv_weight, PLAIN, qkv_bias, qkv, qkv, 0, qkv.shape[1], sums, widened)
         add(spent, PRODUCTS, begun)
         _rotate(qkv, first, count, q_norm, k_norm, eps, cos, sin, q)
         if not _write_rows(
@@ -96,14 +99,42 @@ def decoder_layer(
     for first in range(0, num_tokens, ROW_BLOCK):
         count = min(num_tokens - first, ROW_BLOCK)
         begun = begin(spent)
-        product(tiles, attended_flat, first, count, o_weight, ADD, o_bias, hidden, out, first, hidden_size, sums)
+        product(
+            product_tiles,
+            attended_flat,
+            first,
+            count,
+            o_weight,
+            ADD,
+            o_bias,
+            hidden,
+            out,
+            first,
+            hidden_size,
+            sums,
+            widened,
+        )
         add(spent, PRODUCTS, begun)
         rms_norm(out, first, count, post_norm, eps, normed)
         begun = begin(spent)
         product(
-            tiles, normed, 0, count, gate_up_weight, SILU_MUL, nothing, normed, activated, 0, activated.shape[1], sums
+            product_tiles,
+            normed,
+            0,
+            count,
+            gate_up_weight,
+            SILU_MUL,
+            nothing,
+            normed,
+            activated,
+            0,
+            activated.shape[1],
+            sums,
+            widened,
         )
-        product(tiles, activated, 0, count, down_weight, ADD, nothing, out, out, first, hidden_size, sums)
+        product(
+            product_tiles, activated, 0, count, down_weight, ADD, nothing, out, out, first, hidden_size, sums, widened
+        )
         add(spent, PRODUCTS, begun)
     return True
 

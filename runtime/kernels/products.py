@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from runtime.kernels import storage
-from runtime.kernels.lanes import PANEL, address, kernel
+from runtime.kernels.lanes import PANEL, address, kernel, part
+from runtime.kernels.quantized import GROUP, SCALE_BYTES, fill_panels, is_quantized, panel_bytes, quantized_rows
 from runtime.kernels.spans import add_floats, store_scaled, store_silu_mul, store_sum
 from runtime.kernels.tiles import tile_rows
 
@@ -77,6 +78,30 @@ def pack_gate_up(gate: torch.Tensor, up: torch.Tensor) -> Packed:
     return Packed(storage(packed.view(gate.dtype).view(-1)), num_columns, depth)
 
 
+def pack_int8(weight: torch.Tensor) -> Packed:
+    """As `pack`, quantised (`runtime.kernels.quantized`), for an x of the dtype of `weight`.
+
+    Raises:
+        ValueError: when K is odd, or a weight is not finite.
+    """
+    return _pack_int8((weight,), PANEL)
+
+
+def pack_gate_up_int8(gate: torch.Tensor, up: torch.Tensor) -> Packed:
+    """As `pack_gate_up`, quantised. Raises as `pack_int8`."""
+    return _pack_int8((gate, up), PANEL // 2)
+
+
+def _pack_int8(weights: tuple[torch.Tensor, ...], width: int) -> Packed:
+    num_columns, depth = weights[0].shape
+    if depth % 2:
+        raise ValueError(f"a packed product needs an even number of inputs, got {depth}")
+    packed = torch.empty(-(-num_columns // width), panel_bytes(depth), dtype=torch.int8)
+    for i, weight in enumerate(weights):
+        fill_panels(packed, i * width, width, weight)
+    return Packed(packed.view(-1).numpy(), num_columns, depth)
+
+
 def _empty_panels(num_panels: int, weight: torch.Tensor, *, is_padded: bool) -> torch.Tensor:
     """Room for panels as ``[num_panels, units of depth, PANEL]``; a unit is a pair of bfloat16, or one element."""
     units = _units(weight)
@@ -103,23 +128,20 @@ def _units(weight: torch.Tensor) -> torch.Tensor:
 
 
 @kernel
-def product(tiles, x, first_row, num_rows, w, kind, bias, residual, out, out_row, num_columns, sums):
+def product(tiles, x, first_row, num_rows, w, kind, bias, residual, out, out_row, num_columns, sums, widened):
     """Rows ``out_row ..`` of out = f(x[first_row : first_row + num_rows] @ w + bias), by `kind`.
 
     `PLAIN`: as it is. `ADD`: plus the same rows of `residual`, which may be `out`. `SILU_MUL`: silu(gate) * up, for
     weights of `pack_gate_up`, without bias. `bias` is float32, empty for none; `out` may have another storage type
-    than x; `num_columns` counts the columns of out; `tiles` is the `tile_address` of x's storage type; `sums` is float32 scratch ``[num_rows, PANEL]``.
+    than x; `num_columns` counts the columns of out; `tiles` is the `tile_address` of x's storage type, for an int8 w its
+    `quantized_tile_address`; `sums` is float32 scratch ``[num_rows, PANEL]``, `widened` float32 scratch ``[GROUP, PANEL]``.
     """
-    depth, size = x.shape[1], x.itemsize
-    x_address = address(x) + first_row * depth * size
     full = PANEL // 2 if kind == SILU_MUL else PANEL
     for panel in range((num_columns + full - 1) // full):
-        for k in range(0, depth, DEPTH_BLOCK_BYTES // size):
-            w_block = address(w) + (panel * depth + k) * PANEL * size
-            block = min(DEPTH_BLOCK_BYTES // size, depth - k)
-            tile_rows(
-                tiles, num_rows, x_address + k * size, depth * size, w_block, block, address(sums), PANEL * 4, k > 0
-            )
+        if is_quantized(w):
+            _sum_int8_panel(tiles, x, first_row, num_rows, w, panel, sums, widened)
+        else:
+            _sum_panel(tiles, x, first_row, num_rows, w, panel, sums)
         first = panel * full
         width = min(full, num_columns - first)
         for i in range(num_rows):
@@ -133,3 +155,28 @@ def product(tiles, x, first_row, num_rows, w, kind, bias, residual, out, out_row
                 store_sum(out, total, width, address(residual) + place, address(out) + place)
             else:
                 store_scaled(out, total, width, _ONE, address(out) + place)
+
+
+@part
+def _sum_panel(tiles, x, first_row, num_rows, w, panel, sums):
+    """sums = the rows of x @ one panel."""
+    depth, size = x.shape[1], x.itemsize
+    x_address = address(x) + first_row * depth * size
+    for k in range(0, depth, DEPTH_BLOCK_BYTES // size):
+        w_block = address(w) + (panel * depth + k) * PANEL * size
+        block = min(DEPTH_BLOCK_BYTES // size, depth - k)
+        tile_rows(tiles, num_rows, x_address + k * size, depth * size, w_block, block, address(sums), PANEL * 4, k > 0)
+
+
+@part
+def _sum_int8_panel(tiles, x, first_row, num_rows, w, panel, sums, widened):
+    """As `_sum_panel`, for an int8 panel."""
+    depth, size = x.shape[1], x.itemsize
+    x_row, out = address(x) + first_row * depth * size, address(sums)
+    num_groups = (depth + GROUP - 1) // GROUP
+    start = address(w) + panel * (depth + SCALE_BYTES * num_groups) * PANEL
+    for group in range(num_groups):
+        k = group * GROUP
+        place = start + (k + SCALE_BYTES * group) * PANEL
+        block, room = min(GROUP, depth - k), address(widened)
+        quantized_rows(tiles, num_rows, x_row + k * size, depth * size, place, block, out, PANEL * 4, k > 0, room)

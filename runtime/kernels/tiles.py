@@ -22,7 +22,6 @@ from runtime.kernels.lanes import (
     FLOATS,
     I8,
     I64,
-    LANES,
     PANEL,
     TILE_ROWS,
     TILE_VECTORS,
@@ -57,7 +56,7 @@ def _make_tile(num_rows: int):
             zero = constant(FLOAT, 0.0)
             sums = {place: cgutils.alloca_once_value(builder, zero) for place in grid}
             x_rows = [builder.add(x, builder.mul(x_stride, I64(i))) for i in range(num_rows)]
-            _run_depth(builder, Unit(signature.args[0].dtype), x_rows, w, depth, sums, ahead, pace)
+            run_depth(builder, Unit(signature.args[0].dtype), WholeLine, x_rows, w, depth, sums, ahead, pace)
             out_rows = [
                 pointer(builder, builder.add(out, builder.mul(out_stride, I64(i))), FLOATS) for i in range(num_rows)
             ]
@@ -74,14 +73,30 @@ def _make_tile(num_rows: int):
     return tile
 
 
-def _run_depth(builder, unit, x_rows, w, depth, sums, ahead, pace):
-    with cgutils.for_range(builder, builder.udiv(depth, I64(unit.depth))) as loop:
-        line = pointer(builder, offset(builder, w, loop.index, unit.size * LANES * TILE_VECTORS), unit.vector)
+class WholeLine:
+    """How a tile reads a line of a panel, `Unit.depth` depths of all its columns, in the storage type of x."""
+
+    num_prefetches = TILE_VECTORS
+
+    @staticmethod
+    def num_bytes(unit: Unit) -> int:
+        return unit.size * PANEL
+
+    @staticmethod
+    def terms(builder, unit: Unit, address):
+        """The operands of the multiply-adds: per multiply-add a list of `TILE_VECTORS` vectors."""
+        line = pointer(builder, address, unit.vector)
         weights = [builder.load(builder.gep(line, [I64(j)]), align=4) for j in range(TILE_VECTORS)]
-        for j in range(TILE_VECTORS):
-            index = builder.add(builder.mul(loop.index, I64(TILE_VECTORS)), I64(j))
+        return unit.terms(builder, weights)
+
+
+def run_depth(builder, unit, kind, x_rows, w, depth, sums, ahead, pace):
+    """sums[i, j] += x_rows[i] @ the panel at w, whose lines are of this `kind`; asks for lines from `ahead` on."""
+    with cgutils.for_range(builder, builder.udiv(depth, I64(unit.depth))) as loop:
+        w_terms = kind.terms(builder, unit, offset(builder, w, loop.index, kind.num_bytes(unit)))
+        for j in range(kind.num_prefetches):
+            index = builder.add(builder.mul(loop.index, I64(kind.num_prefetches)), I64(j))
             prefetch_line(builder, builder.add(ahead, builder.mul(index, pace)))
-        w_terms = unit.terms(builder, weights)
         for i, row in enumerate(x_rows):
             place = pointer(builder, offset(builder, row, loop.index, unit.size), unit.stored)
             x_terms = unit.terms(builder, [splat(builder, builder.load(place, align=unit.align))])

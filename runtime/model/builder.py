@@ -71,9 +71,11 @@ class UnitBuilder:
     """Makes units for one model on one device. Not thread-safe: one builder, one thread.
 
     `seed` matters for random weights only. `rest` is called between pieces of the work, each of some milliseconds at most.
+    The spec says whether weights are quantised; the embedding never is.
 
     Raises:
-        ModelError: the folder changed since it was inspected, or "lean" is asked for a model that it does not support.
+        ModelError: the folder changed since it was inspected, "lean" is asked for a model that it does not support, or
+            quantised weights where the kernels for them are missing.
     """
 
     def __init__(self, spec: ModelSpec, *, device: str, implementation: Implementation = "auto", seed: int = 0) -> None:
@@ -85,6 +87,7 @@ class UnitBuilder:
         self._tied = spec.tied_embeddings
         self._num_layers = spec.num_layers
         self._vocab_size = spec.vocab_size
+        self._quantize = spec.quantize
         self.implementation = self._choose(implementation, spec)
         self.rest: Callable[[], None] = lambda: None
         self._generic: Any = None
@@ -97,7 +100,7 @@ class UnitBuilder:
         if self.implementation == "lean":
             from runtime.model import lean
 
-            packing = lean.form(self._device, self._dtype)
+            packing = lean.form(self._device, self._dtype, self._quantize)
         config = (self._folder / "config.json").read_bytes()
         mark = repr((self._weights.identity(), str(self._dtype), self.implementation, packing)).encode()
         return hashlib.blake2b(config + mark, digest_size=16).hexdigest()
@@ -115,7 +118,7 @@ class UnitBuilder:
 
             if parts is not None:
                 return lean.LeanLayer.from_parts(self._config, index, parts, self._device, self._dtype)
-            return lean.LeanLayer(self._config, index, self._state(index), self._device, self._dtype)
+            return lean.LeanLayer(self._config, index, self._state(index), self._device, self._dtype, self._quantize)
         return self._skeleton().layer(index, self._weights, parts)
 
     def embedding(self, parts: Parts | None = None) -> Embedding:
@@ -151,14 +154,26 @@ class UnitBuilder:
             return lean.LeanHead.from_parts(parts, self._vocab_size, eps, self._device, self._dtype)
         state = self._state("lm_head", () if shared is None else ("lm_head.weight",))
         weight = state["lm_head.weight"] if shared is None else shared
-        return lean.LeanHead(state["norm.weight"], weight, eps, self._device, self._dtype, self.rest)
+        return lean.LeanHead(
+            state["norm.weight"], weight, eps, self._device, self._dtype, self._quantize, self.rest
+        )
 
     def _choose(self, implementation: Implementation, spec: ModelSpec) -> Literal["lean", "transformers"]:
-        if implementation == "transformers":
+        if implementation == "transformers" and not spec.quantize:
             return "transformers"
         from runtime.model import lean
 
         supported = lean.supports(self._config)
+        if spec.quantize:
+            if implementation == "transformers" or not supported:
+                raise ModelError(
+                    f"--quantize {spec.quantize} is for the lean layers, and {spec.architecture} is served by "
+                    "transformers' own here; leave it out"
+                )
+            try:
+                lean.check_quantize(self._device, self._dtype, spec.quantize)
+            except ValueError as error:
+                raise ModelError(str(error)) from error
         if implementation == "lean" and not supported:
             raise ModelError(
                 f"the lean implementation does not support {spec.architecture} with this config; use auto or transformers"

@@ -25,6 +25,7 @@ DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """The dtypes that can be served, with the bytes of an element."""
 
 LOAD_FORMATS = ("safetensors", "dummy")
+QUANTIZE = ("", "int8")
 
 TESTED = {
     "llama": "LlamaForCausalLM",
@@ -49,13 +50,14 @@ def inspect_model(
     load_format: str = "safetensors",
     max_context: int | None = None,
     name: str | None = None,
+    quantize: str = "",
 ) -> ModelSpec:
     """Read what the head must know of a model.
 
     `dtype` is "float32", "bfloat16", "float16" or "auto", which keeps the checkpoint's. With ``load_format="dummy"`` the
     folder needs nothing but a ``config.json``. `max_context` lowers the longest sequence, in tokens; it never raises it.
     The LM head's bytes count its weight also when it is tied to the embedding: that is what a worker needs that holds
-    the head but not the embedding. `sliding_window` is set only when every layer slides.
+    the head but not the embedding. `quantize` is "" or "int8"; the embedding never is. `sliding_window` is set only when every layer slides.
 
     Raises:
         ModelError: the folder is incomplete, or the model cannot be served.
@@ -65,13 +67,15 @@ def inspect_model(
         raise ModelError(f"load format {load_format!r} is unknown; known are {', '.join(LOAD_FORMATS)}")
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} cannot be served; choose auto, {', '.join(DTYPES)}")
+    if quantize not in QUANTIZE:
+        raise ModelError(f"weights cannot be quantised as {quantize!r}; choose int8, or leave --quantize out")
     config = load_config(folder)
     architecture = _architecture(config)
     weights = open_weights(folder, config, load_format=load_format)
     if dtype == "auto":
         dtype = _own_dtype(config, weights)
-    elements = {unit: _elements(weights, unit) for unit in ("embedding", "lm_head", *range(config.num_hidden_layers))}
-    size = DTYPES[dtype]
+    units = ("embedding", "lm_head", *range(config.num_hidden_layers))
+    sizes = {unit: _num_bytes(weights, unit, DTYPES[dtype], "" if unit == "embedding" else quantize) for unit in units}
     return ModelSpec(
         name=name or folder.resolve().name,
         folder=str(folder.resolve()),
@@ -86,9 +90,9 @@ def inspect_model(
         vocab_size=config.vocab_size,
         max_context=_max_context(config, max_context),
         tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
-        layer_bytes=tuple(size * elements[layer] for layer in range(config.num_hidden_layers)),
-        embedding_bytes=size * elements["embedding"],
-        lm_head_bytes=size * elements["lm_head"],
+        layer_bytes=tuple(sizes[layer] for layer in range(config.num_hidden_layers)),
+        embedding_bytes=sizes["embedding"],
+        lm_head_bytes=sizes["lm_head"],
         layer_flops_per_token=tuple(_flops(config, weights, layer) for layer in range(config.num_hidden_layers)),
         lm_head_flops_per_token=_flops(config, weights, "lm_head"),
         eos_token_ids=_eos_token_ids(config, folder),
@@ -97,6 +101,7 @@ def inspect_model(
         num_experts=_num_experts(config),
         experts_per_token=_experts_per_token(config),
         layer_expert_bytes=tuple(size * _expert_elements(weights, layer) for layer in range(config.num_hidden_layers)),
+        quantize=quantize,
     )
 
 
@@ -223,8 +228,16 @@ def _own_dtype(config: Any, weights: Weights) -> str:
     return found if found in DTYPES else "float32"
 
 
-def _elements(weights: Weights, unit: Unit) -> int:
-    return sum(info.numel for info in weights.infos(unit).values())
+def _num_bytes(weights: Weights, unit: Unit, size: int, quantize: str) -> int:
+    """With `quantize`, matrices count a byte an element and 2 bytes for each row of 64 (`runtime.kernels.quantized`)."""
+    total = 0
+    for info in weights.infos(unit).values():
+        if quantize and len(info.shape) == 2:
+            num_rows, depth = info.shape
+            total += num_rows * (depth + 2 * -(-depth // 64))
+        else:
+            total += size * info.numel
+    return total
 
 
 def _flops(config: Any, weights: Weights, unit: Unit) -> int:

@@ -23,7 +23,8 @@ from runtime.attention import attend, attention_scratch, pool_storage, step_arra
 from runtime.batch import LayerKV, StepBatch
 from runtime.kernels import has_kernels, storage
 from runtime.kernels.layer import decoder_layer, rms_norm
-from runtime.kernels.products import PANEL, PLAIN, ROW_BLOCK, pack, pack_gate_up, product
+from runtime.kernels.products import PANEL, PLAIN, ROW_BLOCK, pack, pack_gate_up, pack_gate_up_int8, pack_int8, product
+from runtime.kernels.quantized import GROUP, quantized_tile_address
 from runtime.kernels.tiles import tile_address
 
 Parts: TypeAlias = Mapping[str, torch.Tensor]
@@ -62,12 +63,13 @@ class LeanLayer:
         state: the layer's tensors under `transformers`' names (``self_attn.q_proj.weight``, ...), on any device.
         device: where the layer runs.
         dtype: the serving dtype; the tensors are cast to it.
+        quantize: "int8" for weights of that kind (norms and biases stay as they are), "" for the serving dtype.
 
     `parts` are the tensors as the layer holds them, packed where it packs; `from_parts` makes an equal layer of them on
     any machine of the same `form`.
 
     Raises:
-        ValueError: when the configuration is not supported.
+        ValueError: when the configuration is not supported, or no kernel serves `quantize` on this device.
         KeyError: when a tensor is missing.
     """
 
@@ -78,12 +80,13 @@ class LeanLayer:
         state: Mapping[str, torch.Tensor],
         device: torch.device | str,
         dtype: torch.dtype,
+        quantize: str = "",
     ) -> None:
         if not supports(config):
             raise ValueError(
                 f"the lean layer does not cover this {config.model_type} model; use --implementation transformers"
             )
-        parts = _layer_parts(layer_index, state, torch.device(device), dtype)
+        parts = _layer_parts(layer_index, state, torch.device(device), dtype, quantize)
         self._set_up(config, layer_index, parts, device, dtype)
 
     @classmethod
@@ -113,7 +116,8 @@ class LeanLayer:
         self._has_kernels = has_kernels(self.device, dtype)
         if self._has_kernels:
             self._kernel_weights = self._make_kernel_weights()
-            self._tiles = tile_address(self.parts["o"].numpy().dtype)
+            self._tiles = tile_address(storage(torch.empty(0, dtype=dtype)).dtype)
+            self._product_tiles = _tiles_for(self.parts["o"], dtype)
 
     @property
     def nbytes(self) -> int:
@@ -149,6 +153,7 @@ class LeanLayer:
         block_tables, query_starts, context_lens = step_arrays(batch)
         ok = decoder_layer(
             self._tiles,
+            self._product_tiles,
             storage(hidden.contiguous()),
             storage(out),
             *self._kernel_weights,
@@ -183,6 +188,7 @@ class LeanLayer:
                 make(tokens, self.num_heads, self.head_dim),
                 make(rows, self.intermediate_size),
                 np.empty((rows, PANEL), np.float32),
+                np.empty((GROUP, PANEL), np.float32),
                 *attention_scratch(batch, self.num_heads, self.num_kv_heads, self.head_dim, self.dtype),
             )
         return scratch
@@ -235,13 +241,16 @@ class LeanHead:
         eps: float,
         device: torch.device | str,
         dtype: torch.dtype,
+        quantize: str = "",
         rest: Callable[[], None] = lambda: None,
     ) -> None:
         weight = weight.detach().to(device, dtype)
-        parts = {
-            "norm": norm_weight.detach().to(device, dtype),
-            "weight": torch.from_numpy(pack(weight, rest).data) if has_kernels(device, dtype) else weight,
-        }
+        check_quantize(device, dtype, quantize)
+        if has_kernels(device, dtype):
+            packed = torch.from_numpy((pack_int8(weight) if quantize else pack(weight, rest)).data)
+        else:
+            packed = weight
+        parts = {"norm": norm_weight.detach().to(device, dtype), "weight": packed}
         self._set_up(parts, len(weight), eps, device, dtype)
 
     @classmethod
@@ -262,6 +271,7 @@ class LeanHead:
         self._has_kernels = has_kernels(self.device, dtype)
         if self._has_kernels:
             self._weight = parts["weight"].numpy()
+            self._tiles = _tiles_for(parts["weight"], dtype)
             self._norm_floats = parts["norm"].float().numpy()
 
     @property
@@ -274,11 +284,26 @@ class LeanHead:
         normed = storage(torch.empty_like(hidden, memory_format=torch.contiguous_format))
         rms_norm(storage(hidden.contiguous()), 0, len(hidden), self._norm_floats, np.float32(self.eps), normed)
         logits = torch.empty(len(hidden), self.vocab_size)
-        tiles = tile_address(normed.dtype)
-        out, sums = logits.numpy(), np.empty((min(len(hidden), ROW_BLOCK), PANEL), np.float32)
+        tiles, out = self._tiles, logits.numpy()
+        sums = np.empty((min(len(hidden), ROW_BLOCK), PANEL), np.float32)
+        widened = np.empty((GROUP, PANEL), np.float32)
         for first in range(0, len(hidden), ROW_BLOCK):
             count = min(len(hidden) - first, ROW_BLOCK)
-            product(tiles, normed, first, count, self._weight, PLAIN, _NOTHING, out, out, first, self.vocab_size, sums)
+            product(
+                tiles,
+                normed,
+                first,
+                count,
+                self._weight,
+                PLAIN,
+                _NOTHING,
+                out,
+                out,
+                first,
+                self.vocab_size,
+                sums,
+                widened,
+            )
         return logits
 
 
@@ -308,7 +333,7 @@ class Rotary:
         return arrays
 
 
-def warm_up(device: torch.device | str, dtype: torch.dtype) -> None:
+def warm_up(device: torch.device | str, dtype: torch.dtype, quantize: str = "") -> None:
     """Compile every CPU kernel for this dtype, or load it from the disk cache; call it while loading.
 
     Seconds the first time on a machine, a fraction of one after that. The layers themselves may be loaded meanwhile.
@@ -331,10 +356,11 @@ def warm_up(device: torch.device | str, dtype: torch.dtype) -> None:
     state = {f"self_attn.{x}_proj.weight": torch.zeros(shape) for x, shape in shapes.items()}
     state |= {f"mlp.{x}_proj.weight": torch.zeros(8, 8) for x in ("gate", "up", "down")}
     state |= {f"{_NORM_PATHS[x]}.weight": torch.ones(8) for x in ("input", "post_attention")}
-    layer = LeanLayer(config, 0, state, device, dtype)
+    layer = LeanLayer(config, 0, state, device, dtype, quantize)
     batch, kv = attention.tiny_step(device, dtype, num_kv_heads=1, head_dim=4)
     layer(torch.zeros(batch.num_tokens, 8, dtype=dtype), batch, kv)
-    LeanHead(torch.ones(8), torch.zeros(8, 8), 1e-5, device, dtype)(torch.zeros(2, 8, dtype=dtype))
+    head = LeanHead(torch.ones(8), torch.zeros(8, 8), 1e-5, device, dtype, quantize)
+    head(torch.zeros(2, 8, dtype=dtype))
 
 
 _NORM_PATHS = {
@@ -345,15 +371,37 @@ _NORM_PATHS = {
 }
 
 
-def form(device: torch.device | str, dtype: torch.dtype) -> str:
+def form(device: torch.device | str, dtype: torch.dtype, quantize: str = "") -> str:
     """What `parts` depend on besides the model: those of one form fit every machine that has the same."""
-    return f"lean {dtype} panels of {PANEL}" if has_kernels(device, dtype) else f"lean {dtype}"
+    if not has_kernels(device, dtype):
+        return f"lean {dtype}"
+    return f"lean {dtype} panels of {PANEL}" + (f" {quantize} groups of {GROUP}" if quantize else "")
+
+
+def check_quantize(device: torch.device | str, dtype: torch.dtype, quantize: str) -> None:
+    """Whether weights can be held in this form.
+
+    Raises:
+        ValueError: for an unknown form, or a device or dtype without kernels for it.
+    """
+    if quantize not in ("", "int8"):
+        raise ValueError(f"--quantize {quantize} is unknown; int8 is what there is")
+    if quantize and not has_kernels(device, dtype):
+        name = str(dtype).removeprefix("torch.")
+        raise ValueError(f"--quantize {quantize} needs a CPU whose kernels know {name}, not {device}; leave it out")
+
+
+def _tiles_for(weight: torch.Tensor, dtype: torch.dtype) -> int:
+    """The tiles that multiply x of this dtype with a packed weight."""
+    choose = quantized_tile_address if weight.dtype is torch.int8 else tile_address
+    return choose(storage(torch.empty(0, dtype=dtype)).dtype)
 
 
 def _layer_parts(
-    layer_index: int, state: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype
+    layer_index: int, state: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype, quantize: str
 ) -> Parts:
     """What a layer holds, out of its tensors under `transformers`' names."""
+    check_quantize(device, dtype, quantize)
 
     def get(name: str) -> torch.Tensor:
         return state[name].detach().to(device, dtype)
@@ -375,7 +423,8 @@ def _layer_parts(
     gate, up = get("mlp.gate_proj.weight"), get("mlp.up_proj.weight")
     if not has_kernels(device, dtype):
         return small | weights | {"gate_up": torch.cat([gate, up])}
-    packed = {name: pack(weight) for name, weight in weights.items()} | {"gate_up": pack_gate_up(gate, up)}
+    one, two = (pack_int8, pack_gate_up_int8) if quantize else (pack, pack_gate_up)
+    packed = {name: one(weight) for name, weight in weights.items()} | {"gate_up": two(gate, up)}
     return small | {name: torch.from_numpy(weight.data) for name, weight in packed.items()}
 
 

@@ -4,7 +4,10 @@ import msgspec
 
 
 class ModelSpec(msgspec.Struct, frozen=True):
-    """Shapes and sizes of a decoder-only model. Bytes are those of the serving dtype; FLOP count a multiply-add as 2."""
+    """Shapes and sizes of a decoder-only model. FLOP count a multiply-add as 2.
+
+    Bytes are those of the serving dtype, with `quantize` "int8" those of the matrices' integers and their scales.
+    """
 
     name: str
     folder: str
@@ -32,6 +35,7 @@ class ModelSpec(msgspec.Struct, frozen=True):
     experts_per_token: int = 0
     layer_expert_bytes: tuple[int, ...] = ()
     """The part of `layer_bytes` that is routed experts, of which a token meets `experts_per_token`; empty: none."""
+    quantize: str = ""
 
     def kv_bytes_per_token_layer(self) -> int:
         """K and V of one position in one layer, in bytes."""

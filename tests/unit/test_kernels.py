@@ -17,6 +17,7 @@ from runtime.batch import LayerKV, StepBatch
 from runtime.kernels import STORAGE_DTYPES, layer, paged, products, storage
 from runtime.kernels.lanes import LANES, PANEL, address, kernel
 from runtime.kernels.products import ADD, PLAIN, SILU_MUL, pack, pack_gate_up, product
+from runtime.kernels.quantized import GROUP
 from runtime.kernels.softmax import find_top, weigh
 from runtime.kernels.spans import store_scaled, store_silu_mul
 from runtime.kernels.tiles import tile_address
@@ -26,6 +27,7 @@ DTYPES = list(STORAGE_DTYPES)
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """The relative error that storing a result in the dtype allows, with room for the sums before."""
 NOTHING = np.empty(0, np.float32)
+WIDENED = np.empty((GROUP, PANEL), np.float32)
 
 
 def run_product(x, packed, kind, bias=None, residual=None, out_dtype=None):
@@ -33,7 +35,7 @@ def run_product(x, packed, kind, bias=None, residual=None, out_dtype=None):
     sums = np.empty((len(x), PANEL), np.float32)
     bias = NOTHING if bias is None else bias.numpy()
     residual = storage(out if residual is None else residual)
-    arguments = (kind, bias, residual, storage(out), 0, packed.num_columns, sums)
+    arguments = (kind, bias, residual, storage(out), 0, packed.num_columns, sums, WIDENED)
     product(tile_address(storage(x).dtype), storage(x), 0, len(x), packed.data, *arguments)
     return out
 

@@ -1,0 +1,286 @@
+"""The product with int8 weights: groups of `GROUP` depths of a column share a scale; x and the sums keep their precision.
+
+How it works: a weight is ``q * scale``, q from -127 to 127. The integers are widened to the storage type of x, which
+holds them exactly, and multiplied with x as any weight is; the sum of each group is then scaled and added, in float32. So
+int8 costs what rounding the weights costs, and nothing else. Up to `TILE_ROWS` rows are one tile, which widens in
+registers: memory then delivers half the bytes of bfloat16. More rows widen a group of a panel once, into scratch that stays in
+the first-level cache, and share it among their tiles.
+
+A panel is its groups one after the other; a group is its integers (as in `products.pack`: depths in `Unit`s, but each
+vector of columns by itself), then a bfloat16 scale for each column. The last group of a panel may be shorter.
+
+What is never true: the two ways never differ, since they multiply and add the same numbers in the same order.
+"""
+
+from functools import cache
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from runtime.kernels.lanes import (
+    FLOAT,
+    FLOATS,
+    HAS_BF16_DOT,
+    I8,
+    I16,
+    I32,
+    I64,
+    INTS,
+    LANES,
+    PANEL,
+    TILE_ROWS,
+    TILE_VECTORS,
+    Unit,
+    compile_for_c,
+    constant,
+    fma,
+    intrinsic,
+    kernel,
+    narrow,
+    offset,
+    pointer,
+    widen,
+)
+from runtime.kernels.tiles import CACHE_LINE, WholeLine, run_depth
+
+GROUP = 64
+"""Depths that share a scale; even, so that pairs stay together."""
+SCALE_BYTES = 2
+LARGEST = 127
+PANELS_AT_ONCE = 8
+"""Panels that are quantised together; bounds what is in float32 meanwhile."""
+SMALLEST_SCALE = 1e-30
+"""A group with a smaller scale is all zero: near the end of the exponents scales are not exact enough."""
+
+
+# -- packing ------------------------------------------------------------------------------------------------
+
+
+def panel_bytes(depth: int) -> int:
+    """The size of one packed panel."""
+    return (depth + SCALE_BYTES * -(-depth // GROUP)) * PANEL
+
+
+def fill_panels(packed: torch.Tensor, first: int, width: int, weight: torch.Tensor) -> None:
+    """Quantise `weight` ``[N, K]`` into columns [first, first + width) of each panel of `packed`, int8 ``[panels, bytes]``.
+
+    Symmetric, to the nearest. A scale is rounded to bfloat16, by 1/512 at most, so nothing exceeds `LARGEST` by more
+    than half a step, and nothing needs to be clipped.
+
+    Raises:
+        ValueError: when a weight is not finite.
+    """
+    for panel in range(0, len(packed), PANELS_AT_ONCE):
+        some = packed[panel : panel + PANELS_AT_ONCE]
+        _fill_some(some, first, width, weight[panel * width : (panel + len(some)) * width])
+
+
+def _fill_some(packed: torch.Tensor, first: int, width: int, weight: torch.Tensor) -> None:
+    num_rows, depth = weight.shape
+    num_groups, rest = divmod(depth, GROUP)
+    padding = (0, -depth % GROUP, 0, len(packed) * width - num_rows)
+    whole = torch.nn.functional.pad(weight.float(), padding).unflatten(1, (-1, GROUP))
+    scales = (torch.maximum(whole.amax(-1), -whole.amin(-1)) / LARGEST).to(torch.bfloat16)
+    if not bool(torch.isfinite(scales).all()):
+        raise ValueError("a weight that is infinite or not a number cannot be quantised; serve without --quantize")
+    factors = torch.where(scales > SMALLEST_SCALE, 1.0 / scales.float(), 0.0)
+    integers = (whole * factors[:, :, None]).round_().to(torch.int8)
+    unit = 2 if weight.dtype is torch.bfloat16 else 1
+    begin = num_groups * (GROUP + SCALE_BYTES) * PANEL
+    if num_groups:
+        groups = packed[:, :begin].unflatten(1, (num_groups, -1))
+        _fill(groups, first, width, unit, integers[:, :num_groups], scales[:, :num_groups])
+    if rest:
+        _fill(packed[:, None, begin:], first, width, unit, integers[:, num_groups:, :rest], scales[:, num_groups:])
+
+
+def _fill(
+    groups: torch.Tensor, first: int, width: int, unit: int, integers: torch.Tensor, scales: torch.Tensor
+) -> None:
+    """Fill groups of one length, ``[panels, groups, bytes]``, from ``[rows, groups, depths]`` and ``[rows, groups]``."""
+    num_panels, (_, _, length) = len(groups), integers.shape
+    lines = groups[:, :, : length * PANEL].unflatten(2, (-1, TILE_VECTORS, unit, LANES))
+    integers = integers.unflatten(2, (-1, unit)).unflatten(0, (num_panels, -1, LANES))
+    lines[:, :, :, first // LANES : (first + width) // LANES] = integers.permute(0, 3, 4, 1, 5, 2)
+    places = groups[:, :, length * PANEL :].view(torch.bfloat16)
+    places[:, :, first : first + width] = scales.unflatten(0, (num_panels, width)).transpose(1, 2)
+
+
+# -- tiles --------------------------------------------------------------------------------------------------
+
+
+class _Int8Line:
+    """As `WholeLine`, of integers that are widened in registers."""
+
+    num_prefetches = max(1, 2 * PANEL // CACHE_LINE)
+
+    @staticmethod
+    def num_bytes(unit: Unit) -> int:
+        return unit.depth * PANEL
+
+    @staticmethod
+    def terms(builder, unit: Unit, address):
+        terms = [[_floats(builder, unit, address, j, i) for j in range(TILE_VECTORS)] for i in range(unit.depth)]
+        if unit.paired and HAS_BF16_DOT:
+            return unit.terms(builder, [_pair(builder, low, high) for low, high in zip(*terms, strict=True)])
+        return terms
+
+
+def _floats(builder, unit: Unit, line, j: int, i: int):
+    """The integers of vector `j` of the columns at depth `i` of the line, as float32."""
+    place = offset(builder, line, (j * unit.depth + i) * LANES, 1)
+    stored = builder.load(pointer(builder, place, ir.VectorType(I8, LANES)), align=1)
+    return builder.sitofp(builder.sext(stored, INTS), FLOATS)
+
+
+def _pair(builder, low, high):
+    """Two bfloat16 in each lane, out of floats that bfloat16 holds exactly."""
+    return builder.or_(builder.bitcast(high, INTS), builder.lshr(builder.bitcast(low, INTS), constant(I32, 16)))
+
+
+@intrinsic
+def _widen_line(typingctx, like, line, target):
+    """A line of integers, to the line that `WholeLine` reads, both given by their addresses."""
+
+    def codegen(context, builder, signature, args):
+        unit = Unit(signature.args[0].dtype)
+        for j in range(TILE_VECTORS):
+            floats = [_floats(builder, unit, args[1], j, i) for i in range(unit.depth)]
+            stored = _pair(builder, *floats) if unit.paired else narrow(builder, unit.element, floats[0])
+            place = pointer(builder, offset(builder, args[2], j, unit.size * LANES), stored.type)
+            builder.store(stored, place, align=unit.align)
+        return context.get_dummy_value()
+
+    return types.void(like, types.intp, types.intp), codegen
+
+
+def _make_tile(num_rows: int, kind):
+    @intrinsic
+    def tile(typingctx, like, x, x_stride, w, depth, scales, out, out_stride, add, ahead, pace):
+        """out[i, :PANEL] = (out[i, :PANEL] if add else 0) + scales * (x[i, :depth] @ panel), for i < num_rows."""
+        signature = types.void(like, *[types.intp] * 7, types.boolean, types.intp, types.intp)
+
+        def codegen(context, builder, signature, args):
+            _, x, x_stride, w, depth, scales, out, out_stride, add, ahead, pace = args
+            grid = [(i, j) for i in range(num_rows) for j in range(TILE_VECTORS)]
+            zero = constant(FLOAT, 0.0)
+            sums = {place: cgutils.alloca_once_value(builder, zero) for place in grid}
+            x_rows = [builder.add(x, builder.mul(x_stride, I64(i))) for i in range(num_rows)]
+            run_depth(builder, Unit(signature.args[0].dtype), kind, x_rows, w, depth, sums, ahead, pace)
+            for j in range(TILE_VECTORS):
+                place = pointer(builder, offset(builder, scales, j, SCALE_BYTES * LANES), ir.VectorType(I16, LANES))
+                scale = widen(builder, types.uint16, builder.load(place, align=2))
+                for i in range(num_rows):
+                    row = builder.add(out, builder.mul(out_stride, I64(i)))
+                    place = builder.gep(pointer(builder, row, FLOATS), [I64(j)])
+                    before = builder.select(add, builder.load(place, align=4), zero)
+                    builder.store(fma(builder, builder.load(sums[i, j]), scale, before), place, align=4)
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    return tile
+
+
+_near_1, _near_2, _near_3, _near_4 = (_make_tile(num_rows, _Int8Line) for num_rows in (1, 2, 3, 4))
+_near_5, _near_6 = (_make_tile(num_rows, _Int8Line) if num_rows <= TILE_ROWS else _near_4 for num_rows in (5, 6))
+_wide_2, _wide_3, _wide_4 = (_make_tile(num_rows, WholeLine) for num_rows in (2, 3, 4))
+_wide_5, _wide_6 = (_make_tile(num_rows, WholeLine) if num_rows <= TILE_ROWS else _wide_4 for num_rows in (5, 6))
+
+
+@kernel
+def _rows(like, pair, num_rows, x, x_stride, w, depth, out, out_stride, add, scratch):
+    scales = w + depth * PANEL
+    block_bytes = (depth + SCALE_BYTES) * PANEL
+    ahead = w + block_bytes
+    if num_rows == 1:
+        _near_1(like, x, x_stride, w, depth, scales, out, out_stride, add, ahead, CACHE_LINE)
+    elif num_rows == 2:
+        _near_2(like, x, x_stride, w, depth, scales, out, out_stride, add, ahead, CACHE_LINE)
+    elif num_rows == 3:
+        _near_3(like, x, x_stride, w, depth, scales, out, out_stride, add, ahead, CACHE_LINE)
+    elif num_rows == 4:
+        _near_4(like, x, x_stride, w, depth, scales, out, out_stride, add, ahead, CACHE_LINE)
+    elif num_rows == 5 and TILE_ROWS >= 5:
+        _near_5(like, x, x_stride, w, depth, scales, out, out_stride, add, ahead, CACHE_LINE)
+    elif num_rows == 6 and TILE_ROWS >= 6:
+        _near_6(like, x, x_stride, w, depth, scales, out, out_stride, add, ahead, CACHE_LINE)
+    else:
+        for line in range(depth // pair):
+            _widen_line(like, w + line * pair * PANEL, scratch + line * pair * PANEL * like.itemsize)
+        _share(like, num_rows, x, x_stride, scratch, depth, scales, out, out_stride, add, ahead, block_bytes)
+
+
+@kernel
+def _share(like, num_rows, x, x_stride, w, depth, scales, out, out_stride, add, ahead, ahead_bytes):
+    num_tiles = (num_rows + TILE_ROWS - 1) // TILE_ROWS
+    first = 0
+    for i in range(num_tiles):
+        stop = (i + 1) * num_rows // num_tiles
+        x_tile, out_tile = x + first * x_stride, out + first * out_stride
+        pace = CACHE_LINE // num_tiles
+        near = ahead + i * pace * (ahead_bytes // CACHE_LINE)
+        if stop - first == 2:
+            _wide_2(like, x_tile, x_stride, w, depth, scales, out_tile, out_stride, add, near, pace)
+        elif stop - first == 3:
+            _wide_3(like, x_tile, x_stride, w, depth, scales, out_tile, out_stride, add, near, pace)
+        elif stop - first == 4:
+            _wide_4(like, x_tile, x_stride, w, depth, scales, out_tile, out_stride, add, near, pace)
+        elif stop - first == 5:
+            _wide_5(like, x_tile, x_stride, w, depth, scales, out_tile, out_stride, add, near, pace)
+        else:
+            _wide_6(like, x_tile, x_stride, w, depth, scales, out_tile, out_stride, add, near, pace)
+        first = stop
+
+
+def _rows_float32(num_rows, x, x_stride, w, depth, out, out_stride, add, scratch):
+    _rows(_FLOAT32, 1, num_rows, x, x_stride, w, depth, out, out_stride, add, scratch)
+
+
+def _rows_bfloat16(num_rows, x, x_stride, w, depth, out, out_stride, add, scratch):
+    _rows(_BFLOAT16, 2, num_rows, x, x_stride, w, depth, out, out_stride, add, scratch)
+
+
+def _rows_float16(num_rows, x, x_stride, w, depth, out, out_stride, add, scratch):
+    _rows(_FLOAT16, 1, num_rows, x, x_stride, w, depth, out, out_stride, add, scratch)
+
+
+_FLOAT32, _BFLOAT16, _FLOAT16 = (np.empty(1, dtype) for dtype in (np.float32, np.uint16, np.int16))
+_FUNCTIONS = {
+    np.dtype(np.float32): _rows_float32,
+    np.dtype(np.uint16): _rows_bfloat16,
+    np.dtype(np.int16): _rows_float16,
+}
+
+
+@cache
+def quantized_tile_address(storage_dtype: np.dtype) -> int:
+    """As `tile_address`, of the tiles for int8 weights and x of this storage type; for `quantized_rows`."""
+    return compile_for_c(_FUNCTIONS[storage_dtype], types.void(*[types.intp] * 7, types.boolean, types.intp))
+
+
+@intrinsic
+def quantized_rows(typingctx, tiles, num_rows, x, x_stride, w, depth, out, out_stride, add, scratch):
+    """Any number of rows against one group of a panel; `scratch` has room for the group in float32."""
+
+    def codegen(context, builder, signature, args):
+        tiles, *operands, add, scratch = args
+        operands += [builder.zext(add, I8), scratch]
+        kind = ir.FunctionType(ir.VoidType(), [operand.type for operand in operands])
+        builder.call(pointer(builder, tiles, kind), operands)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 8, types.boolean, types.intp), codegen
+
+
+@intrinsic
+def is_quantized(typingctx, w):
+    """Whether a packed weight holds integers; known when the kernel is compiled."""
+
+    def codegen(context, builder, signature, args):
+        return ir.IntType(1)(int(signature.args[0].dtype == types.int8))
+
+    return types.boolean(w), codegen
