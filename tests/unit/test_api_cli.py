@@ -75,6 +75,11 @@ def test_every_option_arrives() -> None:
     )  # fmt: skip
 
 
+def test_weights_are_quantised_when_asked_for() -> None:
+    assert parsed("--quantize", "int8", "--implementation", "lean").quantize == "int8"
+    assert parsed("--implementation", "lean").quantize == ""
+
+
 def test_workers_follow_the_stages() -> None:
     assert (parsed("--stages", "3").num_stages, parsed("--stages", "3").num_local_workers) == (3, 3)
     assert parsed("--layers", "10,10,10").num_stages == 3
@@ -126,6 +131,9 @@ def test_sizes(text: str, size: int) -> None:
         (("layout", "--no-wait"), "11,19"),
         (("layout", "11,19", "--strategy", "hope"), "stop-copy"),
         (("layout", "11,19", "--rate", "fast"), "2GiB"),
+        (("serve", "m", "--quantize", "int4"), "int8"),
+        (("serve", "m", "--quantize", "int8", "--implementation", "transformers"), "--implementation transformers"),
+        (("serve", "m", "--quantize", "int8", "--device", "cuda:1"), "--device cuda:1"),
         (("workers", "fly"), "drain"),
         (("workers", "drain"), "NAME"),
     ],

@@ -17,7 +17,7 @@ from runtime.batch import LayerKV, StepBatch
 from runtime.kernels import STORAGE_DTYPES, layer, paged, products, storage
 from runtime.kernels.lanes import LANES, PANEL, address, kernel
 from runtime.kernels.products import ADD, PLAIN, SILU_MUL, pack, pack_gate_up, product
-from runtime.kernels.quantized import GROUP
+from runtime.kernels.quantized import GROUP, quantized_tile_address
 from runtime.kernels.softmax import find_top, weigh
 from runtime.kernels.spans import store_scaled, store_silu_mul
 from runtime.kernels.tiles import tile_address
@@ -36,7 +36,8 @@ def run_product(x, packed, kind, bias=None, residual=None, out_dtype=None):
     bias = NOTHING if bias is None else bias.numpy()
     residual = storage(out if residual is None else residual)
     arguments = (kind, bias, residual, storage(out), 0, packed.num_columns, sums, WIDENED)
-    product(tile_address(storage(x).dtype), storage(x), 0, len(x), packed.data, *arguments)
+    tiles = quantized_tile_address if packed.data.dtype == np.int8 else tile_address
+    product(tiles(storage(x).dtype), storage(x), 0, len(x), packed.data, *arguments)
     return out
 
 
@@ -209,7 +210,7 @@ def test_lesser_processors(name, features, tmp_path):
     """All tests of the kernels again, compiled as for a processor with shorter vectors and no bfloat16."""
     env = os.environ | {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features, "NUMBA_CACHE_DIR": str(tmp_path)}
     folder = Path(__file__).parent
-    files = [str(folder / f"test_{part}.py") for part in ("kernels", "attention", "lean")]
+    files = [str(folder / f"test_{part}.py") for part in ("kernels", "attention", "lean", "quantized")]
     command = [sys.executable, "-m", "pytest", "-x", "-m", "not slow", "-p", "no:cacheprovider", *files]
     run = subprocess.run(command, env=env, capture_output=True, text=True, cwd=folder.parents[1], timeout=900)
     assert run.returncode == 0, run.stdout[-4000:]
