@@ -154,9 +154,7 @@ class UnitBuilder:
             return lean.LeanHead.from_parts(parts, self._vocab_size, eps, self._device, self._dtype)
         state = self._state("lm_head", () if shared is None else ("lm_head.weight",))
         weight = state["lm_head.weight"] if shared is None else shared
-        return lean.LeanHead(
-            state["norm.weight"], weight, eps, self._device, self._dtype, self._quantize, self.rest
-        )
+        return lean.LeanHead(state["norm.weight"], weight, eps, self._device, self._dtype, self._quantize, self.rest)
 
     def _choose(self, implementation: Implementation, spec: ModelSpec) -> Literal["lean", "transformers"]:
         if implementation == "transformers" and not spec.quantize:

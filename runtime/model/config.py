@@ -100,7 +100,9 @@ def inspect_model(
         layer_windows=_layer_windows(config),
         num_experts=_num_experts(config),
         experts_per_token=_experts_per_token(config),
-        layer_expert_bytes=tuple(size * _expert_elements(weights, layer) for layer in range(config.num_hidden_layers)),
+        layer_expert_bytes=tuple(
+            DTYPES[dtype] * _expert_elements(weights, layer) for layer in range(config.num_hidden_layers)
+        ),
         quantize=quantize,
     )
 
