@@ -15,7 +15,7 @@ from tests.integration.server import Server
 
 LAYERS = (28, 2)
 NUM_CLIENTS = 8
-TIMEOUT_S = 120.0
+TIMEOUT_S = 240.0
 
 
 @pytest.fixture(scope="module")
