@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from arms import DEFAULT_MODEL, machine_now, measure, measure_url, note, parse_workloads, report
+from arms import DEFAULT_MODEL, machine_now, measure, measure_together, measure_url, note, parse_workloads, report
 from loadgen import WORKLOADS
 from servers import midflight_arm
 
@@ -28,6 +28,7 @@ def main() -> int:
         help="arguments of `midflight serve` for one arm; may be given again (default: two-stages='--stages 2 --threads 1')",
     )
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--together", action="store_true", help="all arms up at once, alternating workload by workload")
     parser.add_argument("--url", help="measure this running server instead")
     parser.add_argument("--out", type=Path, help="write the JSON here instead of to stdout")
     args = parser.parse_args()
@@ -49,7 +50,8 @@ def main() -> int:
         arms.append(midflight_arm(name, args.model, ["--dtype", args.dtype, *shlex.split(arguments)]))
     log_folder = Path(tempfile.mkdtemp(prefix="midflight-bench-"))
     note(f"server logs in {log_folder}")
-    runs = measure(arms, args.workloads, repeats=args.repeats, log_folder=log_folder)
+    run = measure_together if args.together else measure
+    runs = run(arms, args.workloads, repeats=args.repeats, log_folder=log_folder)
     baseline = arms[0].name if len(arms) > 1 else None
     return report("serve", machine, runs, baseline=baseline, out=args.out, arms=arms)
 
