@@ -76,15 +76,15 @@ def tiny_step(
     return batch, LayerKV(layer=0, data=data, page_of_block=np.arange(2, dtype=np.int32))
 
 
-def step_arrays(batch: StepBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(block_tables, query_starts, context_lens) in the one form that the kernels are compiled for."""
+def step_arrays(batch: StepBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(block_tables, query_starts, context_lens, prompt_lens) in the one form that the kernels are compiled for."""
     arrays = batch.memo.get("attention.arrays")
     if arrays is None:
-        tables, starts, lengths = (
+        tables, starts, lengths, prompts = (
             np.require(array, np.int32, ["C", "W"])
-            for array in (batch.block_tables, batch.query_starts, batch.context_lens)
+            for array in (batch.block_tables, batch.query_starts, batch.context_lens, batch.prompt_lens)
         )
-        arrays = batch.memo["attention.arrays"] = (tables, starts, lengths)
+        arrays = batch.memo["attention.arrays"] = (tables, starts, lengths, prompts)
     return arrays
 
 
@@ -93,9 +93,7 @@ def attention_scratch(batch: StepBatch, num_heads: int, num_kv_heads: int, head_
     key = ("attention.scratch", num_heads, num_kv_heads, head_dim, dtype)
     scratch = batch.memo.get(key)
     if scratch is None:
-        num_floats, num_packed, num_places = scratch_sizes(
-            batch.query_starts, batch.context_lens, num_heads, num_kv_heads, head_dim
-        )
+        num_floats, num_packed, num_places = scratch_sizes(*step_arrays(batch)[1:], num_heads, num_kv_heads, head_dim)
         scratch = (
             np.empty(num_floats, np.float32),
             storage(torch.empty(num_packed, dtype=dtype)),
@@ -122,7 +120,7 @@ def _attend_kernels(q, k, v, batch, kv, scale, sliding_window, softcap):
         storage(k.contiguous()),
         storage(v.contiguous()),
         kv.page_of_block,
-        *rows,
+        *rows[:3],
         pool,
     )
     assert ok, f"layer {kv.layer} has no page for a block of this step"

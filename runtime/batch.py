@@ -25,10 +25,18 @@ class StepBatch:
     """int32 ``[R]``: KV rows of the sequence once this step has written its own."""
     block_tables: np.ndarray
     """int32 ``[R, max_blocks]`` of block ids, zero padded."""
+    prompt_lens: np.ndarray | None = None
+    """int32 ``[R]``: tokens of the row's prompt. A position takes the CPU kernel of prefill when it is below, that of decode
+    when it is not, so that its rounding follows from the request alone: not from chunks, cached prefixes or recomputation.
+    None: rows of one token decode, all others are prompts."""
     memo: dict[Any, Any] = field(default_factory=dict)
     """Room for what is derived once per step (rotary tables, page tables, masks). Keys are the users' own."""
     spent: np.ndarray = field(default_factory=lambda: NOT_TIMED)
     """int64: where the nanoseconds of products and attention are added (`runtime.kernels.clock`); empty when nobody asks."""
+
+    def __post_init__(self) -> None:
+        if self.prompt_lens is None:
+            self.prompt_lens = np.where(np.diff(self.query_starts) > 1, self.context_lens, 0)
 
     @property
     def num_rows(self) -> int:

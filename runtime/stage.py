@@ -129,6 +129,7 @@ def make_batch(planned: PlannedBatch, device: torch.device) -> StepBatch:
         query_starts=planned.query_starts,
         context_lens=planned.context_lens,
         block_tables=planned.block_tables,
+        prompt_lens=planned.prompt_lens,
     )
 
 

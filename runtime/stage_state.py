@@ -50,13 +50,14 @@ class SequenceState:
 
 @dataclass(slots=True)
 class PlannedBatch:
-    """A plan in arrays. R rows, T tokens; see `runtime.batch.StepBatch` for the first four."""
+    """A plan in arrays. R rows, T tokens; see `runtime.batch.StepBatch` for the first five."""
 
     plan: StepPlan
     positions: np.ndarray
     query_starts: np.ndarray
     context_lens: np.ndarray
     block_tables: np.ndarray
+    prompt_lens: np.ndarray
     tokens: np.ndarray
     sequences: list[SequenceState]
     new_blocks: list[BlockId] = field(default_factory=list)
@@ -177,6 +178,7 @@ class StageState:
             query_starts=query_starts,
             context_lens=context_lens,
             block_tables=block_tables,
+            prompt_lens=np.array([state.num_prompt_tokens for state in states], dtype=np.int32),
             tokens=np.array(tokens, dtype=np.int64),
             sequences=states,
             new_blocks=new_blocks,

@@ -55,6 +55,7 @@ def decoder_layer(
     block_tables,
     query_starts,
     context_lens,
+    prompt_lens,
     scale,
     window,
     normed,
@@ -92,8 +93,8 @@ def decoder_layer(
             return False
     begun = begin(spent)
     paged_attention(
-        tiles, q, pool, page_of_block, block_tables, query_starts, context_lens, scale, window, _ZERO, attended,
-        floats, packed, places,
+        tiles, q, pool, page_of_block, block_tables, query_starts, context_lens, prompt_lens, scale, window, _ZERO,
+        attended, floats, packed, places,
     )  # fmt: skip
     add(spent, ATTENTION, begun)
     for first in range(0, num_tokens, ROW_BLOCK):

@@ -1,12 +1,15 @@
 """Causal grouped-query attention over KV pages, for ragged batches of decode rows and prefill chunks.
 
-How it works: a row with few queries (decode) walks its pages twice: once for the scores of all its heads, and, after
-the softmax, once for the weighted sum of the values. A row with many queries (prefill) packs the keys and values of its
-context, one KV head after the other, into the panels of `products`, and works through blocks of queries against blocks
+How it works: a query behind its prompt (decode) walks the row's pages twice: once for the scores of all its heads, and,
+after the softmax, once for the weighted sum of the values. Queries inside the prompt (prefill) pack the keys and values of
+their context, one KV head after the other, into the panels of `products`, and work through blocks of queries against blocks
 of keys with the same tiles as the weights use, with a running maximum and sum. Blocks of keys lie at fixed positions.
 
-What is never true: a result never depends on the other rows, and within the prefill kernel not on where chunks begin;
-no key after a query, and none out of its window, has a weight.
+The two kernels round differently, so which one a query takes follows from its position alone. A token that is computed
+again after a preemption or a crash takes the one that it took before.
+
+What is never true: a result never depends on the other rows, nor on where chunks begin or end; no key after a query, and
+none out of its window, has a weight.
 """
 
 import math
@@ -37,18 +40,15 @@ QUERY_BLOCK = 48
 """Query rows (token and head) worked on together in prefill."""
 KEY_BLOCK = 256
 """Keys worked on together in prefill; a multiple of every `PANEL`."""
-MIN_BLOCKED_QUERIES = 12
-"""Query rows from which a sequence takes the prefill kernel."""
 
 _ZERO, _ONE, _LOWEST = np.float32(0.0), np.float32(1.0), np.float32(LOWEST)
 
 
-def scratch_sizes(query_starts, context_lens, num_heads: int, num_kv_heads: int, head_dim: int):
+def scratch_sizes(query_starts, context_lens, prompt_lens, num_heads: int, num_kv_heads: int, head_dim: int):
     """How many elements of (float32, storage type, int64) scratch `paged_attention` may touch for this batch."""
-    group = num_heads // num_kv_heads
     longest = _up(int(context_lens.max(initial=1)), KEY_BLOCK)
     decode = num_heads * (longest + 2 * LANES + _up(head_dim, LANES) + 1)
-    if int(np.diff(query_starts).max(initial=0)) * group < MIN_BLOCKED_QUERIES:
+    if (context_lens - np.diff(query_starts) >= prompt_lens).all():
         return decode, 1, 1
     padded = _up(head_dim, PANEL)
     floats = QUERY_BLOCK * (KEY_BLOCK + padded + 2)
@@ -86,6 +86,7 @@ def paged_attention(
     block_tables,
     query_starts,
     context_lens,
+    prompt_lens,
     scale,
     window,
     softcap,
@@ -102,18 +103,18 @@ def paged_attention(
     for r in range(len(context_lens)):
         first, stop = query_starts[r], query_starts[r + 1]
         position = context_lens[r] - (stop - first)
-        if (stop - first) * group < MIN_BLOCKED_QUERIES:
-            for t in range(first, stop):
-                query, target = address(q) + t * line, address(out) + t * line
-                _attend_one(
-                    query, data, page_of_block, block_tables, r, position + t - first, group, scale, window, softcap,
-                    target, floats,
-                )  # fmt: skip
-        else:
+        num_prefill = min(max(prompt_lens[r] - position, 0), stop - first)
+        if num_prefill > 0:
             query, target = address(q) + first * line, address(out) + first * line
             _attend_chunk(
-                tiles, query, stop - first, data, page_of_block, block_tables, r, position, group, scale, window, softcap,
+                tiles, query, num_prefill, data, page_of_block, block_tables, r, position, group, scale, window, softcap,
                 target, floats, packed, places,
+            )  # fmt: skip
+        for t in range(first + num_prefill, stop):
+            query, target = address(q) + t * line, address(out) + t * line
+            _attend_one(
+                query, data, page_of_block, block_tables, r, position + t - first, group, scale, window, softcap,
+                target, floats,
             )  # fmt: skip
 
 

@@ -150,7 +150,7 @@ class LeanLayer:
 
     def _run_kernel(self, hidden: torch.Tensor, batch: StepBatch, kv: LayerKV) -> torch.Tensor:
         out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-        block_tables, query_starts, context_lens = step_arrays(batch)
+        rows = step_arrays(batch)
         ok = decoder_layer(
             self._tiles,
             self._product_tiles,
@@ -160,9 +160,7 @@ class LeanLayer:
             *self.rotary.arrays(batch),
             pool_storage(batch, kv),
             kv.page_of_block,
-            block_tables,
-            query_starts,
-            context_lens,
+            *rows,
             np.float32(self.scale),
             self.sliding_window or 0,
             *self._scratch(batch),

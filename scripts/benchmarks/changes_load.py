@@ -1,7 +1,7 @@
-"""The load of `changes`: jobs with known answers, streams that repeat them, and the comparison token by token.
+"""The load of `changes`: jobs with known answers, streams that repeat them, and the comparison bit by bit.
 
 A *job* is a prompt with its parameters; every stream of it must give the tokens and log-probabilities of the run on a server
-that nobody changed, whatever happens under it. A quarter of the jobs is sampled with a seed, the rest is greedy. Half of the prompts begin
+that nobody changed, to the last bit, whatever happens under it and whatever else is in its batches. A quarter of the jobs is sampled with a seed, the rest is greedy. Half of the prompts begin
 alike. A few jobs read a long prompt with its log-probabilities, so that flips fall between its chunks.
 """
 
@@ -16,11 +16,6 @@ from typing import Any
 import aiohttp
 from arms import note
 
-LOGPROB_LIMIT = 1e-5
-CONTROL_FACTOR = 2.0
-"""Where batches of other sizes alone, without any change, move log-probabilities by more than half the limit, this many
-times that is the limit."""
-TIE = 1e-5
 REQUEST_TIMEOUT_S = 600.0
 
 
@@ -56,7 +51,6 @@ class Ledger:
 
     num_streams: int = 0
     num_tokens: int = 0
-    num_ties: int = 0
     num_crossings: int = 0
     """Commits that fell between the first and the last token of a stream, summed over the streams."""
     max_logprob_gap: float = 0.0
@@ -93,7 +87,6 @@ class Load:
         self.jobs = jobs
         self.ledger = ledger
         self.expected: list[Told] = []
-        self.logprob_limit = LOGPROB_LIMIT
         self.commits_s: list[float] = []
         self.is_over = False
         self._session = session
@@ -108,19 +101,6 @@ class Load:
 
         return list(await asyncio.gather(*(one(job) for job in self.jobs)))
 
-    async def control(self, concurrency: int) -> float:
-        """Every job once more, on a server that nobody has changed yet: how far its log-probabilities are off.
-
-        Other company in the batch and prompts out of the cache make other sums; a limit below that would judge them instead of
-        the changes.
-        """
-        self.logprob_limit = float("inf")
-        for index, told in enumerate(await self.learn(concurrency)):
-            await self.compare(index, told)
-        gap, self.ledger.max_logprob_gap = self.ledger.max_logprob_gap, 0.0
-        self.logprob_limit = max(LOGPROB_LIMIT, CONTROL_FACTOR * gap)
-        return gap
-
     async def repeat(self, number: int, seed: int) -> None:
         """Job after job, each compared with what is expected, until `is_over`."""
         draw = random.Random(f"{seed}/stream/{number}")
@@ -132,7 +112,7 @@ class Load:
                 self.ledger.problem(f"job {index}: {type(error).__name__}: {error}")
                 await asyncio.sleep(0.2)
                 continue
-            await self.compare(index, told)
+            self.compare(index, told)
 
     async def tell(self, job: Job) -> Told:
         """Run a job.
@@ -160,7 +140,7 @@ class Load:
             raise ValueError(f"{len(told.tokens)} tokens instead of {job.num_tokens}")
         return told
 
-    async def compare(self, index: int, told: Told) -> None:
+    def compare(self, index: int, told: Told) -> None:
         """Book one stream."""
         ledger, expected = self.ledger, self.expected[index]
         ledger.num_streams += 1
@@ -172,15 +152,11 @@ class Load:
         count = len(expected.tokens)
         if told.tokens != expected.tokens:
             count = next(i for i, (a, b) in enumerate(zip(told.tokens, expected.tokens, strict=True)) if a != b)
-            gap = await self._gap(self.jobs[index], expected.tokens[:count], told.tokens[count], expected.tokens[count])
-            if gap is not None and gap < TIE:
-                ledger.num_ties += 1
-            else:
-                ledger.problem(
-                    f"job {index}: token {count} of {len(expected.tokens)} is {told.tokens[count]} instead of "
-                    f"{expected.tokens[count]} (log-probabilities {told.logprobs[count]:.6f} and "
-                    f"{expected.logprobs[count]:.6f}); {len(self.commits_s)} changes so far"
-                )
+            ledger.problem(
+                f"job {index}: token {count} of {len(expected.tokens)} is {told.tokens[count]} instead of "
+                f"{expected.tokens[count]} (log-probabilities {told.logprobs[count]:.6f} and "
+                f"{expected.logprobs[count]:.6f}); {len(self.commits_s)} changes so far"
+            )
         ledger.num_tokens += count
         pairs = zip(told.logprobs, expected.logprobs, strict=True)
         if not self.jobs[index].reads:
@@ -188,24 +164,13 @@ class Load:
         gaps = [abs(a - b) for a, b in pairs]
         worst = max(gaps, default=0.0)
         ledger.max_logprob_gap = max(ledger.max_logprob_gap, worst)
-        if worst > self.logprob_limit:
-            first = next(i for i, gap in enumerate(gaps) if gap > self.logprob_limit)
+        if worst > 0.0:
+            first = next(i for i, gap in enumerate(gaps) if gap > 0.0)
             ledger.problem(
                 f"job {index} ({'reading' if self.jobs[index].reads else 'stream'}, prompt of "
                 f"{len(self.jobs[index].prompt)}): log-probability {first} of {len(gaps)} is {gaps[first]:.2e} off, the worst "
                 f"{worst:.2e}; {len(self.commits_s)} changes so far"
             )
-
-    async def _gap(self, job: Job, before: Sequence[int], ours: int, theirs: int) -> float | None:
-        """How far the two candidates are apart, by a fresh reading; None for a sampled job, which has no ties."""
-        if job.temperature:
-            return None
-        found = []
-        for token in (ours, theirs):
-            body = {"prompt": [*job.prompt, *before, token], "max_tokens": 0, "echo": True, "logprobs": 0}
-            async with self._session.post(f"{self.url}/v1/completions", json=body) as response:
-                found.append((await response.json())["choices"][0]["logprobs"]["token_logprobs"][-1])
-        return abs(found[0] - found[1])
 
 
 def _take(told: Told, choice: dict[str, Any], skip: int = 0) -> None:

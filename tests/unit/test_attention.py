@@ -1,5 +1,7 @@
 """`attend`, both back ends, against a dense float64 reference over random ragged batches and scattered pages."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -100,3 +102,32 @@ def test_matches_a_dense_reference(back_end, case, window, softcap):
     torch.testing.assert_close(
         out.double(), case.reference(scale, window, softcap), rtol=0, atol=TOLERANCE[case.q.dtype]
     )
+
+
+@given(data=st.data(), dtype=st.sampled_from(list(TOLERANCE)), window=st.one_of(st.none(), st.integers(1, 200)))
+@settings(deadline=None, max_examples=40)
+def test_bits_do_not_depend_on_how_a_sequence_is_cut_into_steps(data, dtype, window):
+    """A prompt in one chunk and tokens one by one, beside any cuts: as after cached prefixes, preemptions, crashes."""
+    num_prompt, num_more = data.draw(st.integers(1, 300)), data.draw(st.integers(0, 20))
+    total = num_prompt + num_more
+    seed = data.draw(st.integers(0, 2**31))
+    plain = [0, *range(num_prompt, total + 1)]
+    cuts = sorted({0, total, *data.draw(st.lists(st.integers(0, total), max_size=12))})
+    expected, found = (_in_steps(steps, num_prompt, dtype, window, seed) for steps in (plain, cuts))
+    assert torch.equal(expected, found)
+
+
+def _in_steps(cuts, num_prompt, dtype, window, seed):
+    case = Case([(0, cuts[-1])], num_heads=6, num_kv_heads=2, head_dim=48, block_size=16, dtype=dtype, seed=seed)
+    parts = []
+    for first, stop in itertools.pairwise(cuts):
+        batch = StepBatch(
+            positions=torch.arange(first, stop),
+            query_starts=np.array([0, stop - first], np.int32),
+            context_lens=np.array([stop], np.int32),
+            block_tables=case.batch.block_tables,
+            prompt_lens=np.array([num_prompt], np.int32),
+        )
+        rows = slice(first, stop)
+        parts.append(attend(case.q[rows], case.k[rows], case.v[rows], batch, case.kv, scale=0.2, sliding_window=window))
+    return torch.cat(parts)
