@@ -1,9 +1,8 @@
 """`scripts/bench shift`: what clients feel of a layout change.
 
 A seeded trace of Poisson arrivals, at a fraction of what this machine was just measured to sustain, is played three
-times: on the layout before, with the change at a fixed moment of the trace, on the layout after. The plays alternate on
-one running server, whose prefix cache is off. The grid is load x context x change x strategy; a change goes there and
-back within a seed. Words and figures are those of docs/benchmarks.md ("Layout changes: not felt").
+times: on the one layout, on the other, and through changes there and back between them, one every few seconds. The plays
+alternate on one running server, whose prefix cache is off. The grid is load x context x change x strategy. Words and figures are those of docs/benchmarks.md ("Layout changes: not felt").
 
     scripts/bench shift --quick                        one load, 4 layers, two seeds: three minutes
     scripts/bench shift                                the whole grid: about three hours
@@ -93,7 +92,8 @@ def _conclude(samples: Sequence[Sample], document: dict[str, Any]) -> int:
         {"case": asdict(sample.case), "seed": sample.seed, "source": sample.source, "target": sample.target, **each}
         for sample, (_, _, each) in zip(samples, found, strict=True)
     ]
-    document["timelines"] = [_timeline(sample) for sample in samples if sample.seed == samples[0].seed]
+    first = {sample.case: sample for sample in reversed(samples)}
+    document["timelines"] = [_timeline(sample) for sample in first.values()]
     return int(any(row["errors"] or row["errors_plain"] for row in rows))
 
 
@@ -112,8 +112,6 @@ def _steady(args: argparse.Namespace, server: list[str], log_folder: Path) -> di
 
 def _timeline(sample: Sample) -> dict[str, Any]:
     """Every gap between two tokens of a stream, as ``[when it ended, how long it was]``, for the plot."""
-    window = sample.changed.window
-    assert window is not None
 
     def gaps(streams: Sequence) -> list[list[float]]:
         return [
@@ -126,8 +124,8 @@ def _timeline(sample: Sample) -> dict[str, Any]:
         "case": asdict(sample.case),
         "source": sample.source,
         "target": sample.target,
-        "trigger_s": window.start_s,
-        "commit_s": sample.changed.commit_s,
+        "trigger_s": sample.change.window.start_s,
+        "commit_s": sample.change.commit_s,
         "changed": gaps(sample.changed.streams),
         "plain": gaps(sample.on_source.streams),
     }

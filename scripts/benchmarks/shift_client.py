@@ -1,4 +1,4 @@
-"""Plays a seeded trace against a server and, at a fixed moment of it, does something to the server.
+"""Plays a seeded trace against a server and, while it plays, changes the server again and again.
 
 The loop is open: requests start when the trace says so, whatever the server is doing, and all times count from when a
 request was due. Unlike `loadgen`, a stream keeps the moment of each token, and a client may retry: then it sends the
@@ -20,6 +20,8 @@ from loadgen import split_events
 from shift_metrics import AFTER_COMMIT_S, Stream, Window
 
 RETRY_EVERY_S = 0.1
+REST_S = 1.0
+"""Between the end of one window and the next change."""
 
 
 @dataclass(frozen=True)
@@ -31,24 +33,40 @@ class Arrival:
     output_tokens: int
 
 
+@dataclass(frozen=True)
+class Change:
+    """Something that was done to the server while a trace played; times are the trace's."""
+
+    window: Window
+    report: dict[str, Any]
+
+    @property
+    def commit_s(self) -> float:
+        return self.window.end_s - AFTER_COMMIT_S
+
+
+@dataclass(frozen=True)
+class Acting:
+    """What to do while a trace plays: await ``act()``, whose result is the report and whose end is the commit, at `first_s`
+    and again `REST_S` after each window, as long as it would begin before `until_s` (once, when that is not later)."""
+
+    act: Callable[[], Awaitable[dict[str, Any]]]
+    first_s: float
+    until_s: float = 0.0
+
+
 @dataclass
 class Run:
-    """One play of a trace. `window` and `report` are there when something was done; times are the trace's."""
+    """One play of a trace, and what was done meanwhile."""
 
     streams: list[Stream]
     duration_s: float
-    window: Window | None = None
-    report: dict[str, Any] = field(default_factory=dict)
+    changes: list[Change] = field(default_factory=list)
     client_cpu_s: float = 0.0
 
     @property
     def errors(self) -> list[str]:
         return [stream.error for stream in self.streams if stream.error is not None]
-
-    @property
-    def commit_s(self) -> float:
-        assert self.window is not None
-        return self.window.end_s - AFTER_COMMIT_S
 
 
 def poisson(rate: float, duration_s: float, prompt_tokens: int, output_tokens: int, seed: int) -> list[Arrival]:
@@ -76,12 +94,11 @@ async def play(
     arrivals: Sequence[Arrival],
     *,
     seed: int,
-    act: Callable[[], Awaitable[dict[str, Any]]] | None = None,
-    act_at_s: float = 0.0,
+    acting: Acting | None = None,
     retry_for_s: float = 0.0,
     timeout_s: float = 600.0,
 ) -> Run:
-    """Play `arrivals` with prompts out of `text` (token ids); at `act_at_s` await ``act()``, whose result is the run's report and whose end is its commit.
+    """Play `arrivals` with prompts out of `text` (token ids), and meanwhile do what `acting` says.
 
     `url_of` is asked for each attempt, since a server that is started anew has another address. `retry_for_s` is how
     long after its first failure a request is tried again; with 0.0 a failure is an error of the run.
@@ -90,24 +107,27 @@ async def play(
     cpu_before, began_s = time.process_time(), time.perf_counter()
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
         caller = _Caller(session, url_of, model, text, seed, began_s, retry_for_s)
-        acting = asyncio.create_task(_act(act, act_at_s, began_s)) if act is not None else None
+        changing = asyncio.create_task(_act(acting, began_s)) if acting is not None else None
         tasks = []
         for index, arrival in enumerate(arrivals):
             await asyncio.sleep(max(0.0, began_s + arrival.at_s - time.perf_counter()))
             tasks.append(asyncio.create_task(caller.request(index, arrival)))
         streams = await asyncio.gather(*tasks)
-        window, report = await acting if acting is not None else (None, {})
+        changes = await changing if changing is not None else []
     duration_s = time.perf_counter() - began_s
-    return Run(list(streams), duration_s, window, report, time.process_time() - cpu_before)
+    return Run(list(streams), duration_s, changes, time.process_time() - cpu_before)
 
 
-async def _act(
-    act: Callable[[], Awaitable[dict[str, Any]]], at_s: float, began_s: float
-) -> tuple[Window, dict[str, Any]]:
-    await asyncio.sleep(max(0.0, began_s + at_s - time.perf_counter()))
-    trigger_s = time.perf_counter() - began_s
-    report = await act()
-    return Window(trigger_s, time.perf_counter() - began_s + AFTER_COMMIT_S), report
+async def _act(acting: Acting, began_s: float) -> list[Change]:
+    changes: list[Change] = []
+    at_s = acting.first_s
+    while not changes or at_s < acting.until_s:
+        await asyncio.sleep(max(0.0, began_s + at_s - time.perf_counter()))
+        trigger_s = time.perf_counter() - began_s
+        report = await acting.act()
+        changes.append(Change(Window(trigger_s, time.perf_counter() - began_s + AFTER_COMMIT_S), report))
+        at_s = changes[-1].window.end_s + REST_S
+    return changes
 
 
 @dataclass

@@ -1,24 +1,25 @@
 """The grid of `scripts/bench shift`: loads, contexts, changes, strategies, seeds, on one running server.
 
-Within a seed the same trace is played on one layout, through a change to the other, there, and through the change back;
-each further strategy goes there and back too. Every other seed begins at the other end, so that drift of the machine
+Within a seed the same trace is played on one layout, on the other, and through changes there and back and there again, one
+after the other, by each strategy. Every other seed plays them in the opposite order, so that drift of the machine
 favours neither.
 
 What is never true: that a play follows a change without a warm-up in between, or that plays overlap.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from arms import note
 from loadgen import Workload, run_workload
-from shift_client import Arrival, Run, play, poisson
+from shift_client import Acting, Arrival, Run, play, poisson
 from shift_fleet import Fleet, LayoutSpec, parse_layout
 from shift_summary import Case, Sample
 
 RETRY_FOR_S = 300.0
-TRIGGER_AT = 0.35
+FIRST_CHANGE_S = 2.0
+"""After the trace's beginning, when the load has built up."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Pair:
 
 
 CONTEXTS = {
-    context.name: context for context in (Context("short", 128, 64, 12.0, 32), Context("long", 1024, 64, 24.0, 16))
+    context.name: context for context in (Context("short", 128, 64, 20.0, 32), Context("long", 1024, 64, 30.0, 16))
 }
 PAIRS = {
     "1": Pair("1 layer", "1 layer", parse_layout("19,11"), parse_layout("18,12")),
@@ -106,53 +107,53 @@ async def warm_up(fleet: Fleet) -> None:
 async def _one_seed(
     fleet: Fleet, plan: Plan, pair: Pair, context: Context, load: float, rate: float, seed: int, turn: int
 ) -> list[Sample]:
-    """There and back by every strategy, with each layout's own play between the first two; odd turns begin at the other end."""
+    """Both layouts alone, and changes between them by every strategy; odd turns play it all the other way round."""
     trace = poisson(rate, context.duration_s, context.prompt_tokens, context.output_tokens, seed)
-    ends = [(pair.first, pair.there), (pair.second, pair.back)]
-    if turn % 2:
-        ends.reverse()
     plain: dict[LayoutSpec, Run] = {}
-    changed: list[tuple[str, str, LayoutSpec, LayoutSpec, Run, dict[str, float]]] = []
-    for round_, strategy in enumerate(plan.strategies):
-        for at, (source, name) in enumerate(ends):
-            target = ends[1 - at][0]
-            await fleet.ensure(source)
-            if round_ == 0:
-                plain[source] = await _play(fleet, trace, seed)
-            run, rss = await _play_change(fleet, trace, seed, context, target, strategy, plan.options)
-            changed.append((name, strategy, source, target, run, rss))
-            _say(f"{name}, {strategy}, {load:.0%}, {context.name}, seed {seed}", run, plain[source])
-    return [
-        Sample(
-            Case(name, strategy, load, context.name, rate),
-            seed,
-            str(source),
-            str(target),
-            run,
-            plain[source],
-            plain[target],
-            rss,
-            context.duration_s,
-        )
-        for name, strategy, source, target, run, rss in changed
-    ]
+    changed: list[tuple[str, LayoutSpec, Run, dict[str, float]]] = []
+
+    async def stay(layout: LayoutSpec) -> None:
+        await fleet.ensure(layout)
+        await warm_up(fleet)
+        plain[layout] = await play(lambda: fleet.url, fleet.model, fleet.text, trace, seed=seed)
+
+    async def change(strategy: str) -> None:
+        assert fleet.layout is not None
+        source = fleet.layout if fleet.layout in (pair.first, pair.second) else pair.first
+        await fleet.ensure(source)
+        await warm_up(fleet)
+        changed.append((strategy, source, *await _play_changes(fleet, trace, seed, context, pair, strategy, plan)))
+        _say(f"{pair.there}, {strategy}, {load:.0%}, {context.name}, seed {seed}", changed[-1][2])
+
+    plays: list[Callable] = [lambda: stay(pair.first)]
+    plays += [lambda strategy=strategy: change(strategy) for strategy in plan.strategies]
+    plays += [lambda: stay(pair.second)]
+    for each in plays[:: -1 if turn % 2 else 1]:
+        await each()
+    for run in plain.values():
+        if run.errors:
+            note(f"  without changes: errors {run.errors[:2]}")
+
+    samples = []
+    for strategy, source, run, rss in changed:
+        other = pair.second if source == pair.first else pair.first
+        for at, each in enumerate(run.changes):
+            ends = (source, other) if at % 2 == 0 else (other, source)
+            case = Case(pair.there if ends[0] == pair.first else pair.back, strategy, load, context.name, rate)
+            names, runs = (str(ends[0]), str(ends[1])), (run, plain[ends[0]], plain[ends[1]])
+            samples.append(Sample(case, seed, *names, each, *runs, rss, context.duration_s))
+    return samples
 
 
-async def _play(fleet: Fleet, trace: Sequence[Arrival], seed: int) -> Run:
-    await warm_up(fleet)
-    return await play(lambda: fleet.url, fleet.model, fleet.text, trace, seed=seed)
-
-
-async def _play_change(
-    fleet: Fleet,
-    trace: Sequence[Arrival],
-    seed: int,
-    context: Context,
-    target: LayoutSpec,
-    strategy: str,
-    options: dict[str, Any],
+async def _play_changes(
+    fleet: Fleet, trace: Sequence[Arrival], seed: int, context: Context, pair: Pair, strategy: str, plan: Plan
 ) -> tuple[Run, dict[str, float]]:
-    await warm_up(fleet)
+    """The trace through changes to the other layout of the pair, and back, as often as there is time for."""
+
+    async def to_the_other() -> dict[str, Any]:
+        target = pair.second if fleet.layout == pair.first else pair.first
+        return await fleet.change(target, strategy, plan.options)
+
     with fleet.peak_rss() as rss:
         run = await play(
             lambda: fleet.url,
@@ -160,19 +161,14 @@ async def _play_change(
             fleet.text,
             trace,
             seed=seed,
-            act=lambda: fleet.change(target, strategy, options),
-            act_at_s=TRIGGER_AT * context.duration_s,
+            acting=Acting(to_the_other, FIRST_CHANGE_S, context.duration_s - 2.0),
             retry_for_s=RETRY_FOR_S if strategy == "restart" else 0.0,
         )
     return run, {} if strategy == "restart" else rss
 
 
-def _say(what: str, run: Run, plain: Run) -> None:
-    assert run.window is not None
-    took = run.commit_s - run.window.start_s
+def _say(what: str, run: Run) -> None:
+    took = [round(change.commit_s - change.window.start_s, 2) for change in run.changes]
+    pauses = [round(change.report.get("engine_pause_ms", {}).get("p50", float("nan"))) for change in run.changes]
     errors = f", errors: {run.errors[:2]}" if run.errors else ""
-    note(
-        f"  {what}: {took:.2f} s to commit, {len(run.streams)} requests, pause {run.report.get('engine_pause_ms')}{errors}"
-    )
-    if plain.errors:
-        note(f"  without the change: errors {plain.errors[:2]}")
+    note(f"  {what}: {took} s to commit, pauses p50 {pauses} ms, {len(run.streams)} requests{errors}")

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from arms import note
-from shift_client import Arrival, Run, play
+from shift_client import Acting, Arrival, Run, play
 from shift_fleet import Fleet, parse_layout
 from shift_grid import Context, saturation, warm_up
 from shift_metrics import good
@@ -66,15 +66,16 @@ async def measure_pipelive(
                     fleet.text,
                     trace,
                     seed=seed,
-                    act=(lambda: fleet.change(FOR_ANSWERS, "live", options)) if name == "live" else None,
-                    act_at_s=shift_at_s,
+                    acting=Acting(lambda: fleet.change(FOR_ANSWERS, "live", options), shift_at_s)
+                    if name == "live"
+                    else None,
                 )
                 halves.append({"layout": name, "rate": nominal, "seed": seed, **_halves(plays[name], num_requests)})
                 note(f"  rate {nominal:g} (scaled {load * per_s:.2f}/s), seed {seed}, {name}: {halves[-1]}")
             case = Case("pipelive", "live", load, f"rate {nominal:g}", load * per_s)
             layouts = (str(FOR_PROMPTS), str(FOR_ANSWERS))
             runs = (plays["live"], plays["for prompts"], plays["for answers"])
-            samples.append(Sample(case, seed, *layouts, *runs, trace_s=trace[-1].at_s))
+            samples.append(Sample(case, seed, *layouts, plays["live"].changes[0], *runs, trace_s=trace[-1].at_s))
 
 
 def _halves(run: Run, num_requests: int) -> dict[str, Any]:
