@@ -54,7 +54,7 @@ HAS_HALF = "f16c" in _FEATURES or platform.machine() in ("aarch64", "arm64")
 if "avx512f" in _FEATURES:
     LANES, TILE_VECTORS, TILE_ROWS = 16, 4, 6
 elif "avx" in _FEATURES:
-    LANES, TILE_VECTORS, TILE_ROWS = 8, 2, 6
+    LANES, TILE_VECTORS, TILE_ROWS = 8, 2, 4  # 6 rows fit 16 registers in float32 only; widening bfloat16 spills them
 else:
     LANES, TILE_VECTORS, TILE_ROWS = 4, 4, 4
 PANEL = LANES * TILE_VECTORS
