@@ -11,6 +11,7 @@ How it works:
   a join by that bounded time at most.
 - **Tripwires.** The head keeps one unanswered request open at every member, and every member one at the head. It
   fails the moment the other end's connection does, which is how `on_lost` knows of a death without a heartbeat.
+- **Acknowledgements are late**, many at a time (`runtime.acks`); a thread of the door sees to it that none is very late.
 - **Small tensors ride in the message**, large ones beside it: on loopback a tensor of its own costs as much again as
   a whole small message.
 
@@ -41,6 +42,7 @@ import msgspec
 import torch
 
 from runtime import wire
+from runtime.acks import Awaited, Owed
 from runtime.address import Unreachable, await_port, listen, parse_address
 from runtime.tensorpipe import Agent, Gone, Late, host_store, outcome_of, read_store
 
@@ -53,7 +55,8 @@ MAX_MEMBER_ID = 32767  # TensorPipe's worker id is an int16
 
 _CARD = "head"  # the key in the store
 _SEND, _CALL, _ADMIT, _ADD, _REMOVE, _WATCH = range(6)
-_ANSWERED_LATER = frozenset((_CALL, _ADMIT, _WATCH))
+_ANSWERED_LATER = frozenset((_SEND, _CALL, _ADMIT, _WATCH))
+_TEND_INTERVAL_S = 0.25
 _NAME = re.compile(r"[A-Za-z0-9_:-]{1,127}")
 
 
@@ -100,12 +103,14 @@ class _HeadCard(msgspec.Struct, frozen=True, array_like=True):
 class _Peer:
     """A member as the sender needs it: TensorPipe's handle and the ready-made first bytes of each message."""
 
-    __slots__ = ("handle", "member", "prefix")
+    __slots__ = ("awaited", "handle", "lock", "member", "prefix")
 
     def __init__(self, member: _Member, handle: Any, prefix: bytes) -> None:
         self.member = member
         self.handle = handle
         self.prefix = prefix
+        self.awaited = Awaited()
+        self.lock = threading.Lock()  # of `awaited`
 
 
 class Door:
@@ -175,6 +180,8 @@ class Door:
         self._store: Any = None
         deadline = time.monotonic() + join_timeout_s
         _door = self
+        self._owed = Owed()
+        self._closing = threading.Event()
         try:
             if is_head:
                 self._found(listener or listen(host, port), num_threads, join_timeout_s)
@@ -186,6 +193,7 @@ class Door:
         except BaseException:
             self.close()
             raise
+        threading.Thread(target=self._tend, name="door", daemon=True).start()
 
     # -- messages -------------------------------------------------------------------------------------------
 
@@ -199,20 +207,25 @@ class Door:
         """Hand a message to the network and return; the peer's handler runs some time later, or never.
 
         CPU tensors only. Their memory must stay as it is until the message is out when they are larger than
-        `wire.INLINE_TENSOR_BYTES` (smaller ones are copied here). `on_error` gets a `PeerLost` or `PeerTimeout` when
-        delivery failed, in an RPC thread, or on this thread before `send` returns when the peer is unknown.
+        `wire.INLINE_TENSOR_BYTES` (smaller ones are copied here). `on_error` gets a `PeerError` when the message was not
+        handled, up to some tenths of a second after that is known, in a thread of the door; or on this thread before `send`
+        returns when the peer is unknown. Nobody is told of messages to a peer that was evicted meanwhile.
 
         Raises:
             ValueError: the payload is too large or a tensor is of a kind that cannot travel.
         """
         try:
-            future = self._invoke(self._peer(to), _SEND, payload, tensors, self._timeout_s)
+            peer = self._peer(to)
+            answer = self._invoke(peer, _SEND, payload, tensors, 0.0)
         except PeerError as error:
             if on_error is not None:
                 on_error(error)
             return
         if on_error is not None:
-            future.add_done_callback(lambda done: self._report(to, done, on_error))
+            with peer.lock:
+                is_time = peer.awaited.add(time.monotonic(), answer, on_error)
+            if is_time:
+                self._report(peer)
 
     def call(
         self, to: str, payload: bytes, tensors: Sequence[torch.Tensor] = (), timeout_s: float | None = None
@@ -279,6 +292,7 @@ class Door:
             if self._closed:
                 return
             self._closed = True
+            self._closing.set()
             pending, self._pending = list(self._pending), {}
         for future in pending:
             future.set_exception(PeerLost(self.name, "the door was closed"))
@@ -404,10 +418,24 @@ class Door:
             return b"", RemoteError(name, rest.decode(errors="replace"))
         return b"", RemoteError(name, "it does not speak this protocol")
 
-    def _report(self, name: str, done: torch.futures.Future, on_error: Callable[[Exception], None]) -> None:
-        _, error = self._outcome(name, done)
-        if error is not None and not self._closed:
-            on_error(error)
+    def _report(self, peer: _Peer) -> None:
+        """Tell the senders of messages to `peer` that failed."""
+        with peer.lock:
+            ended = peer.awaited.take(time.monotonic(), self._timeout_s)
+        name = peer.member.name
+        for on_error, answer in ended:
+            error = PeerTimeout(name, "not acknowledged in time") if answer is None else self._outcome(name, answer)[1]
+            if error is not None and not self._closed:
+                on_error(error)
+
+    def _tend(self) -> None:
+        """Give and look at acknowledgements that no further message brings along."""
+        while not self._closing.wait(_TEND_INTERVAL_S):
+            self._owed.flush()
+            with self._lock:
+                peers = list(self._peers.values())
+            for peer in peers:
+                self._report(peer)
 
     # -- what comes in (RPC threads) ------------------------------------------------------------------------
 
@@ -436,7 +464,7 @@ class Door:
         payload, tensors = wire.unpack(data, header, beside)
         if kind == _SEND:
             self._handler(payload, tensors)
-            return wire.ACK
+            return self._owed.owe()
         if kind == _CALL:
             return _answer(self._handler(payload, tensors))
         if kind == _WATCH:
