@@ -266,6 +266,13 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="in flight; default: enough to keep every stage busy",
     )
+    add(
+        "--tpot-goal",
+        type=_seconds,
+        default=0.0,
+        metavar="SECONDS",
+        help="between two tokens of a stream: prompts are read in chunks that small; default: no goal",
+    )
     add("--no-prefix-cache", action="store_true", help="compute every prompt in full")
 
     group = parser.add_argument_group("planning")
@@ -342,6 +349,7 @@ def _serve_config(options: argparse.Namespace, environment: Mapping[str, str]) -
         step_tokens=options.step_tokens,
         num_microbatches=options.microbatches,
         prefix_cache=not options.no_prefix_cache,
+        tpot_goal_s=options.tpot_goal,
         autopilot=options.autopilot,
         objective=options.objective,
         slo_ttft_s=options.slo_ttft,

@@ -67,6 +67,8 @@ class ServeConfig:
     num_microbatches: int = 0
     """Microbatches in flight; 0: as many as it takes to keep every stage busy."""
     prefix_cache: bool = True
+    tpot_goal_s: float = 0.0
+    """Prompts are read in chunks so small that running streams get a token that often, where they can; 0: no goal."""
 
     autopilot: str = "off"
     objective: str = "throughput"

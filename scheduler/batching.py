@@ -2,8 +2,8 @@
 
 At most `num_microbatches` steps are in flight. Whenever there is room for one more, `next_step` forms it:
 
-1. decode: the longest-waiting ready sequences, up to an even share of what all decoding ones cost together (`StepPrices`), so
-   that the microbatches balance themselves whatever joins and leaves;
+1. decode: the longest-waiting ready sequences, as near to an even share of what all decoding ones cost together as they come
+   (`StepPrices`), so that the microbatches balance themselves whatever joins and leaves;
 2. prefill: chunks of running sequences, oldest first, within the token budget, and within the time that a goal for the
    TPOT leaves beside the decoding rows. Every hop runs the steps of an epoch in
    their order, so the next chunk of a prompt may follow while the last one is still on its way;
@@ -36,7 +36,7 @@ from kvstore.directory import Directory
 from kvstore.ids import BlockId, Epoch, SequenceId
 from kvstore.prefix import PrefixHasher
 from runtime.messages import Row, SequenceStart, StepPlan, StepResult, TokenLogprobs
-from scheduler.lanes import BatchingConfig, Counters, Flight, Lane, Opening, StepBuilder, StepPrices
+from scheduler.lanes import BatchingConfig, BatchLoad, Counters, Flight, Lane, Opening, StepBuilder, StepPrices
 from scheduler.request import AdmissionError, FinishReason, Request, TokenOutput
 from scheduler.sequence import Sequence
 
@@ -44,6 +44,8 @@ __all__ = ["Batcher", "BatchingConfig", "Output", "StepPrices"]
 
 MIN_CHUNK_TOKENS = 16
 """Prompts are never cut smaller for the sake of a goal, or they would not get anywhere."""
+
+_EPSILON = 1e-9
 
 Output: TypeAlias = tuple[SequenceId, TokenOutput]
 
@@ -111,6 +113,15 @@ class Batcher:
     def max_context(self) -> int:
         """Tokens that one sequence may reach: the model's context, or fewer when the pool holds fewer."""
         return self._max_context
+
+    def load(self) -> BatchLoad:
+        """What steps are made of at present."""
+        reading = self._prefilling
+        return BatchLoad(
+            self._num_decoding / self.num_microbatches,
+            self._decoding_context / self._num_decoding if self._num_decoding else 0.0,
+            sum(len(sequence.tokens) for sequence in reading) / (2 * len(reading)) if reading else 0.0,
+        )
 
     def live_sequences(self) -> list[SequenceId]:
         return list(self._sequences)
@@ -363,19 +374,23 @@ class Batcher:
     def _take_decodes(self, step: StepBuilder) -> float:
         """What the rows taken cost, in the unit of the prices."""
         prices = self.prices
-        share = prices.decode_s(self._num_decoding, self._decoding_context) / self.num_microbatches
+        share = prices.decode_s(self._num_decoding, self._decoding_context) / self.num_microbatches * (1 + _EPSILON)
         ready, later, cost = self._ready, [], 0.0
         while ready and cost < share and step.budget > 0:
             sequence = ready.popleft()
             if not sequence.running or sequence.prefilling or sequence.num_remaining != 1 or sequence in step.rows:
                 continue  # it ended, was preempted, or stands here twice because it was
+            row_s = prices.decode_s(1, len(sequence.tokens))
+            if cost and cost + row_s / 2 > share:
+                later.append(sequence)  # without it the step is nearer to its share than with it
+                break
             epoch = self._epoch_for(sequence)
             if not step.accepts(epoch):
                 later.append(sequence)
                 continue
             if self._reserve(sequence, step):
                 self._add(step, sequence, 1, epoch)
-                cost += prices.decode_s(1, len(sequence.tokens))
+                cost += row_s
             elif sequence.running:
                 later.append(sequence)
                 break

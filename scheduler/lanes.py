@@ -46,6 +46,18 @@ class StepPrices:
         return num_rows * self.row_s + num_context * self.context_s
 
 
+@dataclass(frozen=True, slots=True)
+class BatchLoad:
+    """What steps are made of at present, in mean."""
+
+    decode_rows: float
+    """In one step."""
+    decode_context: float
+    """Tokens of a decoding row."""
+    prefill_context: float
+    """Positions before a prompt's token; 0 when no prompt is being read."""
+
+
 @dataclass(slots=True)
 class Counters:
     """Sums since the start."""

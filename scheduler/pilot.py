@@ -20,7 +20,7 @@ from runtime.layout import Layout
 from runtime.messages import HopTiming, Join, ProfilePoint, StepPlan, StepResult
 from runtime.model.spec import ModelSpec
 from scheduler.batching import Batcher, Output
-from scheduler.lanes import BatchingConfig
+from scheduler.lanes import BatchingConfig, StepPrices
 from scheduler.membership import Membership
 from scheduler.planning.autopilot import Autopilot, Decision, Mode, Settings
 from scheduler.planning.cost import Facts, Work, work_of_rows
@@ -29,13 +29,16 @@ from scheduler.planning.forecast import Device
 from scheduler.planning.planner import NoPlan, Plan, plan
 from scheduler.planning.sizing import Workers
 from scheduler.planning.traffic import Serving, Traffic
+from scheduler.prices import step_prices
 from scheduler.reconfiguration import Reconfiguration
 from scheduler.request import PilotStats
 
 SNAPSHOT_BYTES_PER_S = 200_000_000
 """The rate of a change's snapshot while its source serves, unless the change asks for another."""
-NOTE_INTERVAL_S = 0.1
-"""Steps that are learned from are at least so far apart."""
+NOTE_INTERVAL_S, SETTLED_INTERVAL_S = 0.1, 0.5
+"""Steps that are learned from are at least so far apart: to learn from one takes as long as to schedule a dozen."""
+NUM_UNTIL_SETTLED = 100
+"""Steps of a layout that are learned from at the shorter interval."""
 MAX_TIMED = 16
 
 
@@ -79,6 +82,7 @@ class Pilot:
         self._requests: dict[SequenceId, _Request] = {}
         self._noted: dict[tuple[int, int], Work] = {}
         self._noted_s = -1.0
+        self._num_learned = 0
         self._timed: list[tuple[Work, Layout, list[HopTiming]]] = []
         self._known: Layout | None = None
         self._asked: tuple[int, Layout] | None = None
@@ -106,7 +110,8 @@ class Pilot:
             self._ended(request, now_s)
 
     def sent(self, step: StepPlan, now_s: float) -> None:
-        if now_s - self._noted_s < NOTE_INTERVAL_S:
+        interval_s = NOTE_INTERVAL_S if self._num_learned < NUM_UNTIL_SETTLED else SETTLED_INTERVAL_S
+        if now_s - self._noted_s < interval_s:
             return
         self._noted_s = now_s
         if len(self._noted) >= MAX_TIMED:
@@ -164,6 +169,14 @@ class Pilot:
         """What was decided has become a change of layout."""
         self._asked = change, layout
 
+    def prices(self, head: Head) -> StepPrices | None:
+        """What the next steps cost, as far as is known; None while nothing decodes, for which the batcher needs no prices."""
+        load = head.batcher.load()
+        if head.layout is None or not load.decode_rows:
+            return None
+        speeds = {name: self.fleet.speed(name) for name in head.layout.workers}
+        return step_prices(self.facts, head.layout, speeds, load)
+
     def devices(self, head: Head) -> list[Device]:
         """Every worker that is there, and what it may use for weights and KV."""
         found = []
@@ -186,6 +199,7 @@ class Pilot:
 
     def _learn(self) -> None:
         timed, self._timed = self._timed, []
+        self._num_learned += len(timed)
         for work, layout, timings in timed:
             last = layout.num_hops - 1
             for hop, (segment, timing) in enumerate(zip(layout.segments, timings, strict=True)):
@@ -212,7 +226,7 @@ class Pilot:
             if self._known is not None and not head.reconfiguration.is_active:
                 self.autopilot.committed(head.now_s, head.layout, report.total_s if report and is_ours else 0.0)
             if self._known is None or not head.reconfiguration.is_active:
-                self._known = head.layout
+                self._known, self._num_learned = head.layout, 0
         if report is not None and report.outcome == "committed":
             self._asked = None
 

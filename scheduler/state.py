@@ -409,6 +409,8 @@ class SchedulerState:
         if self.status == "recovering" and self.layout is None:
             self._try_load(now_s, effects)
         self._ask_pilot(effects)
+        if self.status == "serving" and (prices := self.pilot.prices(self)) is not None:
+            self.batcher.prices = prices
 
     def _ask_pilot(self, effects: list[Effect]) -> None:
         """Let the autopilot look, begin what it decides, and pass on what it says."""

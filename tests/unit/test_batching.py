@@ -85,6 +85,30 @@ def test_microbatches_share_by_what_sequences_cost_not_by_their_number() -> None
     assert [[row.sequence for row in plan.rows] for plan in (first, second)] == [[1, 2], [3, 4, 5, 6, 7]]
 
 
+def test_two_unequal_sequences_are_not_put_into_one_step() -> None:
+    batcher = make_batcher(num_microbatches=2, max_step_tokens=128)
+    batcher.prices = StepPrices(row_s=1.0, context_s=0.1)
+    batcher.submit(1, make_request(4, max_tokens=50), 0.0)
+    batcher.submit(2, make_request(60, max_tokens=50, first=100), 0.0)
+    answer(batcher, step(batcher))
+    first, second = step(batcher), step(batcher)
+    assert [[row.sequence for row in plan.rows] for plan in (first, second)] == [[1], [2]]
+
+
+@pytest.mark.parametrize("row_s", [0.1, 1 / 3, 1e-7, 0.7])
+def test_equal_sequences_are_shared_evenly_whatever_the_rounding(row_s: float) -> None:
+    batcher = make_batcher(512, num_microbatches=2, max_step_tokens=256, prefix_cache=False)
+    batcher.prices = StepPrices(row_s=row_s, context_s=row_s / 7)
+    for sequence in range(1, 33):
+        batcher.submit(sequence, make_request(4, max_tokens=50, first=10 * sequence), 0.0)
+    answer(batcher, step(batcher))
+    for _ in range(5):
+        plans = [step(batcher), step(batcher)]
+        assert [len(plan.rows) for plan in plans] == [16, 16]
+        for plan in plans:
+            answer(batcher, plan)
+
+
 def test_prompts_are_cut_for_the_sake_of_the_goal() -> None:
     batcher = make_batcher(num_microbatches=2, max_step_tokens=128, tpot_goal_s=0.1)
     batcher.submit(1, make_request(100, max_tokens=50), 0.0)

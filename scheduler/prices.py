@@ -1,0 +1,57 @@
+"""What the batcher needs of the cost model: the price of a step as a line, drawn at the load at hand. Pure.
+
+The model is a roofline with a rounded corner: a few decoding rows are nearly free while the weights are read anyway, many cost
+what their arithmetic costs. The batcher asks two things of it for every step (do these rows cost an even share; how many
+prompt tokens fit beside them), so it gets a line instead: through the predicted time at the present number of rows, with the slope from
+there to twice as many, and the slopes by context and by prompt tokens. It is drawn anew a few times a second, for the worker that is
+the slowest with a chunk of a prompt in the step, since that one sets the pace of the pipeline.
+
+Never true: a row is free, any price is negative, or the line lies above the model for fewer rows than it was drawn at.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from kvstore.ids import WorkerName
+from runtime.layout import Layout
+from scheduler.lanes import BatchLoad, StepPrices
+from scheduler.planning.cost import Facts, Speed, Work, unit_times
+
+_CHUNK_TOKENS = 64.0
+_LEAST_S = 1e-8
+"""Of a row: an even share of nothing would be nothing."""
+
+
+def step_prices(facts: Facts, layout: Layout, speeds: dict[WorkerName, Speed], load: BatchLoad) -> StepPrices:
+    """Prices for steps of about `load` in `layout`; `speeds` has every worker of it."""
+    rows, context = max(load.decode_rows, 1.0), max(load.decode_context, 1.0)
+    works = [
+        Work(rows, context, 0.0, 0.0, rows),
+        Work(2 * rows, context, 0.0, 0.0, 2 * rows),
+        Work(rows, 2 * context, 0.0, 0.0, rows),
+        Work(rows, context, _CHUNK_TOKENS, max(load.prefill_context, _CHUNK_TOKENS / 2), rows),
+    ]
+    seconds = _worker_seconds(facts, layout, speeds, works)
+    base, twice, longer, chunk = (float(x) for x in seconds[:, int(seconds[3].argmax())])
+    context_s = max(0.0, longer - base) / (rows * context)
+    row_s = max(_LEAST_S, (twice - base) / rows - context * context_s)
+    return StepPrices(
+        step_s=max(0.0, base - rows * (row_s + context * context_s)),
+        row_s=row_s,
+        context_s=context_s,
+        prefill_s=max(0.0, chunk - base) / _CHUNK_TOKENS,
+    )
+
+
+def _worker_seconds(facts: Facts, layout: Layout, speeds: dict[WorkerName, Speed], works: Sequence[Work]) -> np.ndarray:
+    """``[works, workers]``: what each work takes a worker, in all of its segments."""
+    names = list(dict.fromkeys(segment.worker for segment in layout.segments))
+    times = unit_times(facts, [speeds[name] for name in names], works)
+    seconds = np.zeros((len(works), len(names)))
+    for segment in layout.segments:
+        index = names.index(segment.worker)
+        kinds = facts.kind_of_layer[segment.layers.start : segment.layers.stop]
+        seconds[:, index] += times.fixed[index] + times.layers[:, index, kinds].sum(axis=1)
+    seconds[:, names.index(layout.segments[-1].worker)] += times.last[:, names.index(layout.segments[-1].worker)]
+    return seconds
