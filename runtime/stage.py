@@ -7,6 +7,7 @@ hidden state, or logits of the sampled rows and their tokens (last hop).
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter_ns
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from runtime.messages import Row, StepPlan, TokenLogprobs
 from runtime.sampling import SamplingRow, TokenHistory, prompt_logprobs, sample
 from runtime.stage_state import PlannedBatch, SequenceState, StageState
 
+if TYPE_CHECKING:
+    from runtime.cuda.runner import Runner
+
 
 @dataclass(slots=True)
 class Units:
@@ -28,6 +32,8 @@ class Units:
     layers: dict[int, Callable[[torch.Tensor, StepBatch, LayerKV], torch.Tensor]]
     embedding: Callable[[torch.Tensor], torch.Tensor] | None = None
     lm_head: Callable[[torch.Tensor], torch.Tensor] | None = None
+    runner: "Runner | None" = None
+    """What runs the layers on a device whose work is queued; None on the CPU, where `Stage` does."""
 
 
 @dataclass(slots=True)
@@ -67,6 +73,8 @@ class Stage:
         planned = self.state.plan_batch(plan)
         if planned.new_blocks:
             self.pool.ensure(planned.new_blocks)
+        if self._units.runner is not None:
+            return self._run_queued(self._units.runner, planned, hop, hidden)
         batch = self._batches.pop(plan.ordinal, None) or make_batch(planned, self._device)
         if hop != self._final_hop_here:
             self._batches[plan.ordinal] = batch
@@ -80,6 +88,16 @@ class Stage:
             hidden = self._units.layers[layer](hidden, batch, kv)
         self.planned = planned
         return hidden
+
+    def _run_queued(
+        self, runner: "Runner", planned: PlannedBatch, hop: int, hidden: torch.Tensor | None
+    ) -> torch.Tensor:
+        """As `run`; what goes on to another hop is on the host, and there, when this returns."""
+        layers, units = self.layout.segments[hop].layers, self._units
+        assert hop == 0 or hidden is not None, f"a step came to hop {hop} without its hidden state"
+        out = runner.run(layers, units.layers, planned, self.pool, hidden if hop else None, units.embedding)
+        self.planned = planned
+        return out if hop == self.layout.num_hops - 1 else runner.finish(out)
 
     def sample(self, hidden: torch.Tensor) -> Sampled:
         """The tokens of the step that `run` has just finished at the last hop; only sampled rows meet the LM head."""

@@ -131,7 +131,8 @@ def host_step(batch: StepBatch, positions: np.ndarray, pool: PagePool, layers: S
 def pad_decode(step: HostStep, num_rows: int) -> tuple[HostStep, np.ndarray]:
     """A decode step with `num_rows` rows, and which row each of them is (int64 ``[num_rows]``)."""
     rows = len(step.context_lens)
-    assert rows <= num_rows and int(step.query_starts[-1]) == rows, "only decode steps are padded"
+    assert int(step.query_starts[-1]) == rows, "only decode steps are padded"
+    assert rows <= num_rows, f"{rows} rows do not fit in {num_rows}"
     source = np.full(num_rows, int(step.context_lens.argmin()), dtype=np.int64)
     source[:rows] = np.arange(rows)
     padded = HostStep(
@@ -144,16 +145,20 @@ def pad_decode(step: HostStep, num_rows: int) -> tuple[HostStep, np.ndarray]:
     return padded, source
 
 
-def attach(batch: StepBatch, pool: PagePool, layers: Sequence[int], device: torch.device) -> None:
-    """Give `batch` its step as tensors, and its positions on the device, for `layers` of `pool`."""
-    positions = batch.positions.cpu().numpy()
-    host = host_step(batch, positions, pool, layers)
+def attach(
+    batch: StepBatch, pool: PagePool, layers: Sequence[int], device: torch.device, tokens: np.ndarray | None = None
+) -> torch.Tensor | None:
+    """Give `batch` its step as tensors, and its positions on the device, for `layers` of `pool`.
+
+    `tokens`, an array of any kind, is uploaded in the same copy and returned.
+    """
+    host = host_step(batch, batch.positions.cpu().numpy(), pool, layers)
     upload = Upload(device)
-    arrays = (host.positions, host.slots, host.query_starts, host.context_lens, host.tables)
+    arrays = [host.positions, host.slots, host.query_starts, host.context_lens, host.tables]
     places = [upload.add(array) for array in arrays]
+    place = None if tokens is None else upload.add(tokens)
     upload.send()
-    positions_there, slots, starts, contexts, tables = (upload.tensor(place) for place in places)
-    batch.positions = positions_there
+    batch.positions, slots, starts, contexts, tables = (upload.tensor(place) for place in places)
     batch.paged = PagedStep(
         query_starts=starts,
         context_lens=contexts,
@@ -164,3 +169,4 @@ def attach(batch: StepBatch, pool: PagePool, layers: Sequence[int], device: torc
         max_context=int(host.context_lens.max(initial=1)),
         lens=(host.query_starts, host.context_lens),
     )
+    return None if place is None else upload.tensor(place)

@@ -120,6 +120,11 @@ class LeanLayer:
             self._product_tiles = _tiles_for(self.parts["o"], dtype)
 
     @property
+    def captures(self) -> bool:
+        """Whether a decode step through it may be captured in a graph: everything that it reads is on the device."""
+        return not self._has_kernels
+
+    @property
     def nbytes(self) -> int:
         """What the layer holds in memory, padding included."""
         return sum(part.nbytes for part in self.parts.values())

@@ -1,0 +1,124 @@
+"""Runs the layers of a hop on a device whose work is queued: by graphs where a step allows it, else layer by layer.
+
+How it works: `run` takes what the host planned and the hidden state wherever it is, uploads the step's numbers in one copy,
+and queues everything on the current stream. A decode step whose bucket has been captured is replayed; prompts, mixed
+steps and layers that cannot be captured run eagerly. `finish` brings the hidden state that leaves this worker to pinned
+memory and waits for it, which is the step's one wait (on the last hop that wait is the sampler's).
+
+It works on any device, without graphs on all but CUDA; the tests run it on the CPU.
+
+What is never true: `run` waits for the device; the tensor that `run` returns stays as it is after the next `run`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from kvstore.ids import LayerRange
+from kvstore.page_pool import PagePool
+from runtime.batch import LayerKV, StepBatch
+from runtime.cuda.graphs import Graphs
+from runtime.cuda.spans import Bucket
+from runtime.cuda.step import Upload, attach, host_step
+from runtime.stage_state import PlannedBatch
+
+Layer = Callable[[torch.Tensor, StepBatch, LayerKV], torch.Tensor]
+
+
+class Runner:
+    """One per worker; the compute thread's, but for `graphs`, which the loader's thread may fill meanwhile."""
+
+    def __init__(self, device: torch.device, graphs: Graphs | None = None) -> None:
+        self.graphs = graphs
+        self.num_replayed = 0
+        self.num_eager = 0
+        self._device = device
+
+    def run(
+        self,
+        layers: LayerRange,
+        units: Mapping[int, Layer],
+        planned: PlannedBatch,
+        pool: PagePool,
+        hidden: torch.Tensor | None,
+        embedding: Callable[[torch.Tensor], torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """The hidden state after `layers`, ``[T, hidden]`` on the device, until the next call.
+
+        `hidden` is what came from the hop before, anywhere; None at the first, which has the `embedding`.
+        """
+        step = StepBatch(
+            positions=torch.from_numpy(planned.positions),
+            query_starts=planned.query_starts,
+            context_lens=planned.context_lens,
+            block_tables=planned.block_tables,
+        )
+        is_decode = len(planned.positions) == len(planned.context_lens)
+        if self.graphs is not None and is_decode and not self.graphs.why_not:
+            context = int(planned.context_lens.max(initial=1))
+            bucket = self.graphs.find(layers, len(planned.context_lens), context, units, pool.data)
+            if bucket is not None:
+                self.num_replayed += 1
+                return self._replay(layers, bucket, step, planned, pool, hidden, embedding)
+        self.num_eager += 1
+        return self._eager(layers, units, step, planned, pool, hidden, embedding)
+
+    def finish(self, hidden: torch.Tensor) -> torch.Tensor:
+        """A copy of `hidden` on the host, there when this returns."""
+        if hidden.is_cpu:
+            return hidden.clone()
+        out = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
+        out.copy_(hidden, non_blocking=True)
+        torch.cuda.current_stream(self._device).synchronize()
+        return out
+
+    def _replay(
+        self,
+        layers: LayerRange,
+        bucket: Bucket,
+        step: StepBatch,
+        planned: PlannedBatch,
+        pool: PagePool,
+        hidden: torch.Tensor | None,
+        embedding: Callable[[torch.Tensor], torch.Tensor] | None,
+    ) -> torch.Tensor:
+        assert self.graphs is not None
+        inputs = self.graphs.inputs(bucket)
+        source = inputs.fill(layers, host_step(step, planned.positions, pool, tuple(layers)))
+        rows = len(planned.context_lens)
+        if hidden is None:
+            assert embedding is not None, "the first hop holds the embedding"
+            inputs.hidden.copy_(embedding(self._upload(planned.tokens[source])))
+        else:
+            inputs.hidden[:rows].copy_(hidden)
+            if rows < bucket.rows:
+                inputs.hidden[rows:].copy_(inputs.hidden[int(source[-1])].expand(bucket.rows - rows, -1))
+        return self.graphs.replay(layers, bucket)[:rows]
+
+    def _eager(
+        self,
+        layers: LayerRange,
+        units: Mapping[int, Layer],
+        step: StepBatch,
+        planned: PlannedBatch,
+        pool: PagePool,
+        hidden: torch.Tensor | None,
+        embedding: Callable[[torch.Tensor], torch.Tensor] | None,
+    ) -> torch.Tensor:
+        tokens = attach(step, pool, tuple(layers), self._device, planned.tokens)
+        if hidden is None:
+            assert embedding is not None, "the first hop holds the embedding"
+            assert tokens is not None
+            hidden = embedding(tokens)
+        else:
+            hidden = hidden.to(self._device)
+        for layer in layers:
+            hidden = units[layer](hidden, step, LayerKV(layer, pool.data, pool.page_of(layer)))
+        return hidden
+
+    def _upload(self, array: Any) -> torch.Tensor:
+        upload = Upload(self._device)
+        place = upload.add(array)
+        upload.send()
+        return upload.tensor(place)
