@@ -15,6 +15,7 @@ import torch
 from kvstore.ids import WorkerName
 from kvstore.page_pool import PagePool
 from runtime.batch import NOT_TIMED, LayerKV, StepBatch
+from runtime.cuda.step import upload
 from runtime.kernels.clock import LM_HEAD
 from runtime.layout import Layout
 from runtime.messages import Row, StepPlan, TokenLogprobs
@@ -108,10 +109,12 @@ class Stage:
         chosen = [index for index, row in enumerate(rows) if row.sample]
         found = Sampled([], [], [], [])
         if chosen:
-            last = torch.from_numpy(starts[1:][chosen].astype(np.int64) - 1).to(hidden.device)
-            every_token = len(chosen) == len(hidden)
             begun_ns = perf_counter_ns()
-            logits = lm_head(hidden if every_token else hidden.index_select(0, last))
+            if len(chosen) < len(hidden):
+                last = upload(starts[1:][chosen].astype(np.int64) - 1, hidden.device)
+                logits = lm_head(hidden.index_select(0, last))
+            else:
+                logits = lm_head(hidden)
             if len(self.spent):
                 self.spent[LM_HEAD] += perf_counter_ns() - begun_ns
             self._choose(logits, [(rows[i], planned.sequences[i]) for i in chosen], found)

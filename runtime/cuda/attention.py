@@ -63,10 +63,12 @@ class Shape:
 
 
 class Backend(Protocol):
-    """One way to attend. `captures`: decode steps may run inside a graph."""
+    """One way to attend. `captures`: decode steps may run inside a graph. `reads_all`: then it reads all that its tables
+    could name, whatever the rows need."""
 
     name: str
     captures: bool
+    reads_all: bool
 
     def fits(self, shape: Shape) -> str:
         """Why it is out of the question for this shape; empty when it is not."""
@@ -255,6 +257,7 @@ class Varlen:
     """`varlen_attn` over the pages. Some of its kernels want the keys' starts though they do not use them."""
 
     captures = True
+    reads_all = False
 
     def __init__(self, name: str, *, with_key_starts: bool) -> None:
         self.name = name
@@ -293,6 +296,7 @@ class Packed:
 
     name = "packed"
     captures = False
+    reads_all = False
 
     def fits(self, shape: Shape) -> str:
         why = _flash_refuses(shape)
@@ -345,6 +349,7 @@ class FlashInfer:
 
     name = "flashinfer"
     captures = False
+    reads_all = False
 
     def __init__(self) -> None:
         self._workspace: dict[torch.device, torch.Tensor] = {}
@@ -407,6 +412,7 @@ class Flex:
 
     name = "flex"
     captures = False
+    reads_all = False
 
     def __init__(self, compiled: bool = True) -> None:
         self._compiled = compiled
@@ -477,6 +483,7 @@ class Gathered:
 
     name = "gathered"
     captures = True
+    reads_all = True
 
     def fits(self, shape: Shape) -> str:
         return "" if shape.is_decode else "it is for decode steps"
@@ -517,6 +524,7 @@ class Rows:
 
     name = "rows"
     captures = False
+    reads_all = False
 
     def fits(self, shape: Shape) -> str:
         return ""

@@ -11,7 +11,6 @@ What is never true: `run` waits for the device; the tensor that `run` returns st
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 
@@ -20,7 +19,7 @@ from kvstore.page_pool import PagePool
 from runtime.batch import LayerKV, StepBatch
 from runtime.cuda.graphs import Graphs
 from runtime.cuda.spans import Bucket
-from runtime.cuda.step import Upload, attach, host_step
+from runtime.cuda.step import attach, host_step, upload
 from runtime.stage_state import PlannedBatch
 
 Layer = Callable[[torch.Tensor, StepBatch, LayerKV], torch.Tensor]
@@ -89,7 +88,7 @@ class Runner:
         rows = len(planned.context_lens)
         if hidden is None:
             assert embedding is not None, "the first hop holds the embedding"
-            inputs.hidden.copy_(embedding(self._upload(planned.tokens[source])))
+            inputs.hidden.copy_(embedding(upload(planned.tokens[source], self._device)))
         else:
             inputs.hidden[:rows].copy_(hidden)
             if rows < bucket.rows:
@@ -116,9 +115,3 @@ class Runner:
         for layer in layers:
             hidden = units[layer](hidden, step, LayerKV(layer, pool.data, pool.page_of(layer)))
         return hidden
-
-    def _upload(self, array: Any) -> torch.Tensor:
-        upload = Upload(self._device)
-        place = upload.add(array)
-        upload.send()
-        return upload.tensor(place)

@@ -34,38 +34,42 @@ class Buckets:
 
     rows: tuple[int, ...]
     contexts: tuple[int, ...]
+    most_positions: int | None = None
+    """No bucket has more rows times context than this."""
 
     def fit(self, rows: int, context: int) -> Bucket | None:
         """The smallest bucket that takes such a step; None when none does."""
-        for size in self.rows:
-            if size >= rows:
-                for length in self.contexts:
-                    if length >= context:
-                        return Bucket(size, length)
-                return None
-        return None
+        size = next((size for size in self.rows if size >= rows), None)
+        length = next((length for length in self.contexts if length >= context), None)
+        if size is None or length is None or not self._has(size, length):
+            return None
+        return Bucket(size, length)
 
     def all(self) -> list[Bucket]:
         """Every bucket, the largest first: the later captures then find the memory that they share."""
-        return [Bucket(rows, context) for context in reversed(self.contexts) for rows in reversed(self.rows)]
+        pairs = [(rows, context) for context in reversed(self.contexts) for rows in reversed(self.rows)]
+        return [Bucket(rows, context) for rows, context in pairs if self._has(rows, context)]
+
+    def _has(self, rows: int, context: int) -> bool:
+        return self.most_positions is None or rows * context <= self.most_positions
 
 
-def make_buckets(max_rows: int, max_context: int, block_size: int, *, reads_all: bool) -> Buckets:
-    """Buckets for steps of up to `max_rows` rows and `max_context` positions.
+def make_buckets(max_rows: int, max_context: int, block_size: int, most_positions: int | None = None) -> Buckets:
+    """Buckets for steps of up to `max_rows` rows and `max_context` positions. Contexts are whole blocks.
 
-    `reads_all` says that attention reads as much as the bucket allows, whatever the rows need; then contexts grow by
-    `CONTEXT_FACTOR` from `FIRST_CONTEXT`. Otherwise one context is enough. Contexts are whole blocks.
+    `most_positions` is for attention that reads (and holds a copy of) as much as the bucket allows, whatever the rows
+    need: no bucket has more, and contexts grow by `CONTEXT_FACTOR` from `FIRST_CONTEXT`. Otherwise one is enough.
     """
     assert min(max_rows, max_context, block_size) > 0
     rows = [size for size in _ROWS if size < max_rows]
     rows.append(next((size for size in _ROWS if size >= max_rows), max_rows))
     contexts = [max_context]
     length = FIRST_CONTEXT
-    while reads_all and length < max_context:
+    while most_positions is not None and length < max_context:
         contexts.append(length)
         length *= CONTEXT_FACTOR
     whole = sorted({-(-length // block_size) * block_size for length in contexts})
-    return Buckets(tuple(rows), tuple(whole))
+    return Buckets(tuple(rows), tuple(whole), most_positions)
 
 
 def spans_of(layers: LayerRange, longest: int = LONGEST_SPAN) -> list[LayerRange]:

@@ -102,6 +102,14 @@ class Upload:
         return piece.view(torch.from_numpy(array[:0]).dtype).view(shape)
 
 
+def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """`array` on the device. On CUDA nothing is waited for."""
+    sent = Upload(device)
+    place = sent.add(array)
+    sent.send()
+    return sent.tensor(place)
+
+
 @dataclass(frozen=True, slots=True)
 class HostStep:
     """The numbers of a step before they are uploaded. Shapes as in `PagedStep`, and ``positions``: int64 ``[T]``."""
@@ -153,12 +161,12 @@ def attach(
     `tokens`, an array of any kind, is uploaded in the same copy and returned.
     """
     host = host_step(batch, batch.positions.cpu().numpy(), pool, layers)
-    upload = Upload(device)
+    sent = Upload(device)
     arrays = [host.positions, host.slots, host.query_starts, host.context_lens, host.tables]
-    places = [upload.add(array) for array in arrays]
-    place = None if tokens is None else upload.add(tokens)
-    upload.send()
-    batch.positions, slots, starts, contexts, tables = (upload.tensor(place) for place in places)
+    places = [sent.add(array) for array in arrays]
+    place = None if tokens is None else sent.add(tokens)
+    sent.send()
+    batch.positions, slots, starts, contexts, tables = (sent.tensor(place) for place in places)
     batch.paged = PagedStep(
         query_starts=starts,
         context_lens=contexts,
@@ -169,4 +177,4 @@ def attach(
         max_context=int(host.context_lens.max(initial=1)),
         lens=(host.query_starts, host.context_lens),
     )
-    return None if place is None else upload.tensor(place)
+    return None if place is None else sent.tensor(place)

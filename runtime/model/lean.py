@@ -112,7 +112,7 @@ class LeanLayer:
         self.sliding_window = _sliding_window(config, layer_index)
         self.eps = config.rms_norm_eps
         self.rotary = Rotary(config, self.device)
-        self.parts = dict(parts)
+        self.parts = {name: part.to(self.device) for name, part in parts.items()}
         self._has_kernels = has_kernels(self.device, dtype)
         if self._has_kernels:
             self._kernel_weights = self._make_kernel_weights()
@@ -270,7 +270,7 @@ class LeanHead:
     ) -> None:
         self.device, self.dtype, self.eps = torch.device(device), dtype, eps
         self.vocab_size = vocab_size
-        self.parts = dict(parts)
+        self.parts = {name: part.to(self.device) for name, part in parts.items()}
         self._has_kernels = has_kernels(self.device, dtype)
         if self._has_kernels:
             self._weight = parts["weight"].numpy()

@@ -127,7 +127,7 @@ def test_libraries_that_want_a_device_or_a_dtype_say_so():
 class Broken:
     """Right in most places: one position too many is seen."""
 
-    name, captures = "broken", True
+    name, captures, reads_all = "broken", True, False
 
     def __init__(self, fault):
         self._fault = fault

@@ -172,12 +172,14 @@ def test_a_change_captures_what_arrives_and_a_little_at_the_cuts(bounds, longest
         assert [layer for span in new for layer in span] == list(range(c, d))
 
 
-@given(st.integers(1, 300), st.integers(1, 9000), st.sampled_from([16, 256]), st.booleans())
-def test_every_step_that_may_come_fits_in_a_bucket(rows, context, block_size, reads_all):
-    buckets = make_buckets(64, 8192, block_size, reads_all=reads_all)
+@given(st.integers(1, 300), st.integers(1, 9000), st.sampled_from([16, 256]), st.sampled_from([None, 1 << 16]))
+def test_every_step_that_may_come_fits_in_a_bucket(rows, context, block_size, most):
+    buckets = make_buckets(64, 8192, block_size, most)
     bucket = buckets.fit(rows, context)
-    assert (bucket is None) == (rows > 64 or context > 8192)
+    if most is None or rows * context <= most // 8:  # a bucket is less than twice the rows, and four times the context
+        assert (bucket is None) == (rows > 64 or context > 8192)
     if bucket is not None:
+        assert most is None or bucket.rows * bucket.context <= most
         assert bucket in buckets.all()
         assert bucket.rows >= rows
         assert bucket.context >= context
