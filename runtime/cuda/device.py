@@ -13,6 +13,7 @@ import torch
 from kvstore.ids import LayerRange
 from kvstore.page_pool import PagePool
 from runtime.cuda.attention import Shape, choose
+from runtime.cuda.copies import Copies
 from runtime.cuda.graphs import Graphs
 from runtime.cuda.memory import kv_budget, reserve_for
 from runtime.cuda.runner import Runner
@@ -30,15 +31,20 @@ class Queued:
 
     def __init__(self, device: torch.device) -> None:
         self.runner = Runner(device)
+        self.copies = Copies(device)
         self._device = device
         self._pool: PagePool | None = None
         self._side: Any = None
+        self._compute: Any = None
 
     def settle_thread(self) -> None:
         """The calling thread computes: what it queues goes before what others queue."""
         torch.cuda.set_device(self._device)
-        least, greatest = torch.cuda.Stream.priority_range()
-        torch.cuda.set_stream(torch.cuda.Stream(self._device, priority=max(greatest, least - 1)))
+        if (
+            self._compute is None
+        ):  # the same for every head that this process ever serves: weights and pages are its own
+            self._compute = torch.cuda.Stream(self._device, priority=-1)
+        torch.cuda.set_stream(self._compute)
 
     @contextmanager
     def loading(self) -> Iterator[None]:

@@ -219,7 +219,8 @@ class Graphs:
     def _capture(self, span: LayerRange, bucket: Bucket, layers: Sequence[Any], data: torch.Tensor) -> None:
         if self._streams is None:
             # Apart, because a graph keeps the cuBLAS workspace of the stream that it was captured on.
-            self._streams = (torch.cuda.Stream(self._device), torch.cuda.Stream(self._device))
+            # Captured kernels keep the priority of their stream, which is that of steps.
+            self._streams = (torch.cuda.Stream(self._device), torch.cuda.Stream(self._device, priority=-1))
             self._pool = torch.cuda.graph_pool_handle()
         warm, capturing = self._streams
         pairs = list(zip(span, layers, strict=True))
