@@ -436,7 +436,7 @@ class Flex:
         key = ("flex", shape.sliding_window)
         if key not in step.memo:
             step.memo[key] = self._mask(step, shape)
-        cap = shape.softcap
+        cap = shape.softcap or 1.0
 
         def capped(score: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
             return cap * torch.tanh(score / cap)
@@ -445,7 +445,7 @@ class Flex:
             q.transpose(0, 1)[None],
             keys.transpose(0, 1)[None],
             values.transpose(0, 1)[None],
-            score_mod=None if cap is None else capped,
+            score_mod=capped if shape.softcap is not None else None,
             block_mask=step.memo[key],
             scale=shape.scale,
             enable_gqa=shape.num_heads != shape.num_kv_heads,

@@ -4,6 +4,8 @@ One program handles one row (or one head of one token), which it holds as a whol
 model, so a kernel compiles once for each shape of layer and dtype: while loading, in the warm-up.
 """
 
+# pyright: reportMissingImports=false, reportIndexIssue=false
+
 import torch
 import triton
 import triton.language as tl

@@ -22,6 +22,8 @@ from runtime.cuda.spans import Bucket
 from runtime.cuda.step import attach, host_step, upload
 from runtime.stage_state import PlannedBatch
 
+DEVICE_TENSOR_BYTES = 1 << 20
+"""Smaller hidden states are faster by way of the host: channels between devices take several messages for each tensor."""
 Layer = Callable[[torch.Tensor, StepBatch, LayerKV], torch.Tensor]
 
 
@@ -30,6 +32,8 @@ class Runner:
 
     def __init__(self, device: torch.device, graphs: Graphs | None = None) -> None:
         self.graphs = graphs
+        self.sends_device = False
+        """Whether the door takes tensors on the device; large hidden states then leave as they are."""
         self.num_replayed = 0
         self.num_eager = 0
         self._device = device
@@ -53,6 +57,10 @@ class Runner:
             context_lens=planned.context_lens,
             block_tables=planned.block_tables,
         )
+        if hidden is not None and (arrived := getattr(hidden, "arrived", None)) is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_event(arrived)
+            hidden.record_stream(current)
         is_decode = len(planned.positions) == len(planned.context_lens)
         if self.graphs is not None and is_decode and not self.graphs.why_not:
             context = int(planned.context_lens.max(initial=1))
@@ -64,9 +72,13 @@ class Runner:
         return self._eager(layers, units, step, planned, pool, hidden, embedding)
 
     def finish(self, hidden: torch.Tensor) -> torch.Tensor:
-        """A copy of `hidden` on the host, there when this returns."""
+        """A copy of `hidden`, there when this returns: on the host, or where it is if the door can take it there."""
         if hidden.is_cpu:
             return hidden.clone()
+        if self.sends_device and hidden.nbytes >= DEVICE_TENSOR_BYTES:
+            out = hidden.clone()
+            torch.cuda.current_stream(self._device).synchronize()
+            return out
         out = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
         out.copy_(hidden, non_blocking=True)
         torch.cuda.current_stream(self._device).synchronize()

@@ -300,7 +300,9 @@ async def _drive(
         summary, _ = await run_workload(fleet.url, fleet.model, workload, seed=2)
         served[str(rows)] = summary
         tpot = summary["tpot_s"]
-        note(f"  {workload.name}: {tpot['p50'] * 1e3 if tpot else float('nan'):.2f} ms a token, {summary['errors']} errors")
+        note(
+            f"  {workload.name}: {tpot['p50'] * 1e3 if tpot else float('nan'):.2f} ms a token, {summary['errors']} errors"
+        )
     changes = []
     for turn in range(2 * args.changes):
         workload = Workload("change", BATCHES[-1], 2 * BATCHES[-1], PROMPT_TOKENS, args.tokens)
