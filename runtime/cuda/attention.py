@@ -11,6 +11,7 @@ strided view, which every candidate here takes as it is.
 | back end | from | what it does | graphs |
 |---|---|---|---|
 | `varlen` | `torch.nn.attention.varlen` with `block_table` (torch 2.12) | FlashAttention over the pages; FlashAttention 2 wants pages of 256 tokens | yes |
+| `triton` | `runtime.cuda.decode`, where Triton is | decode only: a kernel of ours over pages of any size, softcap | yes |
 | `flashinfer` | the package, if it is there | FlashAttention over the pages, any page size, softcap | no |
 | `packed` | `torch.nn.attention.varlen`, older too | gathers the pages of all rows, then FlashAttention | no |
 | `flex` | `flex_attention`, compiled, where Triton is | as `packed`; any dtype, softcap | no |
@@ -132,6 +133,7 @@ def candidates() -> tuple[Backend, ...]:
     return (
         Varlen("varlen", with_key_starts=False),
         Varlen("varlen+", with_key_starts=True),
+        TritonDecode(),
         FlashInfer(),
         Packed(),
         Flex(),
@@ -342,6 +344,33 @@ def _gather_packed(data: torch.Tensor, pages: torch.Tensor, step: PagedStep) -> 
     rows_there, blocks, offsets = where
     found = pages[rows_there, blocks]
     return data[found, 0, offsets], data[found, 1, offsets]
+
+
+class TritonDecode:
+    """`runtime.cuda.decode`: decode rows over the pages, by a kernel of ours. Only tests let Triton interpret it."""
+
+    name = "triton"
+    captures = True
+    reads_all = False
+
+    def __init__(self, interpreted: bool = False) -> None:
+        self._interpreted = interpreted
+
+    def fits(self, shape: Shape) -> str:
+        if not shape.is_decode:
+            return "it is for decode steps"
+        if not self._interpreted and shape.device.type != "cuda":
+            return "it is for CUDA"
+        return "" if importlib.util.find_spec("triton") is not None else "Triton is not there"
+
+    def __call__(
+        self, q: torch.Tensor, data: torch.Tensor, pages: torch.Tensor, step: PagedStep, shape: Shape, /
+    ) -> torch.Tensor:
+        from runtime.cuda.decode import EAGER_SPLITS, attend_decode, num_splits
+
+        splits = EAGER_SPLITS if step.lens is not None else num_splits(len(q) * shape.num_kv_heads, step.max_context)
+        args = (shape.scale, shape.sliding_window, shape.softcap)
+        return attend_decode(q, data, pages, step.context_lens, splits, *args)
 
 
 class FlashInfer:

@@ -1,4 +1,4 @@
-"""The operations between matrix products: Triton's kernels against torch's, where there is a Triton.
+"""Triton's kernels, of the operations between matrix products and of decode attention, against torch's, where there is a Triton.
 
 Without a device Triton can interpret its kernels: ``TRITON_INTERPRET=1 scripts/test tests/unit/test_cuda_fused.py``.
 """
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from runtime.cuda import fused
+from runtime.cuda.attention import Shape, TritonDecode, check
 
 pytest.importorskip("triton", reason="Triton is not installed")
 HAS_CUDA = torch.cuda.is_available()
@@ -55,3 +56,22 @@ def test_heads_out_of_a_wider_tensor(kernels):
 def test_a_kernel_that_deviates_is_found(kernels, monkeypatch):
     monkeypatch.setattr(kernels, "silu_mul", lambda x: fused.silu_mul_torch(x) * 1.01)
     assert fused.compare(kernels, DEVICE, torch.float32) == "silu_mul deviates"
+
+
+# Triton's interpreter multiplies the bits of bfloat16 as if they were integers.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *([torch.bfloat16] if HAS_CUDA else [])])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 16), (9, 3, 64), (2, 2, 24)])
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (11, None), (None, 4.0), (300, 9.0)])
+@pytest.mark.parametrize("block_size", [16, 256])
+def test_decode_attention(dtype, heads, kv_heads, head_dim, window, softcap, block_size):
+    shape = Shape(DEVICE, dtype, heads, kv_heads, head_dim, block_size, head_dim**-0.5, window, softcap, True)
+    assert check(TritonDecode(interpreted=True), shape) == ""
+
+
+def test_few_rows_are_split_and_many_are_not():
+    from runtime.cuda.decode import num_splits
+
+    assert num_splits(8, 8192) == 32
+    assert num_splits(8, 700) == 2
+    assert num_splits(256, 8192) == 1
+    assert num_splits(1000, 100) == 1
