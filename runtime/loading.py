@@ -119,6 +119,8 @@ class Loader:
             MemoryError: when not even one block of `num_layers` layers fits.
         """
         spec = self._open(load)
+        if self.queued is not None:
+            self.queued.drop_pool()
         page_bytes = load.block_size * spec.kv_bytes_per_token_layer()
         budget = load.kv_bytes
         if not budget and self.queued is not None:

@@ -303,6 +303,8 @@ class Member:
             if self._pacer is not None and sampled is not None:
                 self._pacer.hold_sampling(computed_s)
         ended_s = computed_s if sampled is None else self._clock()
+        if sampled is not None:
+            computed_s = min(stage.computed_s(begun_s, computed_s), ended_s)
         cpu_ns = self._tracer.cpu_ns() - cpu_ns
         self._limiter.ran(begun_s, ended_s)
         timing = HopTiming(

@@ -122,7 +122,14 @@ class Stage:
             if row.prompt_logprobs >= 0:
                 entries = _read_prompt(lm_head, hidden[starts[index] : starts[index + 1]], row)
                 found.prompt_logprobs.append((row.sequence, row.start, entries))
+        if not chosen and self._units.runner is not None:
+            self._units.runner.wait()  # the sampler, which would have, had nothing to do
         return found
+
+    def computed_s(self, begun_s: float, computed_s: float) -> float:
+        """When the layers of the step that was sampled were done: `computed_s`, or later where work is queued."""
+        seconds = self._units.runner.seconds() if self._units.runner is not None else None
+        return computed_s if seconds is None else max(computed_s, begun_s + seconds)
 
     def check_integrity(self) -> None:
         self.state.check_integrity()

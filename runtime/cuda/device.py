@@ -64,12 +64,17 @@ class Queued:
         log.info("left free of the KV pages: %d MiB", reserve.total >> 20)
         return kv_budget(free + cached, share, reserve)
 
-    def pool_made(self, pool: PagePool, spec: ModelSpec, implementation: str) -> None:
-        """Graphs from now on are over `pool`; those over another are dropped."""
+    def drop_pool(self) -> None:
+        """Let go of the pool, so that its memory is free for another."""
         if self.runner.graphs is not None:
             self.runner.graphs.clear()
+        self.runner.graphs, self._pool = None, None
+        torch.cuda.empty_cache()
+
+    def pool_made(self, pool: PagePool, spec: ModelSpec, implementation: str) -> None:
+        """Graphs from now on are over `pool`, the one before having been dropped."""
+        assert self._pool is None, "a worker has one pool"
         self._pool = pool
-        self.runner.graphs = None
         if implementation == "lean":
             buckets = self._buckets(spec, pool.block_size)
             sizes = (spec.num_layers, spec.hidden_size, pool.block_size, pool.data.dtype, self._device)
@@ -86,13 +91,18 @@ class Queued:
         graphs, pool = self.runner.graphs, self._pool
         if graphs is None or pool is None:
             return
+        torch.cuda.current_stream(self._device).synchronize()  # the weights are there, for whatever stream reads them
         count = graphs.capture(units, segments, pool.data, rest, is_cancelled)
         log.info("%d graphs captured, %d in all", count, len(graphs))
 
     def retain(self, layers: Iterable[int]) -> None:
-        """Only these layers' graphs stay; what was dropped is given back to the device, for who shares it."""
+        """Only these layers' graphs stay, and no pool without any; what was dropped is given back, for who shares the device."""
+        kept = set(layers)
+        if not kept:
+            self.drop_pool()
+            return
         if self.runner.graphs is not None:
-            self.runner.graphs.retain(layers)
+            self.runner.graphs.retain(kept)
         torch.cuda.empty_cache()
 
     def _buckets(self, spec: ModelSpec, block_size: int) -> Buckets:

@@ -11,6 +11,7 @@ What is never true: `run` waits for the device; the tensor that `run` returns st
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -37,6 +38,9 @@ class Runner:
         self.num_replayed = 0
         self.num_eager = 0
         self._device = device
+        self._marks: tuple[Any, Any] | None = None
+        if device.type == "cuda":
+            self._marks = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
 
     def run(
         self,
@@ -51,6 +55,35 @@ class Runner:
 
         `hidden` is what came from the hop before, anywhere; None at the first, which has the `embedding`.
         """
+        self._mark(0)
+        out = self._run(layers, units, planned, pool, hidden, embedding)
+        self._mark(1)
+        return out
+
+    def wait(self) -> None:
+        """Wait for what was queued."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+
+    def seconds(self) -> float | None:
+        """How long the last `run` took on the device, which has been waited for since; None where the caller's clock says it."""
+        return self._marks[0].elapsed_time(self._marks[1]) / 1e3 if self._marks is not None else None
+
+    def _mark(self, index: int) -> None:
+        if self._marks is not None:
+            self._marks[index].record(torch.cuda.current_stream(self._device))
+
+    def _run(
+        self,
+        layers: LayerRange,
+        units: Mapping[int, Layer],
+        planned: PlannedBatch,
+        pool: PagePool,
+        hidden: torch.Tensor | None,
+        embedding: Callable[[torch.Tensor], torch.Tensor] | None,
+    ) -> torch.Tensor:
+        if not len(layers):  # an end of the model may have none
+            return self._enter(hidden, embedding, planned)
         step = StepBatch(
             positions=torch.from_numpy(planned.positions),
             query_starts=planned.query_starts,
@@ -77,12 +110,25 @@ class Runner:
             return hidden.clone()
         if self.sends_device and hidden.nbytes >= DEVICE_TENSOR_BYTES:
             out = hidden.clone()
-            torch.cuda.current_stream(self._device).synchronize()
+            self.wait()
             return out
         out = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
         out.copy_(hidden, non_blocking=True)
-        torch.cuda.current_stream(self._device).synchronize()
+        self.wait()
         return out
+
+    def _enter(
+        self,
+        hidden: torch.Tensor | None,
+        embedding: Callable[[torch.Tensor], torch.Tensor] | None,
+        planned: PlannedBatch,
+        tokens: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The hidden state before the first layer; `tokens` are those of the step, if they are on the device already."""
+        if hidden is not None:
+            return hidden.to(self._device)
+        assert embedding is not None, "the first hop holds the embedding"
+        return embedding(upload(planned.tokens, self._device) if tokens is None else tokens)
 
     def _replay(
         self,
@@ -118,12 +164,7 @@ class Runner:
         embedding: Callable[[torch.Tensor], torch.Tensor] | None,
     ) -> torch.Tensor:
         tokens = attach(step, pool, tuple(layers), self._device, planned.tokens)
-        if hidden is None:
-            assert embedding is not None, "the first hop holds the embedding"
-            assert tokens is not None
-            hidden = embedding(tokens)
-        else:
-            hidden = hidden.to(self._device)
+        hidden = self._enter(hidden, embedding, planned, tokens)
         for layer in layers:
             hidden = units[layer](hidden, step, LayerKV(layer, pool.data, pool.page_of(layer)))
         return hidden

@@ -83,6 +83,8 @@ BATCHES = (1, 32)
 PROMPT_TOKENS = 128
 MOVED_LAYERS = 4
 COPY_BYTES = 1 << 30
+START_TIMEOUT_S = 1200.0
+"""Billions of random weights are made on the host."""
 
 
 @dataclass(frozen=True)
@@ -272,8 +274,11 @@ def _serve(
     num_layers = SHAPES[folder.name]["num_hidden_layers"]
     layout, other = layouts_for(num_layers, num_workers)
     arguments = ["--load-format", "dummy", "--dtype", args.dtype, "--device", args.device, "--no-prefix-cache"]
-    arguments += ["--kv-memory", args.kv_memory, "--max-context", "2048", "--threads", "1"]
-    fleet = Fleet(str(folder), max(num_workers, other.num_workers), arguments, log_folder)
+    arguments += ["--kv-memory", args.kv_memory, "--max-context", "2048"]
+    if args.device == "cpu":
+        arguments += ["--threads", "1"]
+    num_local = max(num_workers, other.num_workers)
+    fleet = Fleet(str(folder), num_local, arguments, log_folder, start_timeout_s=START_TIMEOUT_S)
     fleet.start(layout)
     try:
         return asyncio.run(_drive(fleet, layout, other, args))
@@ -367,7 +372,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--tokens", type=int, default=128, help="output tokens of a request")
     add("--changes", type=int, default=3, help="times there and back, for each number of workers")
     add("--settle", type=float, default=1.0, metavar="SECONDS", help="of load before a change begins")
-    add("--kv-memory", default="2G", help="of each worker")
+    add("--kv-memory", default="4G", help="of each worker")
     add("--copy-bytes", type=int, default=COPY_BYTES, help="for the bandwidth")
     add("--no-reference", action="store_true", help="leave transformers out")
     add("--out", type=Path, help="write the JSON here instead of to stdout")

@@ -17,10 +17,11 @@ from runtime.cuda.graphs import Graphs, StaticInputs
 from runtime.cuda.runner import Runner
 from runtime.cuda.spans import Bucket, Buckets, make_buckets, missing, spans_of, static_bytes
 from runtime.cuda.step import host_step, pad_decode
+from runtime.layout import Layout, Segment
 from runtime.messages import Row, Sampling, SequenceStart, StepPlan
 from runtime.model import lean
-from runtime.model.lean import LeanEmbedding, LeanLayer
-from runtime.stage import make_batch
+from runtime.model.lean import LeanEmbedding, LeanHead, LeanLayer
+from runtime.stage import Stage, Units, make_batch
 from runtime.stage_state import StageState
 
 CPU = torch.device("cpu")
@@ -99,7 +100,7 @@ class Side:
         return inputs.hidden[: len(planned.context_lens)].clone()
 
 
-def make_plans():
+def make_plans(sample=False):
     """Prompts of three sequences in chunks, mixed with decode rows, then decode steps alone."""
     rng = np.random.default_rng(4)
     lengths, blocks, used = {}, iter(rng.permutation(60).tolist()), {}
@@ -113,8 +114,8 @@ def make_plans():
             used[sequence] = used.get(sequence, 0) + needed
             new = [int(next(blocks)) for _ in range(needed)]
             tokens = rng.integers(0, 97, count).tolist()
-            begin = None if start else SequenceStart(count, Sampling(), new, [])
-            rows.append(Row(sequence, start, tokens, new if start else [], False, begin))
+            begin = None if start else SequenceStart(count, Sampling(seed=sequence), new, [])
+            rows.append(Row(sequence, start, tokens, new if start else [], sample and count == 1, begin))
         yield StepPlan(1, ordinal, 0, rows, [])
 
 
@@ -133,6 +134,36 @@ def test_padding_to_a_bucket_changes_no_row_and_no_page(model, rows, monkeypatch
         found = padded.by_inputs(plan, Bucket(rows, 64)) if is_decode else padded.by_runner(plan)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(padded.pool.data, exact.pool.data, atol=1e-5, rtol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("counts", [(3,), (1, 2), (0, 3)])
+def test_a_stage_with_a_runner_says_what_one_without_says(model, counts, monkeypatch):
+    """Two workers in a chain, sampling included; the first may hold the embedding alone."""
+    stops = np.cumsum(counts).tolist()
+    pieces = zip([0, *stops], stops, strict=False)
+    segments = tuple(Segment(f"w{i}", LayerRange(start, stop)) for i, (start, stop) in enumerate(pieces))
+    layout = Layout(1, 3, segments)
+    answers = []
+    for plain in (False, True):
+        side = Side(model, monkeypatch, plain=plain)
+        head = LeanHead(model.model.norm.weight, model.lm_head.weight, model.config.rms_norm_eps, "cpu", torch.float32)
+        units = Units(side.layers, side.embedding, head, Runner(CPU) if plain else None)
+        stages = []
+        for segment in segments:
+            pool = PagePool(200, BLOCK_SIZE, 2, 16, torch.float32, "cpu")
+            pool.hold(segment.layers)
+            stages.append(Stage(layout, segment.worker, units, pool, CPU))
+        tokens = []
+        with torch.inference_mode():
+            for plan in make_plans(sample=True):
+                hidden = None
+                for hop, stage in enumerate(stages):
+                    hidden = stage.run(plan, hop, hidden)
+                tokens.append(stages[-1].sample(hidden).tokens)
+                assert stages[-1].computed_s(1.0, 2.0) == 2.0
+        answers.append(tokens)
+    assert answers[0] == answers[1]
+    assert [len(tokens) for tokens in answers[0]] == [0, 1, 2, *[3] * 6, 1]
 
 
 def test_padding_repeats_the_row_that_costs_the_least(model, monkeypatch):
