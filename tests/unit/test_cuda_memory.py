@@ -35,7 +35,7 @@ def test_two_layers_can_always_arrive():
     buckets = make_buckets(64, 8192, 256)
     reserve = reserve_for(LLAMA_8B, buckets, 256)
     assert reserve.arriving == ARRIVING_LAYERS * 436_224_000
-    assert 2 * GIB < reserve.total < 5 * GIB, "a plausible part of a large device"
+    assert GIB < reserve.total < 5 * GIB, "a plausible part of a large device"
     assert reserve_for(LLAMA_8B, None, 256).total == reserve.total - reserve.graphs
 
 
