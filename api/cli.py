@@ -196,6 +196,11 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add("--load-format", choices=LOAD_FORMATS, default="safetensors", help="dummy: random weights from a config alone")
     add("--dtype", choices=DTYPES, default="auto")
     add("--device", default="auto", help="auto, cpu or cuda")
+    add(
+        "--device-tensors",
+        action="store_true",
+        help="let local workers on CUDA hand large hidden states from device to device, not by way of the host",
+    )
     add("--implementation", choices=IMPLEMENTATIONS, default="auto", help="of the decoder layers")
     add(
         "--quantize",
@@ -248,7 +253,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="KV pages per worker, as 512M or 2GiB; default: what is free",
     )
-    add("--block-size", type=_positive, default=16, metavar="TOKENS")
+    add("--block-size", type=_natural, default=0, metavar="TOKENS", help="of KV; default: 16, on CUDA 256")
     add(
         "--max-context",
         type=_natural,
@@ -338,6 +343,7 @@ def _serve_config(options: argparse.Namespace, environment: Mapping[str, str]) -
         allow_public_rpc=options.allow_public_rpc,
         dtype=options.dtype,
         device=options.device,
+        device_tensors=options.device_tensors,
         load_format=options.load_format,
         implementation=options.implementation,
         quantize=options.quantize,

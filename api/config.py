@@ -51,13 +51,16 @@ class ServeConfig:
 
     dtype: str = "auto"
     device: str = "auto"
+    device_tensors: bool = False
+    """Let local workers on CUDA hand large hidden states from device to device."""
     load_format: str = "safetensors"
     implementation: str = "auto"
     quantize: str = ""
     """ "int8": weights of the lean CPU layers and the LM head as 8-bit integers; empty: in the dtype."""
     kv_memory: int = 0
     """Bytes of KV pages per worker; 0: follow the memory that is free."""
-    block_size: int = 16
+    block_size: int = 0
+    """Positions of a KV block; 0: 16 on the CPU, 256 on CUDA, as FlashAttention 2 wants its pages."""
     max_context: int = 0
     """Tokens of prompt and output together; 0: what the model was trained for."""
     max_running: int = 256

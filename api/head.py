@@ -241,7 +241,7 @@ def _make_state(config: ServeConfig, spec: ModelSpec) -> SchedulerState:
         max_step_tokens=config.step_tokens,
         max_running=config.max_running,
         max_queue=config.max_queue,
-        block_size=config.block_size,
+        block_size=config.block_size or _default_block_size(config),
         prefix_cache=config.prefix_cache,
         tpot_goal_s=config.tpot_goal_s,
         cache_root=hashlib.blake2b(what.encode(), digest_size=16).digest(),
@@ -284,7 +284,14 @@ def _worker_args(config: ServeConfig, index: int) -> list[str]:
         args[-1] = "warning"
     if config.paces and config.paces[index]:
         args += ["--pace", config.paces[index]]
+    if config.device_tensors:
+        args.append("--device-tensors")
     return [*args, "--allow-public-rpc"] if config.allow_public_rpc else args
+
+
+def _default_block_size(config: ServeConfig) -> int:
+    on_cuda = config.device.startswith("cuda") or (config.device == "auto" and _num_cuda_devices() > 0)
+    return 256 if on_cuda else 16
 
 
 def _num_cuda_devices() -> int:

@@ -113,6 +113,13 @@ class PagePool:
         """
         return self._table[self._row_of[layer]]
 
+    def pages_of(self, layers: Sequence[int], block_ids: np.ndarray) -> np.ndarray:
+        """int32 ``[num_layers, *block_ids.shape]``: the pages of these blocks in several layers, all of which they have."""
+        rows = self._rows(layers).reshape(-1, *([1] * block_ids.ndim))
+        pages = self._table[rows, block_ids]
+        assert (pages != NO_PAGE).all(), "some of the blocks have no page"
+        return pages
+
     # -- blocks ---------------------------------------------------------------------------------------------
 
     def ensure(self, block_ids: np.ndarray | Sequence[BlockId], layers: Iterable[int] | None = None) -> int:

@@ -13,7 +13,7 @@ step replace those of a later one.
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -68,10 +68,19 @@ class Outgoing:
 
 
 class Incoming:
-    """The target's end: writes what arrives into its own pool, where `layers` are held already."""
+    """The target's end: writes what arrives into its own pool, where `layers` are held already.
 
-    def __init__(self, pool: PagePool, layers: Sequence[int]) -> None:
+    `to_device` brings a tensor to where the pool is; default: a plain copy.
+    """
+
+    def __init__(
+        self,
+        pool: PagePool,
+        layers: Sequence[int],
+        to_device: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
         assert len(layers), "a move of no layers"
+        self._to_device = to_device or (lambda tensor: tensor.to(pool.data.device))
         self._pool = pool
         self._layers = tuple(layers)
         self._newer = np.zeros((0, pool.block_size), dtype=bool)
@@ -116,7 +125,7 @@ class Incoming:
         self._pool.ensure(blocks, self._layers)
         pages = np.stack([self._pool.page_of(layer)[blocks] for layer in self._layers])
         device = self._pool.data.device
-        self._pool.data[_index(pages, device), :, _index(offsets, device)] = rows.to(device)
+        self._pool.data[_index(pages, device), :, _index(offsets, device)] = self._to_device(rows)
         self.mark_newer(blocks, offsets)
         self.row_bytes += rows.nbytes
 
@@ -144,15 +153,16 @@ class Incoming:
         known = blocks < len(self._newer)
         touched = np.zeros(len(blocks), dtype=bool)
         touched[known] = self._newer[blocks[known]].any(axis=1)
-        device = self._pool.data.device
+        device, num_bytes = self._pool.data.device, pages.nbytes
+        pages = self._to_device(pages)
         whole = _index(np.flatnonzero(~touched), device)
         for index, layer in enumerate(self._layers):
             mine = self._pool.page_of(layer)[blocks]
-            self._pool.data[_index(mine[~touched], device)] = pages[index, whole].to(device)
+            self._pool.data[_index(mine[~touched], device)] = pages[index, whole]
             for position in np.flatnonzero(touched):
                 older = _index(np.flatnonzero(~self._newer[blocks[position]]), device)
-                self._pool.data[int(mine[position])][:, older] = pages[index, int(position)][:, older].to(device)
-        self.page_bytes += pages.nbytes
+                self._pool.data[int(mine[position])][:, older] = pages[index, int(position)][:, older]
+        self.page_bytes += num_bytes
 
 
 def _verify(tensor: torch.Tensor, expected: int, what: str) -> None:

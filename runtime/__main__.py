@@ -52,6 +52,8 @@ class _Process:
         threads = args.threads or int(os.environ.get("OMP_NUM_THREADS", "1"))
         self._device = choose_device(args.device, threads, args.emulation)
         self._loader = Loader(self._device)
+        if args.device_tensors and self._loader.queued is not None:
+            self._loader.queued.runner.sends_device = True
         self._base = args.name or _default_name()
         self._turn = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         self._leaving = False
@@ -79,6 +81,7 @@ class _Process:
                         handler=handler,
                         on_lost=on_lost,
                         allow_public=self._args.allow_public_rpc,
+                        device=self._device.device.index if self._args.device_tensors else None,
                     )
                 )
                 log.info("ending: %s", reason)
@@ -118,6 +121,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--head", required=True, metavar="HOST:PORT", help="the head's rendezvous address")
     parser.add_argument("--name", default="", help="the worker's name (default: host and agent)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    parser.add_argument(
+        "--device-tensors", action="store_true", help="send large hidden states from CUDA device to CUDA device"
+    )
     parser.add_argument("--threads", type=int, default=0, help="compute threads (default: OMP_NUM_THREADS, or 1)")
     parser.add_argument("--pace", default="", help="emulate a slower device: a100, or prefill=1.0,decode=2.4")
     parser.add_argument("--allow-public-rpc", action="store_true", help="bind RPC to an address that is not loopback")

@@ -1,8 +1,9 @@
 """Paged attention: write this step's K and V into the pages, then attend over them.
 
 How it works: `attend` is what a decoder layer calls, whoever wrote the layer. On the CPU it hands over to the kernels
-in `runtime.kernels.paged`; everywhere else it gathers the pages of each row and calls torch's
-`scaled_dot_product_attention`. The second is plain torch on any device and any dtype, and the tests' second opinion.
+in `runtime.kernels.paged`, for a step that is there as tensors (`StepBatch.paged`) to a library of the device's
+(`runtime.cuda.attention`); everywhere else it gathers the pages of each row and calls torch's
+`scaled_dot_product_attention`. The last is plain torch on any device and any dtype, and the tests' second opinion.
 
 Positions of a row are consecutive and end at its context length; position p lives in block ``p // block_size`` of the
 row's block table, at offset ``p % block_size`` of that block's page. What is never true: attention never reads a
@@ -46,7 +47,11 @@ def attend(
         ``[T, num_heads, head_dim]`` in q's dtype.
     """
     begun_ns = perf_counter_ns() if len(batch.spent) else 0
-    if has_kernels(q.device, q.dtype) and q.shape[2] % 2 == 0:
+    if batch.paged is not None:
+        from runtime.cuda.attention import attend_paged
+
+        attended = attend_paged(q, k, v, batch.paged, kv, scale=scale, sliding_window=sliding_window, softcap=softcap)
+    elif has_kernels(q.device, q.dtype) and q.shape[2] % 2 == 0:
         attended = _attend_kernels(q, k, v, batch, kv, scale, sliding_window, softcap)
     else:
         attended = attend_torch(q, k, v, batch, kv, scale=scale, sliding_window=sliding_window, softcap=softcap)
@@ -164,7 +169,7 @@ def attend_torch(
         num_blocks = -(-context // kv.data.shape[2])
         gathered = kv.data[pages[r, :num_blocks]].transpose(0, 1).flatten(1, 2)[:, :context]
         keys, values = gathered.unbind(0)
-        out[first:stop] = _attend_row(q[first:stop], keys, values, scale, sliding_window, softcap)
+        out[first:stop] = attend_row(q[first:stop], keys, values, scale, sliding_window, softcap)
     return out
 
 
@@ -179,7 +184,7 @@ def write_pages_torch(k: torch.Tensor, v: torch.Tensor, batch: StepBatch, kv: La
     kv.data[token_pages, 1, offsets] = v
 
 
-def _attend_row(q, keys, values, scale, sliding_window, softcap):
+def attend_row(q, keys, values, scale, sliding_window, softcap):
     """One sequence: q ``[n, heads, dim]`` are the last n of the positions in keys and values ``[context, kv_heads, dim]``."""
     num_queries, context = len(q), len(keys)
     group = q.shape[1] // keys.shape[1]

@@ -33,6 +33,8 @@ class StepBatch:
     """Room for what is derived once per step (rotary tables, page tables, masks). Keys are the users' own."""
     spent: np.ndarray = field(default_factory=lambda: NOT_TIMED)
     """int64: where the nanoseconds of products and attention are added (`runtime.kernels.clock`); empty when nobody asks."""
+    paged: Any = None
+    """The step as tensors (`runtime.cuda.step.PagedStep`), on devices that have no kernels of ours; else None."""
 
     def __post_init__(self) -> None:
         if self.prompt_lens is None:

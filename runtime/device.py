@@ -34,7 +34,8 @@ class DeviceInfo:
         """Bytes in all and bytes free right now."""
         if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)
-            return total, free
+            cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            return total, free + cached
         memory = psutil.virtual_memory()
         return memory.total, memory.available
 

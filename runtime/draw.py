@@ -22,6 +22,7 @@ import numba
 import numpy as np
 import torch
 
+from runtime.cuda.step import upload
 from runtime.messages import Sampling
 
 _MASK = (1 << 64) - 1
@@ -161,30 +162,42 @@ def draw_with_tensors(
     logits: torch.Tensor, best: np.ndarray, samplings: Sequence[Sampling], keys: Sequence[int]
 ) -> list[int]:
     """What `draw` does where there is no host memory to loop over: the same tokens by tensor operations."""
+    there = torch.from_numpy(np.asarray(best, dtype=np.int64)).to(logits.device)
+    return draw_queued(logits, there, samplings, keys).tolist()
+
+
+def draw_queued(
+    logits: torch.Tensor, best: torch.Tensor, samplings: Sequence[Sampling], keys: Sequence[int]
+) -> torch.Tensor:
+    """As `draw`, with `best` and the result (int64 ``[M]``) on the device, which is not waited for.
+
+    Rows whose best logit is not finite get some token or other.
+    """
     num_rows, vocab = logits.shape
     at_once = max(1, _ELEMENTS_AT_ONCE // vocab)
-    winners = []
+    winners = [best[:0]]
     for start in range(0, num_rows, at_once):
         rows = slice(start, min(start + at_once, num_rows))
         winners.append(_draw_rows(logits[rows], best[rows], samplings[rows], keys[rows]))
-    return torch.cat(winners).tolist() if winners else []
+    return torch.cat(winners)
 
 
 def _draw_rows(
-    logits: torch.Tensor, best: np.ndarray, samplings: Sequence[Sampling], keys: Sequence[int]
+    logits: torch.Tensor, best: torch.Tensor, samplings: Sequence[Sampling], keys: Sequence[int]
 ) -> torch.Tensor:
     device, vocab = logits.device, logits.shape[1]
     table = [(max(s.temperature, _LEAST_TEMPERATURE), s.top_p, min(s.min_p, 1.0)) for s in samplings]
-    temperature, top_p, min_p = torch.tensor(table, dtype=torch.float64).T.contiguous().to(device).unsqueeze(-1)
-    top_k = torch.tensor([s.top_k if 0 < s.top_k < vocab else vocab for s in samplings])
-    top = logits.gather(1, torch.from_numpy(np.asarray(best, dtype=np.int64)).to(device).unsqueeze(-1))
+    temperature, top_p, min_p = upload(np.array(table, dtype=np.float64).T, device).unsqueeze(-1)
+    limits = np.array([s.top_k if 0 < s.top_k < vocab else vocab for s in samplings], dtype=np.int64)
+    top_k = upload(limits, device)
+    top = logits.gather(1, best.unsqueeze(-1))
     cut = top.double() + temperature * min_p.log()
     filters_mass = any(s.top_p < 1.0 for s in samplings)
-    longest = vocab if filters_mass else int(torch.where(top_k < vocab, top_k, 0).max())
+    longest = vocab if filters_mass else int(np.where(limits < vocab, limits, 0).max())
     if longest:
         values = logits.topk(longest, sorted=True).values
-        kth = values.gather(1, (top_k.to(device).unsqueeze(-1) - 1).clamp(max=longest - 1))
-        unlimited = (top_k >= vocab).to(device).unsqueeze(-1)
+        kth = values.gather(1, (top_k.unsqueeze(-1) - 1).clamp(max=longest - 1))
+        unlimited = (top_k >= vocab).unsqueeze(-1)
         cut = torch.where(unlimited, cut, torch.maximum(cut, kth.double()))
         if filters_mass:
             masses = ((values.double() - top) / temperature).exp()
@@ -199,7 +212,7 @@ def _draw_rows(
 def _exponentials(keys: Sequence[int], vocab: int, device: torch.device) -> torch.Tensor:
     """float64 ``[len(keys), vocab]``: the variates of `_race`. Products of int64 tensors wrap as those of uint64 do."""
     z = torch.arange(1, vocab + 1, device=device) * _signed(_GAMMA)
-    z = z + torch.tensor([_signed(key) for key in keys], device=device).unsqueeze(-1)
+    z = z + upload(np.array([_signed(key) for key in keys], dtype=np.int64), device).unsqueeze(-1)
     z = (z ^ _shift(z, 30)) * _signed(_MIX_1)
     z = (z ^ _shift(z, 27)) * _signed(_MIX_2)
     z = z ^ _shift(z, 31)

@@ -1,7 +1,8 @@
 """A worker's part in one transition: what it sends away, what it receives, and when a step must wait.
 
 All of it is driven by `runtime.member.Member` on one thread. The snapshot is read in slices between steps, each of about a
-millisecond; the member asks for them at its limiter's pace.
+millisecond; the member asks for them at its limiter's pace. On CUDA what is sent is gathered between steps too, and then
+copied to the host, checked and sent beside them (`runtime.cuda.copies`).
 """
 
 import math
@@ -14,6 +15,7 @@ import torch
 from kvstore.ids import Epoch, SequenceId, WorkerName
 from kvstore.page_pool import PagePool
 from kvstore.transfers import Incoming, Outgoing, checksum
+from runtime.cuda.copies import Copies
 from runtime.layout import Layout, Move
 from runtime.messages import Mirror, Pages, Prepare, StepPlan
 from runtime.stage_state import PlannedBatch
@@ -66,6 +68,8 @@ class Handover:
     transition: int
     source_epoch: Epoch
     layout: Layout
+    copies: Copies | None = None
+    """What carries tensors between the device and the host; None on the CPU."""
     sources: list[_Source] = field(default_factory=list)
     incoming: dict[int, Incoming] = field(default_factory=dict)
     is_open: bool = False
@@ -91,7 +95,8 @@ class Handover:
         if prepare.copies:
             self._leaving = [(i, move) for i, move in enumerate(prepare.moves) if move.source == worker]
             arriving = [(i, move) for i, move in enumerate(prepare.moves) if move.target == worker]
-            self.incoming = {index: Incoming(pool, tuple(move.layers)) for index, move in arriving}
+            to_device = self.copies.to_device if self.copies is not None else None
+            self.incoming = {index: Incoming(pool, tuple(move.layers), to_device) for index, move in arriving}
 
     def start_mirror(self, pool: PagePool, old: Layout, starts: dict[int, int]) -> list[tuple[int, int]]:
         """Mirror what leaves, from the steps that are due now at each hop of `old`; each such move with its first step."""
@@ -143,11 +148,27 @@ class Handover:
         blocks, offsets = planned.slots(due[0].outgoing.block_size)
         blocks_raw, offsets_raw = blocks.astype(np.int32).tobytes(), offsets.astype(np.int32).tobytes()
         for source in due:
-            rows = source.outgoing.rows(blocks, offsets)
-            message = Mirror(
-                self.transition, source.index, source.start, plan.ordinal, blocks_raw, offsets_raw, checksum(rows)
+            head = (self.transition, source.index, source.start, plan.ordinal, blocks_raw, offsets_raw)
+            self._send(
+                source, source.outgoing.rows(blocks, offsets), lambda check, head=head: Mirror(*head, check), send
             )
-            send(source.move.target, message, (rows,))
+
+    def _send(
+        self,
+        source: _Source,
+        tensor: torch.Tensor,
+        message: Callable[[int], Mirror | Pages],
+        send: SendPeer,
+    ) -> None:
+        """Send a tensor with the message that `message` makes of its checksum, when it is on the host."""
+
+        def there(host: torch.Tensor) -> None:
+            send(source.move.target, message(checksum(host)), (host,))
+
+        if self.copies is not None:
+            self.copies.to_host(tensor, there)
+        else:
+            there(tensor)
 
     def _block_size(self) -> int:
         return next(iter(self.incoming.values())).block_size
@@ -198,8 +219,8 @@ class Handover:
         job = self._jobs[0]
         blocks = job.blocks[job.next : job.next + job.blocks_per_slice]
         pages = job.source.outgoing.pages(blocks)
-        raw = blocks.astype(np.int32).tobytes()
-        send(job.source.move.target, Pages(self.transition, job.source.index, job.next, raw, checksum(pages)), (pages,))
+        head = (self.transition, job.source.index, job.next, blocks.astype(np.int32).tobytes())
+        self._send(job.source, pages, lambda check: Pages(*head, check), send)
         job.next += len(blocks)
         if job.next >= len(job.blocks):
             self._jobs.pop(0)

@@ -19,10 +19,12 @@ import numpy as np
 import psutil
 import torch
 
-from kvstore.ids import WorkerName
+from kvstore.ids import LayerRange, WorkerName
 from kvstore.page_pool import PagePool
 from runtime import attention, profile, sampling
 from runtime.batch import LayerKV, StepBatch
+from runtime.cuda.device import Queued
+from runtime.cuda.step import attach
 from runtime.device import DeviceInfo
 from runtime.exchange import FetchFailed, Importer, Sources
 from runtime.member import Pace, UnitKey
@@ -39,6 +41,7 @@ MIN_FREE_BYTES = 512 << 20
 """Left alone when the pool follows the memory that is free, and when a shadow is loaded."""
 _WARM_UP_ROWS = (1, 2, 3, 4, 8, 16)
 _WARM_UP_CHUNK = 64
+WARM_UP_BLOCK_SIZE = 16
 PIECE_S = 0.001
 """A loader that rests does so after this much work."""
 
@@ -50,7 +53,9 @@ class Loader:
     """The units of one worker (`runtime.member.UnitStore`). `on_shadow` is called in the shadow's thread."""
 
     def __init__(self, device: DeviceInfo) -> None:
-        self.units = Units({})
+        self.queued = Queued(device.device) if device.device.type == "cuda" else None
+        """The device's own part of loading, where its work is queued."""
+        self.units = Units({}, runner=self.queued.runner if self.queued is not None else None)
         self.weight_bytes = 0
         self.implementation = ""
         self.tracer = Tracer()
@@ -95,13 +100,17 @@ class Loader:
         progress(len(keys), "warming up")
         self._own_form()
         self._compile(spec)
-        warm_up(self.units, keys, spec, self._device.device)
+        warm_up(self.units, keys, spec, self._device.device, block_size=self._warm_up_block_size(load))
         if not self._is_profiled:
             self._is_profiled = True
-            points = profile.measure(self.units, spec, self._device.device)
+            points = profile.measure(self.units, spec, self._device.device, block_size=self._warm_up_block_size(load))
             emulation = self._device.emulation
             self.profile = points if emulation is None else [emulation.point(point) for point in points]
-        return self.make_pool(load, num_layers)
+        pool = self.make_pool(load, num_layers)
+        if self.queued is not None:
+            progress(len(keys), "capturing graphs")
+            self.queued.capture(self.units.layers, self._segments(load))
+        return pool
 
     def make_pool(self, load: Load, num_layers: int) -> PagePool:
         """A pool as large as was asked for, or as the free memory allows.
@@ -110,9 +119,14 @@ class Loader:
             MemoryError: when not even one block of `num_layers` layers fits.
         """
         spec = self._open(load)
+        if self.queued is not None:
+            self.queued.drop_pool()
         page_bytes = load.block_size * spec.kv_bytes_per_token_layer()
         budget = load.kv_bytes
-        if not budget:
+        if not budget and self.queued is not None:
+            assert self._builder is not None
+            budget = self.queued.budget(spec, load.block_size, load.memory_share, self._builder.implementation)
+        elif not budget:
             _, free = self._device.memory()
             budget = int((free - MIN_FREE_BYTES) * load.memory_share)
         num_pages = budget // page_bytes
@@ -122,7 +136,11 @@ class Loader:
                 f"{num_layers} layers needs {num_layers}. Raise --kv-memory or free memory on this host."
             )
         dtype = getattr(torch, spec.dtype)
-        return PagePool(num_pages, load.block_size, spec.num_kv_heads, spec.head_dim, dtype, self._device.device)
+        pool = PagePool(num_pages, load.block_size, spec.num_kv_heads, spec.head_dim, dtype, self._device.device)
+        if self.queued is not None:
+            assert self._builder is not None
+            self.queued.pool_made(pool, spec, self._builder.implementation)
+        return pool
 
     def retain(self, keys: Iterable[UnitKey]) -> None:
         keep = set(keys)
@@ -133,6 +151,8 @@ class Loader:
                 self.units.embedding = None
             if "lm_head" not in keep:
                 self.units.lm_head = None
+        if self.queued is not None:
+            self.queued.retain(key for key in keep if isinstance(key, int))
         self._count_bytes()
 
     def rss(self) -> int:
@@ -164,30 +184,41 @@ class Loader:
             thread.join()
 
     def _load_shadow(self, load: Load, keys: Sequence[UnitKey], transition: int, pace: Pace, token: int) -> None:
-        started_s, peer_bytes = time.perf_counter(), 0
+        started_s = time.perf_counter()
         if pace.is_idle:
             _give_way()
+        error: Exception | None = None
+        peer_bytes: int | None = 0
         try:
-            spec = self._open(load)
-            missing = [key for key in keys if self._get(key) is None]
-            self._check_room(spec, missing)
-            for key in missing:
-                from_peer = self._add_to_shadow(key, spec, pace, token)
-                if from_peer is None:
-                    return
-                peer_bytes += from_peer
-            self._count_bytes()
-            if pace.is_idle:
-                self._compile(spec)
-                warm_up(self.units, keys, spec, self._device.device, rest=self._rests(pace))
-            error = None
+            with self.queued.loading() if self.queued is not None else contextlib.nullcontext():
+                peer_bytes = self._load_units(load, keys, pace, token)
         except Exception as problem:
             log.exception("loading the shadow of transition %d failed", transition)
             error = problem
-        if token == self._shadow_token:
+        if token == self._shadow_token and peer_bytes is not None:
             self.on_shadow(transition, time.perf_counter() - started_s, peer_bytes, error)
 
-    def _add_to_shadow(self, key: UnitKey, spec: ModelSpec, pace: Pace, token: int) -> int | None:
+    def _load_units(self, load: Load, keys: Sequence[UnitKey], pace: Pace, token: int) -> int | None:
+        """Bytes that came from peers; None when the shadow was cancelled meanwhile."""
+        spec, peer_bytes = self._open(load), 0
+        missing = [key for key in keys if self._get(key) is None]
+        self._check_room(spec, missing)
+        for key in missing:
+            from_peer = self._add_to_shadow(key, load, spec, pace, token)
+            if from_peer is None:
+                return None
+            peer_bytes += from_peer
+        self._count_bytes()
+        if pace.is_idle:
+            self._compile(spec)
+            size = self._warm_up_block_size(load)
+            warm_up(self.units, keys, spec, self._device.device, rest=self._rests(pace), block_size=size)
+        if self.queued is not None:
+            segments, rest = self._segments(load), self._rests(pace)
+            self.queued.capture(self.units.layers, segments, rest, lambda: token != self._shadow_token)
+        return peer_bytes
+
+    def _add_to_shadow(self, key: UnitKey, load: Load, spec: ModelSpec, pace: Pace, token: int) -> int | None:
         """Bytes of the unit that came from a peer; None when the shadow was cancelled meanwhile."""
         assert self._builder is not None
         rest = self._builder.rest = self._rests(pace)
@@ -205,7 +236,8 @@ class Loader:
             self._set(key, unit)
         self._sources.measured(holder, unit.nbytes, time.perf_counter() - began_s)
         if not pace.is_idle:
-            warm_up(self.units, [key], spec, self._device.device, rows=(1, 4), rest=rest)
+            size = self._warm_up_block_size(load)
+            warm_up(self.units, [key], spec, self._device.device, rows=(1, 4), rest=rest, block_size=size)
         return unit.nbytes if holder is not None else 0
 
     def _rests(self, pace: Pace) -> Callable[[], None]:
@@ -220,6 +252,14 @@ class Loader:
                 mark_s = time.thread_time()
 
         return rest
+
+    def _segments(self, load: Load) -> list[LayerRange]:
+        """What the layout gives to this worker, a range for each hop."""
+        return [segment.layers for segment in load.layout.segments if segment.worker == self.importer.name]
+
+    def _warm_up_block_size(self, load: Load) -> int:
+        """Libraries for attention care for the size of a page; our own kernels do not, and a small one is cheaper."""
+        return load.block_size if self.queued is not None else WARM_UP_BLOCK_SIZE
 
     def _import(self, key: UnitKey, holder: WorkerName | None, token: int) -> Any:
         """The unit from the peer that holds it, when that is the faster way; else None."""
@@ -322,6 +362,7 @@ def warm_up(
     device: torch.device,
     rows: Sequence[int] = _WARM_UP_ROWS,
     rest: Callable[[], None] = lambda: None,
+    block_size: int = WARM_UP_BLOCK_SIZE,
 ) -> None:
     """Run the units `keys` on a few shapes, so that no kernel is compiled or planned inside a request.
 
@@ -331,8 +372,7 @@ def warm_up(
         sampling.warm_up()
     dtype = getattr(torch, spec.dtype)
     layers = [key for key in keys if isinstance(key, int)]
-    block_size = 16
-    num_blocks = max(*rows, _WARM_UP_CHUNK // block_size)
+    num_blocks = max(*rows, -(-_WARM_UP_CHUNK // block_size))
     pool = PagePool(num_blocks, block_size, spec.num_kv_heads, spec.head_dim, dtype, device)
     for count, length in [*((count, 1) for count in rows), (1, _WARM_UP_CHUNK)]:
         tables = np.arange(count * -(-length // block_size), dtype=np.int32).reshape(count, -1)
@@ -349,6 +389,8 @@ def warm_up(
             for layer in layers:
                 pool.hold([layer])
                 pool.ensure(tables.ravel())
+                if units.runner is not None:
+                    attach(batch, pool, (layer,), device)
                 hidden = units.layers[layer](hidden, batch, LayerKV(layer, pool.data, pool.page_of(layer)))
                 pool.drop([layer])
                 rest()

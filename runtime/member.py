@@ -21,6 +21,7 @@ from kvstore.ids import Epoch, WorkerName
 from kvstore.page_pool import PagePool, PoolExhausted
 from kvstore.transfers import TransferError
 from runtime.batch import NOT_TIMED
+from runtime.cuda.copies import Copies
 from runtime.exchange import Export
 from runtime.handover import Handover
 from runtime.kernels.clock import ATTENTION, LM_HEAD, NUM_PARTS, PRODUCTS
@@ -68,6 +69,8 @@ UnitKey: TypeAlias = int | str
 """A layer's index, "embedding" or "lm_head"."""
 Tensors: TypeAlias = Sequence[torch.Tensor]
 MAX_EARLY_MESSAGES = 10_000
+COPIES_POLL_S = 0.001
+"""How long to leave copies that are on their way alone when there are too many."""
 COMPUTE = "compute"
 """The track of what is traced here."""
 
@@ -141,6 +144,7 @@ class Member:
         clock: Callable[[], float],
         tracer: Tracer | None = None,
         pacer: Pacer | None = None,
+        copies: Copies | None = None,
     ) -> None:
         self._name = name
         self._device = device
@@ -150,6 +154,7 @@ class Member:
         self._tracer = tracer or Tracer()
         self._newest_run: Epoch = -1
         self._pacer = pacer
+        self._copies = copies
         self.pool: PagePool | None = None
         self._stages: dict[Epoch, Stage] = {}
         self._order: dict[tuple[Epoch, int], StepOrder[_Due]] = {}
@@ -298,6 +303,8 @@ class Member:
             if self._pacer is not None and sampled is not None:
                 self._pacer.hold_sampling(computed_s)
         ended_s = computed_s if sampled is None else self._clock()
+        if sampled is not None:
+            computed_s = min(stage.computed_s(begun_s, computed_s), ended_s)
         cpu_ns = self._tracer.cpu_ns() - cpu_ns
         self._limiter.ran(begun_s, ended_s)
         timing = HopTiming(
@@ -369,7 +376,7 @@ class Member:
         layout, load = prepare.load.layout, prepare.load
         old = self._stages.get(prepare.source_epoch)
         mine = layout.layers_of(self._name)
-        self._handover = handover = Handover(prepare.transition, prepare.source_epoch, layout)
+        self._handover = handover = Handover(prepare.transition, prepare.source_epoch, layout, self._copies)
         try:
             if self.pool is None:
                 self.pool = self._store.make_pool(load, max(1, len(mine)))
@@ -521,6 +528,9 @@ class Member:
         """Do one slice of what can be done between steps: weights that a peer asked for, then the snapshot."""
         began_s, bytes_per_s = self._clock(), math.inf
         if began_s < self._background_due_s:
+            return
+        if self._copies is not None and self._copies.is_full:
+            self._background_due_s = began_s + COPIES_POLL_S
             return
         if self._exports:
             what, num_bytes = "weights sent", self._send_weights()

@@ -19,6 +19,7 @@ import torch
 from kvstore.ids import LayerRange
 from kvstore.page_pool import PagePool
 from runtime.batch import LayerKV, StepBatch
+from runtime.cuda.step import attach
 from runtime.messages import ProfilePoint, Sampling
 from runtime.model.spec import ModelSpec
 from runtime.sampling import SamplingRow, sample
@@ -32,7 +33,11 @@ SAMPLED_ROWS = (1, 8, 32)
 
 
 def measure(
-    units: Units, spec: ModelSpec, device: torch.device, clock: Callable[[], float] = time.perf_counter
+    units: Units,
+    spec: ModelSpec,
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
+    block_size: int = BLOCK_SIZE,
 ) -> list[ProfilePoint]:
     """Seconds of each shape over the layers that are held, and of sampling if the LM head is."""
     layers = sorted(units.layers)
@@ -42,7 +47,7 @@ def measure(
     with torch.inference_mode():
         run = _run_of(layers)
         for shape in SHAPES if layers else ():
-            points.append(_time_layers(units, run, spec, device, shape, share_s, clock))
+            points.append(_time_layers(units, run, spec, device, shape, share_s, clock, block_size))
         if units.lm_head is not None:
             points += [_time_head(units, spec, device, rows, share_s, clock) for rows in SAMPLED_ROWS]
     return points
@@ -66,14 +71,15 @@ def _time_layers(
     shape: tuple[int, int, int],
     share_s: float,
     clock: Callable[[], float],
+    block_size: int,
 ) -> ProfilePoint:
     """The shape through as many of `layers` as half of its share allows; then once more through the same."""
     rows, tokens, context = shape
     context = min(context, spec.max_context)
     tokens = min(tokens, context)
-    blocks = -(-context // BLOCK_SIZE)
+    blocks = -(-context // block_size)
     dtype = getattr(torch, spec.dtype)
-    pool = PagePool(rows * blocks, BLOCK_SIZE, spec.num_kv_heads, spec.head_dim, dtype, device)
+    pool = PagePool(rows * blocks, block_size, spec.num_kv_heads, spec.head_dim, dtype, device)
     tables = np.arange(rows * blocks, dtype=np.int32).reshape(rows, blocks)
     positions = torch.arange(context - tokens, context, device=device).repeat(rows)
     batch = StepBatch(
@@ -90,6 +96,8 @@ def _time_layers(
         for count, layer in enumerate(chosen):
             pool.hold([layer])
             pool.ensure(tables.ravel())
+            if units.runner is not None:
+                attach(batch, pool, (layer,), device)
             began_s = clock()
             units.layers[layer](hidden, batch, LayerKV(layer, pool.data, pool.page_of(layer)))
             _wait_for(device)

@@ -93,6 +93,8 @@ class _Member(msgspec.Struct, frozen=True, array_like=True):
     name: str
     id: int
     address: str
+    device: int | None = None
+    """The CUDA device whose tensors it takes as they are, if any."""
 
 
 class _HeadCard(msgspec.Struct, frozen=True, array_like=True):
@@ -122,7 +124,8 @@ class Door:
         name: unique in the group: letters, digits, ``_``, ``:`` and ``-``, at most 127.
         head: "HOST:PORT" of the head's store. The head may give port 0 and read `address`.
         is_head: this process hosts the store and decides who is a member.
-        handler: called in an RPC thread with each message's payload and tensors (CPU, owned by the callee). For a
+        handler: called in an RPC thread with each message's payload and tensors (owned by the callee; one
+            on a device has an event `arrived`, to be waited for). For a
             `call` it returns the reply, or a `concurrent.futures.Future` of it when the reply takes time.
         on_lost: called once per member, in an RPC thread, when its connection ends. The head hears of every
             member, a member hears of the head only (also when it finds itself evicted).
@@ -130,6 +133,7 @@ class Door:
         timeout_s: how long a `send` may stay unacknowledged, and the default for `call`.
         join_timeout_s: limit on the constructor.
         allow_public: permits a head that is not on loopback.
+        device: the index of the CUDA device whose tensors travel as they are to members that have one too.
         listener: head only, what `address.listen` gave for this address: workers can then be started before the door.
 
     Raises:
@@ -151,6 +155,7 @@ class Door:
         ack_timeout_s: float = 2.0,
         allow_public: bool = False,
         listener: socket.socket | None = None,
+        device: int | None = None,
     ) -> None:
         global _door
         if not _NAME.fullmatch(name):
@@ -166,6 +171,7 @@ class Door:
         self._on_lost = on_lost
         self._timeout_s = timeout_s
         self._ack_timeout_s = ack_timeout_s
+        self._device = device
         self._lock = threading.RLock()
         self._peers: dict[str, _Peer] = {}
         self._out: set[int] = set()
@@ -206,10 +212,11 @@ class Door:
     ) -> None:
         """Hand a message to the network and return; the peer's handler runs some time later, or never.
 
-        CPU tensors only. Their memory must stay as it is until the message is out when they are larger than
-        `wire.INLINE_TENSOR_BYTES` (smaller ones are copied here). `on_error` gets a `PeerError` when the message was not
-        handled, up to some tenths of a second after that is known, in a thread of the door; or on this thread before `send`
-        returns when the peer is unknown. Nobody is told of messages to a peer that was evicted meanwhile.
+        Tensors on a device go by way of the host unless both ends were given a `device`. Their memory must stay as it is
+        until the message is out when they are larger than `wire.INLINE_TENSOR_BYTES` (smaller ones are copied here).
+        `on_error` gets a `PeerError` when the message was not handled, up to some tenths of a second after that is known, in
+        a thread of the door; or on this thread before `send` returns when the peer is unknown. Nobody is told of messages to
+        a peer that was evicted meanwhile.
 
         Raises:
             ValueError: the payload is too large or a tensor is of a kind that cannot travel.
@@ -360,8 +367,9 @@ class Door:
             self._note_reply,
             num_threads=num_threads,
             timeout_s=self._timeout_s,
+            device=self._device,
         )
-        return _Member(self.name, member_id, self._agent.address)
+        return _Member(self.name, member_id, self._agent.address, self._device)
 
     # -- what goes out --------------------------------------------------------------------------------------
 
@@ -377,7 +385,7 @@ class Door:
         self, peer: _Peer, kind: int, payload: bytes, tensors: Sequence[torch.Tensor], timeout_s: float
     ) -> torch.futures.Future:
         assert self._agent is not None
-        data, beside = wire.pack(peer.prefix, kind, payload, tensors)
+        data, beside = wire.pack(peer.prefix, kind, payload, self._agent.presentable(peer.handle, tensors))
         try:
             return self._agent.post(peer.handle, data, beside, timeout_s, answered_later=kind in _ANSWERED_LATER)
         except Gone as error:
@@ -527,7 +535,7 @@ class Door:
                     return
                 self._remove(known.member)
             assert self._agent is not None
-            handle = self._agent.add(member.name, member.id, member.address)
+            handle = self._agent.add(member.id, member.address, member.device)
             self._peers[member.name] = _Peer(member, handle, wire.address_prefix(self._group, member.id, self._id))
 
     def _remove(self, member: _Member) -> None:

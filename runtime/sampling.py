@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from runtime.draw import draw, noise_key
+from runtime.cuda.step import upload
+from runtime.draw import draw, draw_queued, noise_key
 from runtime.draw import warm_up as warm_up_draw
 from runtime.messages import Sampling, TokenLogprobs
 
@@ -93,6 +94,8 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> SampleOutput:
     if not rows:
         return SampleOutput([])
     logits = logits.detach().float()
+    if not logits.is_cpu:
+        return sample_queued(logits, rows)
     best, is_finite = _argmax(logits)
     tokens = best.tolist()
     failed = set() if is_finite.all() else set(np.flatnonzero(~is_finite).tolist())
@@ -102,6 +105,26 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> SampleOutput:
     for row in failed:
         tokens[row] = FAILED_TOKEN
     return SampleOutput(tokens, _sampled_logprobs(logits, rows, tokens), sorted(failed))
+
+
+def sample_queued(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> SampleOutput:
+    """As `sample`, of float32 logits on a device whose work is queued: everything is, and then it is waited for, once.
+
+    (Log-probabilities, for whom they were asked, wait again.)
+    """
+    largest, tokens = logits.max(1)
+    is_finite = torch.isfinite(largest)
+    special = [r for r, row in enumerate(rows) if not _is_plain_greedy(row)]
+    if special:
+        there = upload(np.array(special, dtype=np.int64), logits.device)
+        best, still_finite = _queue_special(logits, [rows[r] for r in special], there, tokens)
+        tokens = tokens.index_copy(0, there, best)
+        is_finite[there] &= still_finite
+    found, finite = torch.stack([tokens, is_finite.long()]).cpu().tolist()
+    failed = [r for r, fine in enumerate(finite) if not fine]
+    for row in failed:
+        found[row] = FAILED_TOKEN
+    return SampleOutput(found, _sampled_logprobs(logits, rows, found), failed)
 
 
 def prompt_logprobs(logits: torch.Tensor, targets: torch.Tensor | Sequence[int], top: int) -> list[TokenLogprobs]:
@@ -171,13 +194,36 @@ def _sample_special(
     return [special[i] for i in np.flatnonzero(~is_finite).tolist()]
 
 
+def _queue_special(
+    logits: torch.Tensor, chosen: Sequence[SamplingRow], there: torch.Tensor, tokens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens of the rows `chosen`, whose indices are `there`, and whether they have any; of them `tokens` are the likeliest."""
+    must_edit = any(_is_edited(row) for row in chosen)
+    if must_edit or len(chosen) < len(logits):
+        logits, tokens = logits.index_select(0, there), tokens.index_select(0, there)
+    is_finite = torch.ones_like(tokens, dtype=torch.bool)
+    if must_edit:
+        _edit(logits, chosen)
+        largest, tokens = logits.max(1)
+        is_finite = torch.isfinite(largest)
+    drawn = [i for i, row in enumerate(chosen) if row.sampling.temperature > 0.0]
+    if drawn:
+        where = upload(np.array(drawn, dtype=np.int64), logits.device)
+        if len(drawn) < len(chosen):
+            logits = logits.index_select(0, where)
+        keys = [noise_key(chosen[i].sampling.seed, chosen[i].token_index) for i in drawn]
+        best = draw_queued(logits, tokens.index_select(0, where), [chosen[i].sampling for i in drawn], keys)
+        tokens = tokens.index_copy(0, where, best)
+    return tokens, is_finite
+
+
 def _edit(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
     """Apply biases, bans and penalties to ``[len(rows), vocab]`` in place."""
     biases = [(i, token, bias) for i, row in enumerate(rows) for token, bias in row.sampling.logit_bias]
     if biases:
         at_row, at_token, bias = zip(*biases, strict=True)
         where = _where(logits, at_row, at_token)
-        logits.index_put_(where, torch.tensor(bias, dtype=torch.float32, device=logits.device), accumulate=True)
+        logits.index_put_(where, upload(np.array(bias, dtype=np.float32), logits.device), accumulate=True)
     bans = [
         (i, token)
         for i, row in enumerate(rows)
@@ -205,7 +251,7 @@ def _penalise(logits: torch.Tensor, penalised: list[tuple[int, SamplingRow]]) ->
     table = np.repeat(np.array(penalties, dtype=np.float32), lengths, axis=0)
     counts = np.concatenate([history.counts for history in histories])
     table = np.column_stack([table, counts]).T.copy()
-    repetition, frequency, presence, counts = torch.from_numpy(table).to(logits.device)
+    repetition, frequency, presence, counts = upload(table, logits.device)
     values = logits[where]
     values = torch.where(values > 0, values / repetition, values * repetition)
     logits[where] = values - frequency * counts - presence * (counts > 0)
@@ -214,10 +260,10 @@ def _penalise(logits: torch.Tensor, penalised: list[tuple[int, SamplingRow]]) ->
 def _where(
     logits: torch.Tensor, rows: Sequence[int] | np.ndarray, tokens: Sequence[int] | np.ndarray
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    index = torch.from_numpy(np.array([rows, tokens], dtype=np.int64))
-    assert not index.numel() or int(index[1].max()) < logits.shape[1], f"a token id is not below {logits.shape[1]}"
-    index = index.to(logits.device)
-    return index[0], index[1]
+    index = np.array([rows, tokens], dtype=np.int64)
+    assert not index.size or int(index[1].max()) < logits.shape[1], f"a token id is not below {logits.shape[1]}"
+    there = upload(index, logits.device)
+    return there[0], there[1]
 
 
 # -- log-probabilities ----------------------------------------------------------------------------------------

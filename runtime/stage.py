@@ -7,6 +7,7 @@ hidden state, or logits of the sampled rows and their tokens (last hop).
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter_ns
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,11 +15,15 @@ import torch
 from kvstore.ids import WorkerName
 from kvstore.page_pool import PagePool
 from runtime.batch import NOT_TIMED, LayerKV, StepBatch
+from runtime.cuda.step import upload
 from runtime.kernels.clock import LM_HEAD
 from runtime.layout import Layout
 from runtime.messages import Row, StepPlan, TokenLogprobs
 from runtime.sampling import SamplingRow, TokenHistory, prompt_logprobs, sample
 from runtime.stage_state import PlannedBatch, SequenceState, StageState
+
+if TYPE_CHECKING:
+    from runtime.cuda.runner import Runner
 
 
 @dataclass(slots=True)
@@ -28,6 +33,8 @@ class Units:
     layers: dict[int, Callable[[torch.Tensor, StepBatch, LayerKV], torch.Tensor]]
     embedding: Callable[[torch.Tensor], torch.Tensor] | None = None
     lm_head: Callable[[torch.Tensor], torch.Tensor] | None = None
+    runner: "Runner | None" = None
+    """What runs the layers on a device whose work is queued; None on the CPU, where `Stage` does."""
 
 
 @dataclass(slots=True)
@@ -67,6 +74,8 @@ class Stage:
         planned = self.state.plan_batch(plan)
         if planned.new_blocks:
             self.pool.ensure(planned.new_blocks)
+        if self._units.runner is not None:
+            return self._run_queued(self._units.runner, planned, hop, hidden)
         batch = self._batches.pop(plan.ordinal, None) or make_batch(planned, self._device)
         if hop != self._final_hop_here:
             self._batches[plan.ordinal] = batch
@@ -81,6 +90,16 @@ class Stage:
         self.planned = planned
         return hidden
 
+    def _run_queued(
+        self, runner: "Runner", planned: PlannedBatch, hop: int, hidden: torch.Tensor | None
+    ) -> torch.Tensor:
+        """As `run`; what goes on to another hop is on the host, and there, when this returns."""
+        layers, units = self.layout.segments[hop].layers, self._units
+        assert hop == 0 or hidden is not None, f"a step came to hop {hop} without its hidden state"
+        out = runner.run(layers, units.layers, planned, self.pool, hidden if hop else None, units.embedding)
+        self.planned = planned
+        return out if hop == self.layout.num_hops - 1 else runner.finish(out)
+
     def sample(self, hidden: torch.Tensor) -> Sampled:
         """The tokens of the step that `run` has just finished at the last hop; only sampled rows meet the LM head."""
         planned, lm_head = self.planned, self._units.lm_head
@@ -90,10 +109,12 @@ class Stage:
         chosen = [index for index, row in enumerate(rows) if row.sample]
         found = Sampled([], [], [], [])
         if chosen:
-            last = torch.from_numpy(starts[1:][chosen].astype(np.int64) - 1).to(hidden.device)
-            every_token = len(chosen) == len(hidden)
             begun_ns = perf_counter_ns()
-            logits = lm_head(hidden if every_token else hidden.index_select(0, last))
+            if len(chosen) < len(hidden):
+                last = upload(starts[1:][chosen].astype(np.int64) - 1, hidden.device)
+                logits = lm_head(hidden.index_select(0, last))
+            else:
+                logits = lm_head(hidden)
             if len(self.spent):
                 self.spent[LM_HEAD] += perf_counter_ns() - begun_ns
             self._choose(logits, [(rows[i], planned.sequences[i]) for i in chosen], found)
@@ -101,7 +122,14 @@ class Stage:
             if row.prompt_logprobs >= 0:
                 entries = _read_prompt(lm_head, hidden[starts[index] : starts[index + 1]], row)
                 found.prompt_logprobs.append((row.sequence, row.start, entries))
+        if not chosen and self._units.runner is not None:
+            self._units.runner.wait()  # the sampler, which would have, had nothing to do
         return found
+
+    def computed_s(self, begun_s: float, computed_s: float) -> float:
+        """When the layers of the step that was sampled were done: `computed_s`, or later where work is queued."""
+        seconds = self._units.runner.seconds() if self._units.runner is not None else None
+        return computed_s if seconds is None else max(computed_s, begun_s + seconds)
 
     def check_integrity(self) -> None:
         self.state.check_integrity()

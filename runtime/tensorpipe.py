@@ -9,6 +9,10 @@ All private API of `torch.distributed.rpc` that we use is here (written against 
 - **Nothing is pickled.** Torch pickles a function and its arguments at one end and unpickles them at the other, through
   three functions of its `internal` module that its C++ looks up when an agent starts. We put ours in their place
   (`_Hooks`): bytes that are no message of ours are refused, never unpickled.
+- **Tensors on a device**, when an agent is given one, travel by TensorPipe's CUDA channels. Which device of the peer they go
+  to is said by a map that an agent takes at its start and never again, by names; so the names here, unlike those that people
+  see, are made of a member's id and device (`_pipe_name`), and the map names members before they exist. Torch runs
+  a request on streams of its own, which it sets only after it has unpickled; so such a request is handled in `_Hooks.run`.
 - **Transport `uv` only.** Torch's default prefers `shm`, whose reactor spins: a whole core per process, idle or not.
 
 Never true: two agents in one process at a time; an agent that listens on another interface than it was given.
@@ -23,7 +27,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeAlias
 
@@ -41,6 +45,9 @@ from runtime.address import Unreachable, interface_of, is_same_interface
 log = logging.getLogger(__name__)
 
 Receive: TypeAlias = Callable[[bytes, list[torch.Tensor]], "bytes | torch.futures.Future[bytes]"]
+
+MAX_MAPPED_ID = 1024
+"""Members with larger ids get what is on a device by way of the host: the map of names has an end."""
 
 _GONE = re.compile(
     r"eof|refused|reset|broken pipe|closed|no longer running|unknown (destination )?worker|shutting down|"
@@ -70,6 +77,7 @@ class Agent:
         on_reply: called in an RPC thread with each reply that is more than `wire.ACK`.
         num_threads: RPC threads.
         timeout_s: unless a post gives its own.
+        device: the index of the CUDA device whose tensors may travel as they are; None for none.
     """
 
     def __init__(
@@ -82,21 +90,23 @@ class Agent:
         *,
         num_threads: int,
         timeout_s: float,
+        device: int | None = None,
     ) -> None:
         self.receive = receive
         self.on_reply = on_reply
         self._book = HashStore()
         # TensorPipe takes its address from this variable alone, once per process.
         os.environ["TP_SOCKET_IFNAME"] = interface_of(host)
-        options = torch_rpc.TensorPipeRpcBackendOptions(
-            num_worker_threads=num_threads, rpc_timeout=timeout_s, _transports=["uv"], _channels=["basic"]
-        )
+        self._device = device
+        self._takers: set[int] = set()
+        options = _options(num_threads, timeout_s, device)
+        pipe_name = _pipe_name(member_id, device)
         _Hooks.install(self)
         try:
             _init_autograd(0)  # a required call; the id is only used by distributed autograd
-            self._agent = TensorPipeAgent(self._book, name, member_id, None, options, {}, [])
+            self._agent = TensorPipeAgent(self._book, pipe_name, member_id, None, options, {}, _devices(device))
             rpc_api._init_rpc_states(self._agent)
-            self.address = self._book.get(f"addrs/{name}").decode()
+            self.address = self._book.get(f"addrs/{pipe_name}").decode()
             if not is_same_interface(self.address, host):
                 raise Unreachable(
                     f"TensorPipe listens on {self.address}, not on {host}; one process can serve one interface only"
@@ -105,12 +115,21 @@ class Agent:
             self.close()
             raise
 
-    def add(self, name: str, member_id: int, address: str) -> WorkerInfo:
-        """Know a member, which must not be known by that name; the handle for `post`."""
-        info = WorkerInfo(name, member_id)
-        self._book.set(f"addrs/{name}", address)
+    def add(self, member_id: int, address: str, device: int | None = None) -> WorkerInfo:
+        """Know a member, which must not be known by that id; the handle for `post`. `device` is its agent's."""
+        pipe_name = _pipe_name(member_id, device)
+        info = WorkerInfo(pipe_name, member_id)
+        self._book.set(f"addrs/{pipe_name}", address)
         self._agent._update_group_membership(info, [], {}, True)
+        if None not in (device, self._device) and member_id <= MAX_MAPPED_ID:
+            self._takers.add(member_id)
         return info
+
+    def presentable(self, info: WorkerInfo, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """`tensors` as this member can take them: those on a device on the host, unless there is a way between devices."""
+        if info.id in self._takers or all(tensor.is_cpu for tensor in tensors):
+            return tensors
+        return [tensor.cpu() for tensor in tensors]
 
     def remove(self, info: WorkerInfo) -> None:
         self._agent._update_group_membership(info, [], {}, False)
@@ -196,6 +215,33 @@ def outcome_of(done: torch.futures.Future) -> bytes:
     return wire.ACK if value is None else value
 
 
+def _pipe_name(member_id: int, device: int | None) -> str:
+    return f"m{member_id}" if device is None else f"m{member_id}-cuda{device}"
+
+
+def _devices(device: int | None) -> list[torch.device]:
+    return [] if device is None else [torch.device("cuda", device)]
+
+
+def _options(num_threads: int, timeout_s: float, device: int | None) -> torch_rpc.TensorPipeRpcBackendOptions:
+    """Of an agent whose device, if it has one, is mapped to the device of every member that there may ever be."""
+    channels = ["basic"]
+    maps: dict[str, Any] = {}
+    devices: list[Any] = [*_devices(device)]
+    if device is not None:
+        channels += ["cuda_ipc", "cuda_basic"]
+        theirs = range(torch.cuda.device_count())
+        maps = {_pipe_name(i, d): {device: d} for i in range(1, MAX_MAPPED_ID + 1) for d in theirs}
+    return torch_rpc.TensorPipeRpcBackendOptions(
+        num_worker_threads=num_threads,
+        rpc_timeout=timeout_s,
+        device_maps=maps,
+        devices=devices,
+        _transports=["uv"],
+        _channels=channels,
+    )
+
+
 def first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
@@ -219,6 +265,24 @@ class _Handled:
 
 
 _ACKNOWLEDGED = _Handled(wire.ACK)
+
+
+class _Arriving:
+    """A request with tensors on a device, to be handled on the streams on which they arrive."""
+
+    __slots__ = ("data", "tensors")
+
+    def __init__(self, data: bytes, tensors: list[torch.Tensor]) -> None:
+        self.data = data
+        self.tensors = tensors
+
+    def handle(self, agent: Agent) -> Any:
+        for tensor in self.tensors:
+            if tensor.is_cuda:
+                event = torch.cuda.Event()
+                event.record(torch.cuda.current_stream(tensor.device))
+                tensor.arrived = event  # type: ignore[attr-defined]
+        return agent.receive(self.data, self.tensors)
 
 
 class _Hooks:
@@ -252,11 +316,16 @@ class _Hooks:
             return data
         if agent is None:
             return _Handled(wire.STRANGER)
+        if any(tensor.is_cuda for tensor in tensors):
+            return _Arriving(data, tensors)
         reply = agent.receive(data, tensors)
         return _ACKNOWLEDGED if reply is wire.ACK else _Handled(reply)
 
     @staticmethod
     def run(handled: Any) -> Any:
+        if isinstance(handled, _Arriving):
+            agent = _Hooks.agent
+            return wire.STRANGER if agent is None else handled.handle(agent)
         return handled.reply if isinstance(handled, _Handled) else wire.REFUSED
 
     @staticmethod

@@ -73,7 +73,7 @@ def pack(prefix: bytes, kind: int, payload: bytes, tensors: Sequence[torch.Tenso
     """The message's bytes, and the tensors that travel beside it.
 
     Raises:
-        ValueError: the payload is too large, or a tensor is not on the CPU or of a kind that cannot travel.
+        ValueError: the payload is too large, or a tensor is of a kind, or on a device, that cannot travel.
     """
     if len(payload) > MAX_PAYLOAD_BYTES:
         raise ValueError(f"a payload of {len(payload)} bytes; the limit is {MAX_PAYLOAD_BYTES}: send tensors beside it")
@@ -83,12 +83,12 @@ def pack(prefix: bytes, kind: int, payload: bytes, tensors: Sequence[torch.Tenso
     inline: list[bytes] = []
     beside: list[torch.Tensor] = []
     for tensor in tensors:
-        if tensor.device.type != "cpu":
+        if tensor.device.type not in ("cpu", "cuda"):
             raise ValueError(f"a tensor on {tensor.device} cannot travel; move it to the CPU first")
         code = _DTYPE_INDEX.get(tensor.dtype)
         if code is None:
             raise ValueError(f"a tensor of {tensor.dtype} cannot travel; supported: {', '.join(map(str, _DTYPES))}")
-        if tensor.nbytes > INLINE_TENSOR_BYTES:
+        if tensor.nbytes > INLINE_TENSOR_BYTES or tensor.is_cuda:
             table.append(None)
             beside.append(tensor.detach().contiguous())
             continue

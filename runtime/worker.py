@@ -119,7 +119,8 @@ class Worker:
         self._process = psutil.Process()
         self._tracer = loader.tracer = Tracer()
         pacer = device.pacer(time.perf_counter)
-        self._member = Member(name, device.device, loader, self, time.perf_counter, self._tracer, pacer)
+        copies = loader.queued.copies if loader.queued is not None else None
+        self._member = Member(name, device.device, loader, self, time.perf_counter, self._tracer, pacer, copies)
         loader.on_shadow = lambda *built: self._put(_ShadowBuilt(*built))
         loader.importer.name = name
         loader.importer.send = lambda peer, fetch: self.to_peer(peer, fetch, ())
@@ -132,6 +133,8 @@ class Worker:
             HeadLost: when the head went away.
             StepError: when a step failed.
         """
+        if self._loader.queued is not None:
+            self._loader.queued.settle_thread()
         self._door = door = make_door(self._arrived, lambda name: self._head_lost(f"{name} is gone"))
         try:
             welcome = self._join(door)

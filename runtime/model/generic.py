@@ -77,7 +77,7 @@ class GenericModel:
     def _materialise(
         self, module: nn.Module, weights: Weights, unit: Unit, given: Mapping[str, torch.Tensor] | None = None
     ) -> nn.Module:
-        state = dict(given or {})
+        state = {name: tensor.to(self.device) for name, tensor in (given or {}).items()}
         wanted = {name: tensor for name, tensor in module.state_dict().items() if name not in state}
         if wanted:
             state.update(self._collect(wanted, weights, unit, without=tuple(state)))

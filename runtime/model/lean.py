@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from runtime import attention
 from runtime.attention import attend, attention_scratch, pool_storage, step_arrays
 from runtime.batch import LayerKV, StepBatch
+from runtime.cuda import fused
 from runtime.kernels import has_kernels, storage
 from runtime.kernels.layer import decoder_layer, rms_norm
 from runtime.kernels.products import PANEL, PLAIN, ROW_BLOCK, pack, pack_gate_up, pack_gate_up_int8, pack_int8, product
@@ -112,12 +113,17 @@ class LeanLayer:
         self.sliding_window = _sliding_window(config, layer_index)
         self.eps = config.rms_norm_eps
         self.rotary = Rotary(config, self.device)
-        self.parts = dict(parts)
+        self.parts = {name: part.to(self.device) for name, part in parts.items()}
         self._has_kernels = has_kernels(self.device, dtype)
         if self._has_kernels:
             self._kernel_weights = self._make_kernel_weights()
             self._tiles = tile_address(storage(torch.empty(0, dtype=dtype)).dtype)
             self._product_tiles = _tiles_for(self.parts["o"], dtype)
+
+    @property
+    def captures(self) -> bool:
+        """Whether a decode step through it may be captured in a graph: everything that it reads is on the device."""
+        return not self._has_kernels
 
     @property
     def nbytes(self) -> int:
@@ -193,18 +199,21 @@ class LeanLayer:
 
     def _run_torch(self, hidden: torch.Tensor, batch: StepBatch, kv: LayerKV) -> torch.Tensor:
         num_tokens, head_dim, parts = len(hidden), self.head_dim, self.parts
-        x = _rms_norm(hidden, parts["norm.input"], self.eps)
+        x = fused.rms_norm(hidden, parts["norm.input"], self.eps)
         qkv = F.linear(x, parts["qkv"], parts.get("bias.qkv")).view(num_tokens, -1, head_dim)
-        q, k, v = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        if "norm.q" in parts:
-            q, k = _rms_norm(q, parts["norm.q"], self.eps), _rms_norm(k, parts["norm.k"], self.eps)
         cos, sin = self.rotary.tables(batch)
-        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        sizes = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
+        if "norm.q" in parts:
+            q, k, v = qkv.split(sizes, dim=1)
+            q = fused.rotate(fused.rms_norm(q, parts["norm.q"], self.eps), cos, sin)
+            k = fused.rotate(fused.rms_norm(k, parts["norm.k"], self.eps), cos, sin)
+        else:
+            v = qkv[:, -self.num_kv_heads :]
+            q, k = fused.rotate(qkv[:, : -self.num_kv_heads], cos, sin).split(sizes[:2], dim=1)
         attended = attend(q, k, v, batch, kv, scale=self.scale, sliding_window=self.sliding_window)
-        hidden = hidden + F.linear(attended.reshape(num_tokens, -1), parts["o"], parts.get("bias.o"))
-        x = _rms_norm(hidden, parts["norm.post_attention"], self.eps)
-        gate, up = F.linear(x, parts["gate_up"]).chunk(2, dim=-1)
-        return hidden + F.linear(F.silu(gate) * up, parts["down"])
+        x = F.linear(attended.reshape(num_tokens, -1), parts["o"], parts.get("bias.o"))
+        hidden, x = fused.add_rms_norm(x, hidden, parts["norm.post_attention"], self.eps)
+        return hidden + F.linear(fused.silu_mul(F.linear(x, parts["gate_up"])), parts["down"])
 
 
 class LeanEmbedding:
@@ -265,7 +274,7 @@ class LeanHead:
     ) -> None:
         self.device, self.dtype, self.eps = torch.device(device), dtype, eps
         self.vocab_size = vocab_size
-        self.parts = dict(parts)
+        self.parts = {name: part.to(self.device) for name, part in parts.items()}
         self._has_kernels = has_kernels(self.device, dtype)
         if self._has_kernels:
             self._weight = parts["weight"].numpy()
@@ -278,7 +287,7 @@ class LeanHead:
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         if not self._has_kernels:
-            return F.linear(_rms_norm(hidden, self.parts["norm"], self.eps), self.parts["weight"]).float()
+            return F.linear(fused.rms_norm(hidden, self.parts["norm"], self.eps), self.parts["weight"]).float()
         normed = storage(torch.empty_like(hidden, memory_format=torch.contiguous_format))
         rms_norm(storage(hidden.contiguous()), 0, len(hidden), self._norm_floats, np.float32(self.eps), normed)
         logits = torch.empty(len(hidden), self.vocab_size)
@@ -450,15 +459,3 @@ def _sliding_window(config: Any, layer_index: int) -> int | None:
     if layer_types and layer_types[layer_index] == "sliding_attention":
         return config.sliding_window
     return None
-
-
-def _rms_norm(x: torch.Tensor, weight: Any, eps: float) -> torch.Tensor:
-    wide = x.float()
-    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x ``[T, heads, head_dim]`` rotated by the tables, in float32."""
-    low, high = x.float().chunk(2, dim=-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)

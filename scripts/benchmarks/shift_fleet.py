@@ -13,7 +13,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +66,20 @@ def parse_layout(text: str) -> LayoutSpec:
 class Fleet:
     """One server with `num_workers` local workers of one thread each, started anew when a strategy asks for it."""
 
-    def __init__(self, model: str, num_workers: int, arguments: Sequence[str], log_folder: Path) -> None:
+    def __init__(
+        self,
+        model: str,
+        num_workers: int,
+        arguments: Sequence[str],
+        log_folder: Path,
+        *,
+        start_timeout_s: float = 180.0,
+    ) -> None:
         self._model = model
         self._num_workers = num_workers
         self._arguments = list(arguments)
         self._log_folder = log_folder
+        self._start_timeout_s = start_timeout_s
         self._num_starts = 0
         self._server: Server | None = None
         self.layout: LayoutSpec | None = None
@@ -95,6 +104,7 @@ class Fleet:
         counts = [count for _, count in layout.stages]
         arguments = ["--layers", ",".join(map(str, counts)), "--local-workers", str(self._num_workers)]
         arm = midflight_arm("midflight", self._model, [*arguments, *self._arguments])
+        arm = replace(arm, start_timeout_s=self._start_timeout_s)
         self._num_starts += 1
         self._server = Server(arm, self._log_folder / f"server-{self._num_starts}.log")
         self._server.start()

@@ -16,7 +16,7 @@ def run(handover: Handover, epoch: int, sequence: int, begun_s: float, ended_s: 
     begin = SequenceStart(1, Sampling(), [], []) if flips else None
     plan = StepPlan(epoch, 0, 0, [Row(sequence, 0, [1], [], True, begin)], [])
     none = np.empty(0, dtype=np.int64)
-    planned = PlannedBatch(plan, none, none, none, none, none, [])
+    planned = PlannedBatch(plan, none, none, none, none, none, none, [])
     handover.ran(plan, planned, 0, begun_s, ended_s, lambda *_: pytest.fail("nothing is mirrored"))
 
 

@@ -1,0 +1,76 @@
+"""Tensors between the device and the host beside the steps: on a stream of low priority, in pinned memory.
+
+How it works: `to_host` lets the side stream wait for what the calling thread has queued so far, copies there, and hands the
+tensor to a thread that waits for the copy and then goes on with it (checksum, sending). `to_device` copies on the side
+stream and lets the caller's stream wait for that. Neither waits on the host. What reads and writes pages stays on the
+caller's stream: a gather into a tensor of its own before `to_host`, a scatter after `to_device`.
+
+What is never true: two tensors are handed on in another order than they came in; more than about `LIMIT_BYTES` are on
+their way to the host when the caller asks `is_full` first.
+"""
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+LIMIT_BYTES = 64 << 20
+
+
+class Copies:
+    """One per worker; called by the thread that computes. Needs CUDA."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._queue: queue.SimpleQueue[tuple[torch.Tensor, Any, Callable[[torch.Tensor], None]]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._pending_bytes = 0
+        self._error: Exception | None = None
+        threading.Thread(target=self._hand_on, name="copies", daemon=True).start()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether what is on its way to the host should get there before more is."""
+        return self._pending_bytes > LIMIT_BYTES
+
+    def to_host(self, tensor: torch.Tensor, then: Callable[[torch.Tensor], None]) -> None:
+        """Call ``then(copy)``, in a thread of our own, when a copy of `tensor` is on the host.
+
+        Raises:
+            RuntimeError: an earlier `then` or copy failed.
+        """
+        if self._error is not None:
+            raise RuntimeError(f"a copy to the host failed: {self._error}") from self._error
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        done = torch.cuda.Event(blocking=True)
+        with torch.cuda.stream(self._stream):
+            host.copy_(tensor, non_blocking=True)
+            done.record(self._stream)
+        tensor.record_stream(self._stream)
+        with self._lock:
+            self._pending_bytes += tensor.nbytes
+        self._queue.put((host, done, then))
+
+    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy of a host tensor, to be used on the current stream."""
+        current = torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self._stream):
+            there = tensor.pin_memory().to(self._device, non_blocking=True)
+        current.wait_stream(self._stream)
+        there.record_stream(current)
+        return there
+
+    def _hand_on(self) -> None:
+        while True:
+            host, done, then = self._queue.get()
+            try:
+                done.synchronize()
+                then(host)
+            except Exception as error:  # told to the next caller, which ends the worker
+                self._error = error
+            with self._lock:
+                self._pending_bytes -= host.nbytes

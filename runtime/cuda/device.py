@@ -1,0 +1,131 @@
+"""What a loader does besides on CUDA: streams for its thread, graphs for the pool it made, memory left free.
+
+One `Queued` per worker. The loader calls it where something is loaded, made or dropped; on the CPU there is none.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from kvstore.ids import LayerRange
+from kvstore.page_pool import PagePool
+from runtime.cuda.attention import Shape, choose
+from runtime.cuda.copies import Copies
+from runtime.cuda.graphs import Graphs
+from runtime.cuda.memory import kv_budget, reserve_for
+from runtime.cuda.runner import Runner
+from runtime.cuda.spans import MAX_ROWS, Buckets, make_buckets
+from runtime.model.spec import ModelSpec
+
+log = logging.getLogger("midflight.worker")
+
+GATHER_BYTES = 256 << 20
+"""The copy of keys and values that one layer of a captured step may make, where attention needs one."""
+
+
+class Queued:
+    """The device's side of one worker's loader."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.runner = Runner(device)
+        self.copies = Copies(device)
+        self._device = device
+        self._pool: PagePool | None = None
+        self._side: Any = None
+        self._compute: Any = None
+
+    def settle_thread(self) -> None:
+        """The calling thread computes: what it queues goes before what others queue."""
+        torch.cuda.set_device(self._device)
+        if (
+            self._compute is None
+        ):  # the same for every head that this process ever serves: weights and pages are its own
+            self._compute = torch.cuda.Stream(self._device, priority=-1)
+        torch.cuda.set_stream(self._compute)
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """What runs within is a loader's thread's: beside the steps, and done when this ends."""
+        if self._side is None:
+            self._side = torch.cuda.Stream(self._device)
+        with torch.cuda.device(self._device), torch.cuda.stream(self._side):
+            yield
+            self._side.synchronize()
+
+    def budget(self, spec: ModelSpec, block_size: int, share: float, implementation: str) -> int:
+        """Bytes for a page pool, the weights being loaded."""
+        buckets = self._buckets(spec, block_size) if implementation == "lean" else None
+        free, _ = torch.cuda.mem_get_info(self._device)
+        cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        reserve = reserve_for(spec, buckets, block_size)
+        log.info("left free of the KV pages: %d MiB", reserve.total >> 20)
+        return kv_budget(free + cached, share, reserve)
+
+    def drop_pool(self) -> None:
+        """Let go of the pool, so that its memory is free for another."""
+        if self.runner.graphs is not None:
+            self.runner.graphs.clear()
+        self.runner.graphs, self._pool = None, None
+        torch.cuda.empty_cache()
+
+    def pool_made(self, pool: PagePool, spec: ModelSpec, implementation: str) -> None:
+        """Graphs from now on are over `pool`, the one before having been dropped."""
+        assert self._pool is None, "a worker has one pool"
+        self._pool = pool
+        if implementation == "lean":
+            buckets = self._buckets(spec, pool.block_size)
+            sizes = (spec.num_layers, spec.hidden_size, pool.block_size, pool.data.dtype, self._device)
+            self.runner.graphs = Graphs(buckets, *sizes, page_shape=tuple(pool.data.shape[1:]))
+
+    def capture(
+        self,
+        units: dict[int, Any],
+        segments: Sequence[LayerRange],
+        rest: Callable[[], None] = lambda: None,
+        is_cancelled: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Capture what steps over `segments` will replay and is not there yet."""
+        graphs, pool = self.runner.graphs, self._pool
+        if graphs is None or pool is None:
+            return
+        torch.cuda.current_stream(self._device).synchronize()  # the weights are there, for whatever stream reads them
+        count = graphs.capture(units, segments, pool.data, rest, is_cancelled)
+        log.info("%d graphs captured, %d in all", count, len(graphs))
+
+    def retain(self, layers: Iterable[int]) -> None:
+        """Only these layers' graphs stay, and no pool without any; what was dropped is given back, for who shares the device."""
+        kept = set(layers)
+        if not kept:
+            self.drop_pool()
+            return
+        if self.runner.graphs is not None:
+            self.runner.graphs.retain(kept)
+        torch.cuda.empty_cache()
+
+    def _buckets(self, spec: ModelSpec, block_size: int) -> Buckets:
+        dtype = getattr(torch, spec.dtype)
+        windows = set(spec.layer_windows) or {spec.sliding_window}
+        backends = [
+            choose(
+                Shape(
+                    device=self._device,
+                    dtype=dtype,
+                    num_heads=spec.num_heads,
+                    num_kv_heads=spec.num_kv_heads,
+                    head_dim=spec.head_dim,
+                    block_size=block_size,
+                    scale=spec.head_dim**-0.5,
+                    sliding_window=window,
+                    is_decode=True,
+                    must_capture=True,
+                )
+            )
+            for window in windows
+        ]
+        most = None
+        if any(backend.reads_all for backend in backends):
+            most = GATHER_BYTES // spec.kv_bytes_per_token_layer()
+        return make_buckets(MAX_ROWS, spec.max_context, block_size, most)

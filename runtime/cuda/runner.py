@@ -1,0 +1,170 @@
+"""Runs the layers of a hop on a device whose work is queued: by graphs where a step allows it, else layer by layer.
+
+How it works: `run` takes what the host planned and the hidden state wherever it is, uploads the step's numbers in one copy,
+and queues everything on the current stream. A decode step whose bucket has been captured is replayed; prompts, mixed
+steps and layers that cannot be captured run eagerly. `finish` brings the hidden state that leaves this worker to pinned
+memory and waits for it, which is the step's one wait (on the last hop that wait is the sampler's).
+
+It works on any device, without graphs on all but CUDA; the tests run it on the CPU.
+
+What is never true: `run` waits for the device; the tensor that `run` returns stays as it is after the next `run`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from kvstore.ids import LayerRange
+from kvstore.page_pool import PagePool
+from runtime.batch import LayerKV, StepBatch
+from runtime.cuda.graphs import Graphs
+from runtime.cuda.spans import Bucket
+from runtime.cuda.step import attach, host_step, upload
+from runtime.stage_state import PlannedBatch
+
+DEVICE_TENSOR_BYTES = 1 << 20
+"""Smaller hidden states are faster by way of the host: channels between devices take several messages for each tensor."""
+Layer = Callable[[torch.Tensor, StepBatch, LayerKV], torch.Tensor]
+
+
+class Runner:
+    """One per worker; the compute thread's, but for `graphs`, which the loader's thread may fill meanwhile."""
+
+    def __init__(self, device: torch.device, graphs: Graphs | None = None) -> None:
+        self.graphs = graphs
+        self.sends_device = False
+        """Whether the door takes tensors on the device; large hidden states then leave as they are."""
+        self.num_replayed = 0
+        self.num_eager = 0
+        self._device = device
+        self._marks: tuple[Any, Any] | None = None
+        if device.type == "cuda":
+            self._marks = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+
+    def run(
+        self,
+        layers: LayerRange,
+        units: Mapping[int, Layer],
+        planned: PlannedBatch,
+        pool: PagePool,
+        hidden: torch.Tensor | None,
+        embedding: Callable[[torch.Tensor], torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """The hidden state after `layers`, ``[T, hidden]`` on the device, until the next call.
+
+        `hidden` is what came from the hop before, anywhere; None at the first, which has the `embedding`.
+        """
+        self._mark(0)
+        out = self._run(layers, units, planned, pool, hidden, embedding)
+        self._mark(1)
+        return out
+
+    def wait(self) -> None:
+        """Wait for what was queued."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+
+    def seconds(self) -> float | None:
+        """How long the last `run` took on the device, which has been waited for since; None where the caller's clock says it."""
+        return self._marks[0].elapsed_time(self._marks[1]) / 1e3 if self._marks is not None else None
+
+    def _mark(self, index: int) -> None:
+        if self._marks is not None:
+            self._marks[index].record(torch.cuda.current_stream(self._device))
+
+    def _run(
+        self,
+        layers: LayerRange,
+        units: Mapping[int, Layer],
+        planned: PlannedBatch,
+        pool: PagePool,
+        hidden: torch.Tensor | None,
+        embedding: Callable[[torch.Tensor], torch.Tensor] | None,
+    ) -> torch.Tensor:
+        if not len(layers):  # an end of the model may have none
+            return self._enter(hidden, embedding, planned)
+        step = StepBatch(
+            positions=torch.from_numpy(planned.positions),
+            query_starts=planned.query_starts,
+            context_lens=planned.context_lens,
+            block_tables=planned.block_tables,
+        )
+        if hidden is not None and (arrived := getattr(hidden, "arrived", None)) is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_event(arrived)
+            hidden.record_stream(current)
+        is_decode = len(planned.positions) == len(planned.context_lens)
+        if self.graphs is not None and is_decode and not self.graphs.why_not:
+            context = int(planned.context_lens.max(initial=1))
+            bucket = self.graphs.find(layers, len(planned.context_lens), context, units, pool.data)
+            if bucket is not None:
+                self.num_replayed += 1
+                return self._replay(layers, bucket, step, planned, pool, hidden, embedding)
+        self.num_eager += 1
+        return self._eager(layers, units, step, planned, pool, hidden, embedding)
+
+    def finish(self, hidden: torch.Tensor) -> torch.Tensor:
+        """A copy of `hidden`, there when this returns: on the host, or where it is if the door can take it there."""
+        if hidden.is_cpu:
+            return hidden.clone()
+        if self.sends_device and hidden.nbytes >= DEVICE_TENSOR_BYTES:
+            out = hidden.clone()
+            self.wait()
+            return out
+        out = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
+        out.copy_(hidden, non_blocking=True)
+        self.wait()
+        return out
+
+    def _enter(
+        self,
+        hidden: torch.Tensor | None,
+        embedding: Callable[[torch.Tensor], torch.Tensor] | None,
+        planned: PlannedBatch,
+        tokens: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The hidden state before the first layer; `tokens` are those of the step, if they are on the device already."""
+        if hidden is not None:
+            return hidden.to(self._device)
+        assert embedding is not None, "the first hop holds the embedding"
+        return embedding(upload(planned.tokens, self._device) if tokens is None else tokens)
+
+    def _replay(
+        self,
+        layers: LayerRange,
+        bucket: Bucket,
+        step: StepBatch,
+        planned: PlannedBatch,
+        pool: PagePool,
+        hidden: torch.Tensor | None,
+        embedding: Callable[[torch.Tensor], torch.Tensor] | None,
+    ) -> torch.Tensor:
+        assert self.graphs is not None
+        inputs = self.graphs.inputs(bucket)
+        source = inputs.fill(layers, host_step(step, planned.positions, pool, tuple(layers)))
+        rows = len(planned.context_lens)
+        if hidden is None:
+            assert embedding is not None, "the first hop holds the embedding"
+            inputs.hidden.copy_(embedding(upload(planned.tokens[source], self._device)))
+        else:
+            inputs.hidden[:rows].copy_(hidden)
+            if rows < bucket.rows:
+                inputs.hidden[rows:].copy_(inputs.hidden[int(source[-1])].expand(bucket.rows - rows, -1))
+        return self.graphs.replay(layers, bucket)[:rows]
+
+    def _eager(
+        self,
+        layers: LayerRange,
+        units: Mapping[int, Layer],
+        step: StepBatch,
+        planned: PlannedBatch,
+        pool: PagePool,
+        hidden: torch.Tensor | None,
+        embedding: Callable[[torch.Tensor], torch.Tensor] | None,
+    ) -> torch.Tensor:
+        tokens = attach(step, pool, tuple(layers), self._device, planned.tokens)
+        hidden = self._enter(hidden, embedding, planned, tokens)
+        for layer in layers:
+            hidden = units[layer](hidden, step, LayerKV(layer, pool.data, pool.page_of(layer)))
+        return hidden

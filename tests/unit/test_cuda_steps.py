@@ -1,0 +1,240 @@
+"""Steps of the device back end on the CPU: the runner eagerly, and padded through the inputs that graphs read, equal the kernels."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import LlamaConfig, MistralConfig, Qwen3Config
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from kvstore.ids import LayerRange
+from kvstore.page_pool import PagePool
+from runtime import attention
+from runtime.cuda.graphs import Graphs, StaticInputs
+from runtime.cuda.runner import Runner
+from runtime.cuda.spans import Bucket, Buckets, make_buckets, missing, spans_of, static_bytes
+from runtime.cuda.step import host_step, pad_decode
+from runtime.layout import Layout, Segment
+from runtime.messages import Row, Sampling, SequenceStart, StepPlan
+from runtime.model import lean
+from runtime.model.lean import LeanEmbedding, LeanHead, LeanLayer
+from runtime.stage import Stage, Units, make_batch
+from runtime.stage_state import StageState
+
+CPU = torch.device("cpu")
+SHAPE = dict(
+    hidden_size=48,
+    intermediate_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    vocab_size=97,
+    max_position_embeddings=256,
+)
+CONFIGS = {
+    "llama": LlamaConfig(**SHAPE, attention_bias=True),
+    "qwen3": Qwen3Config(**SHAPE),
+    "mistral-window": MistralConfig(**SHAPE, sliding_window=11),
+}
+BLOCK_SIZE = 8
+
+
+@pytest.fixture(params=CONFIGS)
+def model(request):
+    torch.manual_seed(3)
+    return AutoModelForCausalLM.from_config(CONFIGS[request.param]).float().eval()
+
+
+class Side:
+    """A stage of all layers: its own pages, its own memory of the sequences, and one way to run a plan."""
+
+    def __init__(self, model, monkeypatch, *, plain):
+        with monkeypatch.context() as patch:
+            if plain:
+                for module in (attention, lean):
+                    patch.setattr(module, "has_kernels", lambda device, dtype: False)
+            states = enumerate(model.model.layers)
+            self.layers = {i: LeanLayer(model.config, i, x.state_dict(), "cpu", torch.float32) for i, x in states}
+        self.embedding = LeanEmbedding(model.model.embed_tokens.weight, "cpu", torch.float32)
+        self.pool = PagePool(200, BLOCK_SIZE, 2, 16, torch.float32, "cpu")
+        self.pool.data.fill_(torch.nan)
+        self.pool.hold(self.layers)
+        self.state = StageState(BLOCK_SIZE, 1)
+
+    def plan(self, plan):
+        planned = self.state.plan_batch(plan)
+        self.pool.ensure(planned.new_blocks)
+        return planned
+
+    def by_kernels(self, plan):
+        from runtime.batch import LayerKV
+
+        planned = self.plan(plan)
+        batch = make_batch(planned, CPU)
+        hidden = self.embedding(torch.from_numpy(planned.tokens))
+        for index, layer in self.layers.items():
+            hidden = layer(hidden, batch, LayerKV(index, self.pool.data, self.pool.page_of(index)))
+        return hidden
+
+    def by_runner(self, plan):
+        """Two hops of the same worker, the hidden state handed from one to the other."""
+        planned, runner = self.plan(plan), Runner(CPU)
+        first = runner.finish(runner.run(LayerRange(0, 1), self.layers, planned, self.pool, None, self.embedding))
+        return runner.run(LayerRange(1, 3), self.layers, planned, self.pool, first, None)
+
+    def by_inputs(self, plan, bucket):
+        """What a graph of this bucket would hold, for two spans, with stale numbers of other steps in the inputs."""
+        planned = self.plan(plan)
+        inputs = StaticInputs(bucket, 3, 48, BLOCK_SIZE, torch.float32, CPU)
+        inputs.tables.fill_(7)
+        inputs.context_lens.fill_(3)
+        host = host_step(make_batch(planned, CPU), planned.positions, self.pool, (0, 1, 2))
+        source = inputs.fill(LayerRange(0, 3), host)
+        inputs.hidden.copy_(self.embedding(torch.from_numpy(planned.tokens[source])))
+        inputs.run([(0, self.layers[0])], self.pool.data)
+        inputs.run([(1, self.layers[1]), (2, self.layers[2])], self.pool.data)
+        return inputs.hidden[: len(planned.context_lens)].clone()
+
+
+def make_plans(sample=False):
+    """Prompts of three sequences in chunks, mixed with decode rows, then decode steps alone."""
+    rng = np.random.default_rng(4)
+    lengths, blocks, used = {}, iter(rng.permutation(60).tolist()), {}
+    schedule = [[(1, 19)], [(1, 1), (2, 30)], [(2, 1), (3, 5), (1, 1)], *([[(1, 1), (2, 1), (3, 1)]] * 6), [(2, 1)]]
+    for ordinal, step in enumerate(schedule):
+        rows = []
+        for sequence, count in step:
+            start = lengths.get(sequence, 0)
+            lengths[sequence] = start + count
+            needed = -(-lengths[sequence] // BLOCK_SIZE) - used.get(sequence, 0)
+            used[sequence] = used.get(sequence, 0) + needed
+            new = [int(next(blocks)) for _ in range(needed)]
+            tokens = rng.integers(0, 97, count).tolist()
+            begin = None if start else SequenceStart(count, Sampling(seed=sequence), new, [])
+            rows.append(Row(sequence, start, tokens, new if start else [], sample and count == 1, begin))
+        yield StepPlan(1, ordinal, 0, rows, [])
+
+
+def test_the_runner_equals_the_kernels(model, monkeypatch):
+    kernels, plain = Side(model, monkeypatch, plain=False), Side(model, monkeypatch, plain=True)
+    for plan in make_plans():
+        torch.testing.assert_close(plain.by_runner(plan), kernels.by_kernels(plan), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [3, 4, 8])
+def test_padding_to_a_bucket_changes_no_row_and_no_page(model, rows, monkeypatch):
+    exact, padded = Side(model, monkeypatch, plain=True), Side(model, monkeypatch, plain=True)
+    for plan in make_plans():
+        expected = exact.by_runner(plan)
+        is_decode = all(len(row.tokens) == 1 for row in plan.rows)
+        found = padded.by_inputs(plan, Bucket(rows, 64)) if is_decode else padded.by_runner(plan)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(padded.pool.data, exact.pool.data, atol=1e-5, rtol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("counts", [(3,), (1, 2), (0, 3)])
+def test_a_stage_with_a_runner_says_what_one_without_says(model, counts, monkeypatch):
+    """Two workers in a chain, sampling included; the first may hold the embedding alone."""
+    stops = np.cumsum(counts).tolist()
+    pieces = zip([0, *stops], stops, strict=False)
+    segments = tuple(Segment(f"w{i}", LayerRange(start, stop)) for i, (start, stop) in enumerate(pieces))
+    layout = Layout(1, 3, segments)
+    answers = []
+    for plain in (False, True):
+        side = Side(model, monkeypatch, plain=plain)
+        head = LeanHead(model.model.norm.weight, model.lm_head.weight, model.config.rms_norm_eps, "cpu", torch.float32)
+        units = Units(side.layers, side.embedding, head, Runner(CPU) if plain else None)
+        stages = []
+        for segment in segments:
+            pool = PagePool(200, BLOCK_SIZE, 2, 16, torch.float32, "cpu")
+            pool.hold(segment.layers)
+            stages.append(Stage(layout, segment.worker, units, pool, CPU))
+        tokens = []
+        with torch.inference_mode():
+            for plan in make_plans(sample=True):
+                hidden = None
+                for hop, stage in enumerate(stages):
+                    hidden = stage.run(plan, hop, hidden)
+                tokens.append(stages[-1].sample(hidden).tokens)
+                assert stages[-1].computed_s(1.0, 2.0) == 2.0
+        answers.append(tokens)
+    assert answers[0] == answers[1]
+    assert [len(tokens) for tokens in answers[0]] == [0, 1, 2, *[3] * 6, 1]
+
+
+def test_padding_repeats_the_row_that_costs_the_least(model, monkeypatch):
+    side = Side(model, monkeypatch, plain=True)
+    planned = [side.plan(plan) for plan in make_plans()][4]
+    host = host_step(make_batch(planned, CPU), planned.positions, side.pool, (0, 2))
+    padded, source = pad_decode(host, 8)
+    shortest = int(host.context_lens.argmin())
+    assert source.tolist() == [0, 1, 2, *[shortest] * 5]
+    for array in (padded.slots[0], padded.context_lens, padded.positions, padded.tables[1, :, 0]):
+        assert (array[3:] == array[shortest]).all()
+    assert (padded.tables >= 0).all()
+
+
+# -- which graphs there are ---------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 90), st.integers(0, 90), st.sampled_from([1, 2, 4, 8]))
+def test_spans_cover_a_segment_once_on_the_grid(start, length, longest):
+    layers = LayerRange(start, start + length)
+    spans = spans_of(layers, longest)
+    assert [layer for span in spans for layer in span] == list(layers)
+    assert all(span.start % len(span) == 0 and longest % len(span) == 0 for span in spans)
+    assert all(len(a) < longest or len(b) < longest or a.stop % longest == 0 for a, b in pairwise(spans))
+
+
+@given(st.lists(st.integers(0, 48), min_size=4, max_size=4).map(sorted), st.sampled_from([1, 2, 4, 8]))
+def test_a_change_captures_what_arrives_and_a_little_at_the_cuts(bounds, longest):
+    """A worker keeps [b, c), had [a, c) and gets [b, d)."""
+    a, b, c, d = bounds
+    held = spans_of(LayerRange(a, c), longest)
+    new = missing(held, [LayerRange(b, d)], longest)
+    staying = [layer for span in new for layer in span if b <= layer < c]
+    assert len(staying) <= 2 * (longest - 1)
+    assert missing([*held, *new], [LayerRange(b, d), LayerRange(a, c)], longest) == []
+    if longest == 1:
+        assert [layer for span in new for layer in span] == list(range(c, d))
+
+
+@given(st.integers(1, 300), st.integers(1, 9000), st.sampled_from([16, 256]), st.sampled_from([None, 1 << 16]))
+def test_every_step_that_may_come_fits_in_a_bucket(rows, context, block_size, most):
+    buckets = make_buckets(64, 8192, block_size, most)
+    bucket = buckets.fit(rows, context)
+    if most is None or rows * context <= most // 8:  # a bucket is less than twice the rows, and four times the context
+        assert (bucket is None) == (rows > 64 or context > 8192)
+    if bucket is not None:
+        assert most is None or bucket.rows * bucket.context <= most
+        assert bucket in buckets.all()
+        assert bucket.rows >= rows
+        assert bucket.context >= context
+        assert bucket.context % block_size == 0
+        assert bucket.rows <= 2 * rows
+
+
+def test_the_bytes_of_the_inputs_are_what_they_take():
+    buckets = Buckets((1, 4), (64, 256))
+    total = static_bytes(buckets, 5, 48 * 4, 16)
+    held = 0
+    for bucket in buckets.all():
+        inputs = StaticInputs(bucket, 5, 48, 16, torch.float32, CPU)
+        tensors = (inputs.hidden, inputs.positions, inputs.slots, inputs.tables, inputs.context_lens)
+        held += sum(tensor.nbytes for tensor in tensors)
+    assert 0 <= total - held <= 4 * len(buckets.all()) * 5
+
+
+def test_without_a_capture_nothing_is_replayed(model, monkeypatch):
+    side = Side(model, monkeypatch, plain=True)
+    graphs = Graphs(Buckets((4,), (64,)), 3, 48, BLOCK_SIZE, torch.float32, CPU, tuple(side.pool.data.shape[1:]))
+    runner = Runner(CPU, graphs)
+    for plan in make_plans():
+        runner.run(LayerRange(0, 3), side.layers, side.plan(plan), side.pool, None, side.embedding)
+    assert (runner.num_replayed, runner.num_eager) == (0, 10)
+    with pytest.raises(AssertionError, match="only CUDA"):
+        graphs.capture(side.layers, [LayerRange(0, 3)], side.pool.data)
