@@ -211,8 +211,7 @@ class Loader:
         self._count_bytes()
         if pace.is_idle:
             self._compile(spec)
-            size = self._warm_up_block_size(load)
-            warm_up(self.units, keys, spec, self._device.device, rest=self._rests(pace), block_size=size)
+            self._warm_shadow(load, keys, spec, _WARM_UP_ROWS, self._rests(pace))
         if self.queued is not None:
             segments, rest = self._segments(load), self._rests(pace)
             self.queued.capture(self.units.layers, segments, rest, lambda: token != self._shadow_token)
@@ -236,8 +235,7 @@ class Loader:
             self._set(key, unit)
         self._sources.measured(holder, unit.nbytes, time.perf_counter() - began_s)
         if not pace.is_idle:
-            size = self._warm_up_block_size(load)
-            warm_up(self.units, [key], spec, self._device.device, rows=(1, 4), rest=rest, block_size=size)
+            self._warm_shadow(load, [key], spec, (1, 4), rest)
         return unit.nbytes if holder is not None else 0
 
     def _rests(self, pace: Pace) -> Callable[[], None]:
@@ -252,6 +250,17 @@ class Loader:
                 mark_s = time.thread_time()
 
         return rest
+
+    def _warm_shadow(
+        self, load: Load, keys: Sequence[UnitKey], spec: ModelSpec, rows: Sequence[int], rest: Callable[[], None]
+    ) -> None:
+        """Run arriving units once. Our own kernels plan nothing per shape, so two small steps are enough for those."""
+        assert self._builder is not None
+        chunk = _WARM_UP_CHUNK
+        if self.queued is None and self._builder.implementation == "lean":
+            rows, chunk = (1,), 4
+        size = self._warm_up_block_size(load)
+        warm_up(self.units, keys, spec, self._device.device, rows, chunk, rest, size)
 
     def _segments(self, load: Load) -> list[LayerRange]:
         """What the layout gives to this worker, a range for each hop."""
@@ -361,6 +370,7 @@ def warm_up(
     spec: ModelSpec,
     device: torch.device,
     rows: Sequence[int] = _WARM_UP_ROWS,
+    chunk: int = _WARM_UP_CHUNK,
     rest: Callable[[], None] = lambda: None,
     block_size: int = WARM_UP_BLOCK_SIZE,
 ) -> None:
@@ -372,9 +382,9 @@ def warm_up(
         sampling.warm_up()
     dtype = getattr(torch, spec.dtype)
     layers = [key for key in keys if isinstance(key, int)]
-    num_blocks = max(*rows, -(-_WARM_UP_CHUNK // block_size))
+    num_blocks = max(*rows, -(-chunk // block_size))
     pool = PagePool(num_blocks, block_size, spec.num_kv_heads, spec.head_dim, dtype, device)
-    for count, length in [*((count, 1) for count in rows), (1, _WARM_UP_CHUNK)]:
+    for count, length in [*((count, 1) for count in rows), (1, chunk)]:
         tables = np.arange(count * -(-length // block_size), dtype=np.int32).reshape(count, -1)
         batch = StepBatch(
             positions=torch.arange(length, device=device).repeat(count),
