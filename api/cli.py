@@ -233,8 +233,8 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="DEVICES",
-        help="emulate slower devices: one per local worker, as a100,l40s (none: as it is); or prefill=1.0,decode=2.4,"
-        " the option once for each worker",
+        help="emulate slower devices: one per local worker, as a100,l40s (none: as it is); or prefill=1.0,decode=2.4"
+        " (factors) or read=0.005,token=0.0001,name=a100 (seconds a layer), the option once for each worker",
     )
     add("--rpc-host", default="127.0.0.1", metavar="HOST", help="where workers meet the head")
     add("--rpc-port", type=_port, default=0, metavar="PORT", help="default: a free one")

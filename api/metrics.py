@@ -197,8 +197,9 @@ def _worker_families(workers: list[dict[str, Any]]) -> Iterator[Metric]:
     labels = ["worker", "device", "device_name", "emulation"]
     info = GaugeMetricFamily("midflight_worker_info", "1; emulation is empty, or what slows the worker", labels=labels)
     for worker in workers:
-        pace = worker.get("pace")
+        pace, roofline = worker.get("pace"), worker.get("roofline")
         emulation = f"prefill={pace[0]:.4g},decode={pace[1]:.4g}" if pace else ""
+        emulation = f"read={roofline[0]:.4g},token={roofline[1]:.4g}" if roofline else emulation
         names = (str(worker.get(key, "")) for key in labels[:3] if key != "worker")
         info.add_metric([worker["name"], *names, emulation], 1.0)
     yield info

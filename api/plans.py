@@ -1,6 +1,6 @@
 """``GET /admin/plan`` and ``POST /admin/autopilot``: what the planner says of the load, and who may act on it.
 
-Looking plans anew when the last plan is old, so it costs the head a few milliseconds; it changes nothing.
+Looking plans anew, in a thread beside the head's loop; it changes nothing.
 """
 
 from typing import cast
@@ -14,7 +14,7 @@ from scheduler.planning.autopilot import MODES, Mode
 
 
 async def plan(request: web.Request) -> web.Response:
-    return json_response(request.app[CONTEXT].engine.plan_view())
+    return json_response(await request.app[CONTEXT].engine.plan_view())
 
 
 async def autopilot(request: web.Request) -> web.Response:

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import torch
 
-from runtime.pace import Emulation, Pacer
+from runtime.pace import Law, Pacer
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class DeviceInfo:
 
     device: torch.device
     num_threads: int
-    emulation: Emulation | None = None
+    emulation: Law | None = None
 
     def pacer(self, clock: Callable[[], float]) -> Pacer | None:
         """What slows steps down to the emulated device; None when nothing is emulated. `clock` gives seconds."""
@@ -51,7 +51,7 @@ class DeviceInfo:
             "memory_available": available,
             "num_threads": self.num_threads,
             "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
-            "pace": (self.emulation.prefill, self.emulation.decode) if self.emulation is not None else None,
+            **(self.emulation.announced() if self.emulation is not None else {}),
         }
 
     def _name(self) -> str:
@@ -59,7 +59,7 @@ class DeviceInfo:
         return self.emulation.label(name) if self.emulation is not None else name
 
 
-def choose_device(wanted: str, num_threads: int, emulation: Emulation | None = None) -> DeviceInfo:
+def choose_device(wanted: str, num_threads: int, emulation: Law | None = None) -> DeviceInfo:
     """The device named `wanted` ("auto", "cpu", "cuda", "cuda:1"); "auto" is CUDA where there is one.
 
     Raises:

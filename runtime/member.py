@@ -297,7 +297,8 @@ class Member:
         with torch.inference_mode():
             hidden = stage.run(plan, hop, tensors[0] if len(tensors) else None)
             if self._pacer is not None:
-                self._pacer.hold_step((len(row.tokens) for row in plan.rows), begun_s)
+                num_layers = len(stage.layout.segments[hop].layers)
+                self._pacer.hold_step((len(row.tokens) for row in plan.rows), num_layers, begun_s)
             computed_s = self._clock()
             sampled = stage.sample(hidden) if hop == stage.layout.num_hops - 1 else None
             if self._pacer is not None and sampled is not None:

@@ -307,7 +307,8 @@ ToWorker: TypeAlias = (
 class Join(msgspec.Struct, frozen=True, array_like=True, tag=32):
     """A worker announces itself. `name` is unique per incarnation: a restarted worker joins as a new member.
 
-    `pace` is set when it emulates another device: by how much it slows prompt tokens and decode rows (`runtime.pace`).
+    `pace` or `roofline` is set when it emulates another device (`runtime.pace`): by how much it slows prompt tokens and
+    decode rows; seconds to read a layer and for a row's arithmetic in it.
     """
 
     name: WorkerName
@@ -321,6 +322,7 @@ class Join(msgspec.Struct, frozen=True, array_like=True, tag=32):
     versions: dict[str, str]
     replaces: WorkerName = ""
     pace: tuple[float, float] | None = None
+    roofline: tuple[float, float] | None = None
 
 
 class Heartbeat(msgspec.Struct, frozen=True, array_like=True, tag=33):

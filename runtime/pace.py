@@ -9,11 +9,21 @@ worker sleeps for the rest; what it reports of the step (`HopTiming`) is the str
 learns the emulated device. A device by its name is as much slower than the fastest one of the table as its data sheet says:
 in bandwidth for `decode`, in FLOP/s for `prefill`.
 
+That law multiplies the host's noise as well. The *roofline law* does not: the pass over n layers and T rows lasts
+
+    n (read^4 + (T token)^4)^(1/4)
+
+seconds, `read` for a layer's weights and `token` for a row's arithmetic in a layer, or the host's own time where that is
+longer. With a small model the host is done long before, so that its noise disappears in the wait, and devices keep the
+ratio of their data sheets, memory to arithmetic: one is fast at decoding, another one at prompts. The LM head costs nothing
+but the host's time.
+
 Never true: an emulated worker passes for a real one, its name says what it is; something else than steps is slowed (loading,
 copying and the network are the host's own), or sped up: no factor is below 1.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
 
 import msgspec
 
@@ -34,6 +44,9 @@ PEAKS: dict[str, tuple[float, float]] = {
 
 ALIASES = {"a100": "a100-80", "4090": "rtx-4090"}
 MAX_FACTOR = 1000.0
+MAX_LAYER_S = 10.0
+SHARPNESS = 4.0
+"""Of the roofline's corner: what `scheduler.planning.devices` assumes of a GPU."""
 
 
 class Emulation(msgspec.Struct, frozen=True):
@@ -46,7 +59,7 @@ class Emulation(msgspec.Struct, frozen=True):
     decode: float
     name: str = ""
 
-    def step_s(self, seconds: float, tokens_of_rows: Iterable[int]) -> float:
+    def step_s(self, seconds: float, tokens_of_rows: Iterable[int], num_layers: int) -> float:
         """How long a forward pass lasts that took `seconds`, over rows of so many tokens each."""
         decode_rows = prefill_tokens = 0
         for num_tokens in tokens_of_rows:
@@ -73,9 +86,48 @@ class Emulation(msgspec.Struct, frozen=True):
         name = self.name or f"prefill x{self.prefill:g}, decode x{self.decode:g}"
         return f"{name} (emulated on {host})"
 
+    def announced(self) -> dict[str, tuple[float, float]]:
+        """The fields of `Join` that tell of it."""
+        return {"pace": (self.prefill, self.decode)}
 
-def parse_pace(text: str) -> Emulation:
-    """``a100``, or ``prefill=1.0,decode=2.4`` (either may be left out: 1).
+
+class Roofline(msgspec.Struct, frozen=True):
+    """A device by the roofline law: seconds to read a layer's weights, and for the arithmetic of a row in a layer."""
+
+    read_s: float
+    token_s: float
+    name: str = ""
+
+    def step_s(self, seconds: float, tokens_of_rows: Iterable[int], num_layers: int) -> float:
+        """How long a forward pass of so many layers lasts that took the host `seconds`."""
+        arithmetic_s = self.token_s * sum(tokens_of_rows)
+        return max(seconds, num_layers * (self.read_s**SHARPNESS + arithmetic_s**SHARPNESS) ** (1 / SHARPNESS))
+
+    def sample_s(self, seconds: float) -> float:
+        return seconds
+
+    def point(self, point: ProfilePoint) -> ProfilePoint:
+        """What the emulated device would have measured in its profile."""
+        if point.samples:
+            return point
+        rows = [1] * point.decode_rows + [point.prefill_tokens]
+        return msgspec.structs.replace(point, seconds=self.step_s(point.seconds, rows, len(point.layers)))
+
+    def label(self, host: str) -> str:
+        """The device's name to announce, when `host` is what it runs on."""
+        law = f"{1e3 * self.read_s:g} ms and {1e6 * self.token_s:g} us a token for each layer"
+        return f"{self.name + ': ' if self.name else ''}{law} (emulated on {host})"
+
+    def announced(self) -> dict[str, tuple[float, float]]:
+        """The fields of `Join` that tell of it."""
+        return {"roofline": (self.read_s, self.token_s)}
+
+
+Law: TypeAlias = Emulation | Roofline
+
+
+def parse_pace(text: str) -> Law:
+    """``a100``, or ``prefill=1.0,decode=2.4`` (either may be left out: 1), or ``read=0.005,token=0.0001,name=a100`` (seconds).
 
     Raises:
         ValueError: what is wrong, and what would be right.
@@ -83,6 +135,8 @@ def parse_pace(text: str) -> Emulation:
     text = text.strip()
     if "=" not in text:
         return _of_device(text)
+    if text.startswith(("read=", "token=", "name=")):
+        return _roofline(text)
     factors = {"prefill": 1.0, "decode": 1.0}
     for part in text.split(","):
         key, _, value = (piece.strip() for piece in part.partition("="))
@@ -114,6 +168,19 @@ def parse_paces(texts: Sequence[str]) -> tuple[str, ...]:
     return tuple(entries)
 
 
+def _roofline(text: str) -> Roofline:
+    fields = dict(part.strip().split("=", 1) for part in text.split(",") if "=" in part)
+    try:
+        law = Roofline(float(fields.pop("read")), float(fields.pop("token")), fields.pop("name", ""))
+    except (KeyError, ValueError):
+        raise ValueError(f"pace: {text!r} is no roofline; it looks like read=0.005,token=0.0001,name=a100") from None
+    if fields:
+        raise ValueError(f"pace: {', '.join(fields)} is nothing that a roofline has; it has read, token and name")
+    if not (0 < law.read_s <= MAX_LAYER_S and 0 < law.token_s <= MAX_LAYER_S):
+        raise ValueError(f"pace: {text!r}; seconds of a layer are above 0 and at most {MAX_LAYER_S:g}")
+    return law
+
+
 def _of_device(name: str) -> Emulation:
     wanted = name.lower()
     wanted = ALIASES.get(wanted, wanted)
@@ -136,7 +203,7 @@ class Pacer:
 
     def __init__(
         self,
-        emulation: Emulation,
+        emulation: Law,
         clock: Callable[[], float],
         wait: Callable[[float], None],
         finish: Callable[[], None] = lambda: None,
@@ -144,10 +211,10 @@ class Pacer:
         self._emulation = emulation
         self._clock, self._wait, self._finish = clock, wait, finish
 
-    def hold_step(self, tokens_of_rows: Iterable[int], begun_s: float) -> None:
+    def hold_step(self, tokens_of_rows: Iterable[int], num_layers: int, begun_s: float) -> None:
         """The forward pass that began at `begun_s` has been issued: return when it would be over."""
         self._finish()
-        self._until(begun_s + self._emulation.step_s(self._clock() - begun_s, tokens_of_rows))
+        self._until(begun_s + self._emulation.step_s(self._clock() - begun_s, tokens_of_rows, num_layers))
 
     def hold_sampling(self, begun_s: float) -> None:
         """The same for the LM head and sampling."""

@@ -9,6 +9,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, assert_never, cast
 
 import msgspec
@@ -32,6 +33,7 @@ from runtime.rpc import Door, DoorError
 from runtime.trace import Tracer
 from scheduler.pilot import SNAPSHOT_BYTES_PER_S
 from scheduler.planning.autopilot import Mode
+from scheduler.planning.look import Answer, Question, answer
 from scheduler.planning.sizing import Workers
 from scheduler.reconfiguration import Change, Refused
 from scheduler.request import (
@@ -56,6 +58,8 @@ from scheduler.state import (
     Event,
     EvictWorker,
     FromWorker,
+    Look,
+    Looked,
     PeerDown,
     Report,
     SchedulerState,
@@ -75,7 +79,7 @@ TICK_INTERVAL_S = 0.5
 _WATCHED = ("id", "phase", "hop", "loading", "snapshot_blocks_arrived", "sequences_flipped")
 AUDIT_TIMEOUT_S = 30.0
 TRACE_TIMEOUT_S = 10.0
-_TRACED_AS = {SendStep: "send step", Send: "send", Emit: "emit", EvictWorker: "evict", Report: "report"}
+_TRACED_AS = {SendStep: "send step", Send: "send", Emit: "emit", EvictWorker: "evict", Report: "report", Look: "look"}
 
 
 class Driver:
@@ -223,6 +227,7 @@ class Driver:
                     "device": worker.info.device if worker else None,
                     "device_name": worker.info.device_name if worker else None,
                     "pace": worker.info.pace if worker else None,
+                    "roofline": worker.info.roofline if worker else None,
                     "weight_bytes": worker.weight_bytes if worker else None,
                     "kv_pages": worker.num_pages if worker else None,
                     "implementation": worker.implementation if worker else None,
@@ -250,6 +255,7 @@ class Driver:
                 "device": worker.info.device,
                 "device_name": worker.info.device_name,
                 "pace": worker.info.pace,
+                "roofline": worker.info.roofline,
                 "memory_total": worker.info.memory_total,
                 "memory_available": worker.info.memory_available,
                 "num_threads": worker.info.num_threads,
@@ -330,10 +336,26 @@ class Driver:
 
     # -- planning -----------------------------------------------------------------------------------------
 
-    def plan_view(self) -> dict[str, Any]:
+    async def plan_view(self) -> dict[str, Any]:
         """What the planner says of the present load; see `scheduler.pilot.Pilot.view`."""
-        self._state.now_s = self._loop.time()
-        return self._state.pilot.view(self._state)
+        state = self._state
+        state.now_s = self._loop.time()
+        question, answered = state.pilot.question(state), None
+        if question is not None:
+            answered = await self._loop.run_in_executor(None, answer, question)
+            state.now_s = self._loop.time()
+            if state.layout is None or state.layout.segments != question.present.segments:
+                question = answered = None  # it was for a layout that is gone
+        return state.pilot.view(state, question, answered)
+
+    def _answered(self, question: Question, answering: "asyncio.Future[Answer]") -> None:
+        """Hand the answer on; a planner that fails must not keep the autopilot from asking again."""
+        if self._closed or answering.cancelled():
+            return
+        if (error := answering.exception()) is not None:
+            log.error("the planner failed", exc_info=error)
+        answered = Answer(None, f"the planner failed: {error}") if error is not None else answering.result()
+        self._handle(Looked(question, answered, self._loop.time()))
 
     def pilot_stats(self) -> PilotStats:
         return self._state.pilot.stats()
@@ -497,6 +519,9 @@ class Driver:
             case EvictWorker():
                 assert door is not None
                 door.evict(effect.worker)
+            case Look():
+                answering = self._loop.run_in_executor(None, answer, effect.question)
+                answering.add_done_callback(partial(self._answered, effect.question))
             case Report():
                 log.log(getattr(logging, effect.level.upper()), "%s", effect.text)
                 self._tell({"type": "note", "level": effect.level, "text": effect.text})

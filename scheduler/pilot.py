@@ -26,6 +26,7 @@ from scheduler.planning.autopilot import Autopilot, Decision, Mode, Settings
 from scheduler.planning.cost import Facts, Work, work_of_rows
 from scheduler.planning.fleet import Fleet
 from scheduler.planning.forecast import Device
+from scheduler.planning.look import Answer, Question
 from scheduler.planning.planner import NoPlan, Plan, plan
 from scheduler.planning.sizing import Workers
 from scheduler.planning.traffic import Serving, Traffic
@@ -84,6 +85,8 @@ class Pilot:
         self._noted_s = -1.0
         self._num_learned = 0
         self._timed: list[tuple[Work, Layout, list[HopTiming]]] = []
+        self.learns = True
+        """Whether steps teach anything; where nobody asks what they taught (the simulator), it can be saved."""
         self._known: Layout | None = None
         self._asked: tuple[int, Layout] | None = None
 
@@ -111,7 +114,7 @@ class Pilot:
 
     def sent(self, step: StepPlan, now_s: float) -> None:
         interval_s = NOTE_INTERVAL_S if self._num_learned < NUM_UNTIL_SETTLED else SETTLED_INTERVAL_S
-        if now_s - self._noted_s < interval_s:
+        if now_s - self._noted_s < interval_s or not self.learns:
             return
         self._noted_s = now_s
         if len(self._noted) >= MAX_TIMED:
@@ -150,8 +153,8 @@ class Pilot:
 
     # -- a few times a second -----------------------------------------------------------------------------------
 
-    def tick(self, head: Head, *, is_serving: bool) -> Decision | None:
-        """Learn, look, and perhaps decide: the change that the head should ask for now, if it could."""
+    def tick(self, head: Head, *, is_serving: bool) -> Question | None:
+        """Learn, and perhaps ask: `heard` wants the answer."""
         autopilot, now_s, batcher = self.autopilot, head.now_s, head.batcher
         self._learn()
         autopilot.observe(
@@ -161,9 +164,20 @@ class Pilot:
             return None
         self._follow(head)
         is_free = not head.reconfiguration.is_active
-        return autopilot.decide(
-            now_s, self.devices(head), head.layout, kv_tokens=self._kv_tokens(head), is_free=is_free
+        return autopilot.ask(
+            now_s,
+            self.devices(head),
+            head.layout,
+            kv_tokens=self._kv_tokens(head),
+            error=self.fleet.error(),
+            is_free=is_free,
         )
+
+    def heard(self, head: Head, question: Question, found: Answer) -> Decision | None:
+        """The change that the head should ask for now, if it could."""
+        if head.reconfiguration.is_active:
+            return self.autopilot.heard(head.now_s, question, found, None)
+        return self.autopilot.heard(head.now_s, question, found, head.layout)
 
     def asked(self, change: int, layout: Layout) -> None:
         """What was decided has become a change of layout."""
@@ -236,15 +250,23 @@ class Pilot:
 
     # -- to be looked at ----------------------------------------------------------------------------------------
 
-    def view(self, head: Head) -> dict[str, Any]:
-        """The body of ``GET /admin/plan``. Plans anew when the last plan is old; without a load, for the usual one."""
+    def question(self, head: Head) -> Question | None:
+        """What `view` wants to have answered; None without a load."""
+        if head.layout is None:
+            return None
+        devices, error = self.devices(head), self.fleet.error()
+        return self.autopilot.question(
+            head.now_s, devices, head.layout, kv_tokens=self._kv_tokens(head), error=error
+        )
+
+    def view(self, head: Head, question: Question | None, answered: Answer | None) -> dict[str, Any]:
+        """The body of ``GET /admin/plan``, when its question has been answered; without a load, a plan for the usual one."""
         autopilot = self.autopilot
         found, is_assumed = None, False
-        if head.layout is not None:
-            devices = self.devices(head)
-            found = autopilot.look(head.now_s, devices, head.layout, kv_tokens=self._kv_tokens(head))
-            if found is None:
-                found, is_assumed = self._usual(devices, head.layout), True
+        if question is not None and answered is not None:
+            found = autopilot.noted(head.now_s, question, answered)
+        if found is None and head.layout is not None:
+            found, is_assumed = self._usual(self.devices(head), head.layout), True
         settings, load = autopilot.settings, autopilot.load
         return {
             "mode": autopilot.mode,
@@ -306,7 +328,7 @@ class Pilot:
         try:
             return plan(
                 self.facts, devices, traffic, serving=self.autopilot.serving, objective=settings.objective,
-                slo=settings.slo, present=present, headroom=settings.headroom,
+                slo=settings.slo, present=present, headroom=settings.headroom, error=self.fleet.error(),
             )  # fmt: skip
         except NoPlan:
             return None

@@ -241,7 +241,7 @@ class Engine(Protocol):
         """The report of a known change, once it has ended."""
         ...
 
-    def plan_view(self) -> dict[str, Any]:
+    async def plan_view(self) -> dict[str, Any]:
         """The body of ``GET /admin/plan``."""
         ...
 

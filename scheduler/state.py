@@ -53,6 +53,7 @@ from scheduler.planning.autopilot import Mode, Settings
 from scheduler.planning.cost import Facts
 from scheduler.planning.emulation import speed_of_worker
 from scheduler.planning.forecast import Device
+from scheduler.planning.look import Answer, Question
 from scheduler.planning.planner import default_counts
 from scheduler.planning.traffic import Serving
 from scheduler.reconfiguration import Change, Reconfiguration, Refused
@@ -125,7 +126,16 @@ class SetAutopilot:
     now_s: float
 
 
-Event: TypeAlias = Submit | Cancel | FromWorker | PeerDown | Tick | Drain | ChangeLayout | AbortChange | SetAutopilot
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """The autopilot's question has been answered."""
+
+    question: Question
+    answer: Answer
+    now_s: float
+
+
+Event: TypeAlias = Looked | Submit | Cancel | FromWorker | PeerDown | Tick | Drain | ChangeLayout | AbortChange | SetAutopilot
 
 # -- effects --------------------------------------------------------------------------------------------------
 
@@ -166,7 +176,14 @@ class Report:
     text: str
 
 
-Effect: TypeAlias = SendStep | Send | Emit | EvictWorker | Report
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Have this question answered (`planning.look.answer`), in another thread since it takes a while; then `Looked`."""
+
+    question: Question
+
+
+Effect: TypeAlias = SendStep | Send | Emit | EvictWorker | Report | Look
 
 # -- state ----------------------------------------------------------------------------------------------------
 
@@ -272,6 +289,8 @@ class SchedulerState:
                 self._change_layout(event)
             case AbortChange():
                 self.reconfiguration.cancel(event.change, "the operator aborted it")
+            case Looked():
+                self._looked(event, effects)
             case SetAutopilot():
                 self.pilot.autopilot.set_mode(event.now_s, event.mode)
             case _:
@@ -413,16 +432,29 @@ class SchedulerState:
             self.batcher.prices = prices
 
     def _ask_pilot(self, effects: list[Effect]) -> None:
-        """Let the autopilot look, begin what it decides, and pass on what it says."""
+        """Let the autopilot look, and pass on what it says."""
+        question = self.pilot.tick(self, is_serving=self.status == "serving" and not self.draining)
+        if question is not None:
+            effects.append(Look(question))
+        self._pass_on(effects)
+
+    def _looked(self, event: Looked, effects: list[Effect]) -> None:
+        """Begin what the autopilot decides."""
         pilot = self.pilot
-        decision = pilot.tick(self, is_serving=self.status == "serving" and not self.draining)
-        if decision is not None:
+        decision = pilot.heard(self, event.question, event.answer)
+        if decision is not None and self.status == "serving" and not self.draining:
             change = Change(self.next_change, decision.layout, "live", PILOT_DEADLINE_S, SNAPSHOT_BYTES_PER_S)
             try:
                 self._change_layout(ChangeLayout(change, False, self.now_s))
                 pilot.asked(change.id, decision.layout)
             except Refused as error:
                 pilot.autopilot.failed(self.now_s, decision.layout, str(error))
+        elif decision is not None:
+            pilot.autopilot.failed(self.now_s, decision.layout, "the server no longer serves")
+        self._pass_on(effects)
+
+    def _pass_on(self, effects: list[Effect]) -> None:
+        pilot = self.pilot
         said = pilot.autopilot.news()
         if pilot.autopilot.mode != "off":
             effects.extend(Report("info", f"autopilot: {entry.text}") for entry in said)
@@ -466,7 +498,7 @@ class SchedulerState:
         devices = []
         for name in self.members.in_order()[:num_stages]:
             info = self.members.workers[name].info
-            devices.append(Device(name, speed_of_worker(info)))
+            devices.append(Device(name, speed_of_worker(self.cluster.spec, info)))
         serving = Serving(
             self.batching.max_step_tokens, self.batching.max_running, self.batching.num_microbatches or num_stages
         )

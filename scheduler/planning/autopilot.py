@@ -1,6 +1,7 @@
 """When to change the layout: the planner's proposals against what a change costs, and what became of earlier ones. Pure.
 
-Every `interval_s` the planner is asked (`decide`). Its gain is taken with a grain of salt: times `trust`, which is what came
+Every `interval_s` the planner is asked: `ask` gives a question, somebody answers it (`planning.look`; in a thread, if need be),
+and `heard` decides. Its gain is taken with a grain of salt: times `trust`, which is what came
 true of earlier predictions, and times the *pressure*, since more capacity is worth nothing to a load that has enough of it.
 
 Then time works for the change. While the gain exceeds a threshold, the excess is added up (Page's one-sided CUSUM, 1954): the
@@ -29,53 +30,20 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from runtime.layout import Layout
-from scheduler.planning.cost import Facts, MigrationCost, migration_cost
-from scheduler.planning.forecast import Device, Pipeline
+from scheduler.planning.cost import Facts, MigrationCost
+from scheduler.planning.forecast import Device
+from scheduler.planning.look import Answer, Question, Staffing, answer, cost_s, per_token_s
 from scheduler.planning.monitor import Load, Measured, Monitor
-from scheduler.planning.planner import NoPlan, Plan, plan
-from scheduler.planning.sizing import Workers, num_wanted
-from scheduler.planning.traffic import Objective, Serving, Slo, Traffic
+from scheduler.planning.planner import Plan
+from scheduler.planning.settings import Settings
+from scheduler.planning.sizing import Workers
+from scheduler.planning.traffic import Serving, Traffic
 
 Mode: TypeAlias = Literal["off", "advise", "on"]
 MODES: tuple[Mode, ...] = ("off", "advise", "on")
 MAX_LOG = 200
 _JUDGED_FROM = 0.02
 """Predicted gains per token below this drown in noise and are not judged."""
-
-
-class Settings(msgspec.Struct, frozen=True):
-    """What the operator wants, and how eager to be about it.
-
-    `min_gain` is relative; `overhead` the share of the service that a change takes while it goes on, `change_s` what it is
-    taken to cost beyond that and `layer_s` for each layer moved (seconds of service). `pressure_at` is the utilization from which on capacity is worth all that it
-    promises. Of two proposals the one that pays more within `nearer_s` is taken. `elastic`: use no more workers than the load
-    needs.
-    """
-
-    objective: Objective = "throughput"
-    slo: Slo = Slo()
-    elastic: bool = False
-    interval_s: float = 2.0
-    min_gain: float = 0.05
-    min_stay_s: float = 15.0
-    half_life_s: float = 60.0
-    horizon_s: float = 600.0
-    pay_back: float = 2.0
-    overhead: float = 0.15
-    change_s: float = 0.5
-    layer_s: float = 0.05
-    min_age_s: float = 3.0
-    min_requests: int = 4
-    settle_s: float = 3.0
-    verify_s: float = 10.0
-    verify_tokens: int = 200
-    retry_s: float = 60.0
-    shrink_after_s: float = 60.0
-    pressure_at: float = 0.7
-    nearer_s: float = 60.0
-    headroom: float = 0.1
-    kv_bytes_per_s: float = 50e6
-    load_bytes_per_s: float = 200e6
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -119,7 +87,7 @@ class _Trial(msgspec.Struct):
 
 
 class Autopilot:
-    """Tell `monitor` of the load; ask `decide` often; say what became of a decision with `committed` or `failed`."""
+    """Tell `monitor` of the load; `ask` often; say what became of a decision with `committed` or `failed`."""
 
     def __init__(self, facts: Facts, settings: Settings, serving: Serving, mode: Mode = "off") -> None:
         self.facts, self.serving = facts, serving
@@ -146,9 +114,9 @@ class Autopilot:
         self._trial: _Trial | None = None
         self._ratio = 0.0
         """Measured over predicted per token, when last a load had gone on for long enough to tell."""
-        self._wanted = 0
-        self._wanted_more = 0
-        self._wanted_less: tuple[float, int] | None = None
+        self._staffing = Staffing()
+        self._is_asking = False
+        self._elapsed_s = 0.0
         self._blocked: dict[tuple[object, ...], tuple[float, float]] = {}
         """Layouts that were refused or failed: until when they are left alone, and for how long that was."""
         self._advised: tuple[object, ...] | None = None
@@ -197,24 +165,51 @@ class Autopilot:
 
     # -- deciding -----------------------------------------------------------------------------------------------
 
+    def ask(
+        self,
+        now_s: float,
+        devices: Sequence[Device],
+        present: Layout,
+        *,
+        kv_tokens: float = 0.0,
+        error: float = 0.0,
+        is_free: bool = True,
+    ) -> Question | None:
+        """The question to be answered now, if any. `devices` are all workers that could serve, `error` is that of their
+        speeds; with `is_free` false (a change is under way) nothing is asked. `kv_tokens` are the live and cached tokens
+        that a change would copy.
+        """
+        if self.mode == "off" or not is_free or self._is_asking or now_s - self._looked_s < self.settings.interval_s:
+            return None
+        self._elapsed_s = min(now_s - self._looked_s, 2 * self.settings.interval_s)
+        question = self.question(now_s, devices, present, kv_tokens=kv_tokens, error=error)
+        self._is_asking = question is not None
+        return question
+
+    def heard(self, now_s: float, question: Question, found: Answer, present: Layout | None) -> Decision | None:
+        """The answer to what `ask` gave: the change to make now, if any. It stands until `committed` or `failed` is called.
+
+        An answer for another layout than the `present` one came too late and is dropped.
+        """
+        self._is_asking = False
+        if present is None or present.segments != question.present.segments:
+            return None
+        plan = self.noted(now_s, question, found)
+        if plan is None or self._pending is not None or self.mode == "off":
+            return None
+        return self._weigh(now_s, self._elapsed_s, plan, question.devices, present)
+
     def decide(
         self, now_s: float, devices: Sequence[Device], present: Layout, *, kv_tokens: float = 0.0, is_free: bool = True
     ) -> Decision | None:
-        """The change to make now, if any. `devices` are all workers that could serve; with `is_free` false (a change is under
-        way) nothing is decided. `kv_tokens` are the live and cached tokens that a change would copy.
+        """`ask`, `answer` and `heard` at once."""
+        question = self.ask(now_s, devices, present, kv_tokens=kv_tokens, is_free=is_free)
+        return None if question is None else self.heard(now_s, question, answer(question), present)
 
-        A decision stands until `committed` or `failed` is called.
-        """
-        if self.mode == "off" or not is_free or now_s - self._looked_s < self.settings.interval_s:
-            return None
-        elapsed_s = min(now_s - self._looked_s, 2 * self.settings.interval_s)
-        found = self.look(now_s, devices, present, kv_tokens=kv_tokens)
-        if found is None or self._pending is not None:
-            return None
-        return self._weigh(now_s, elapsed_s, found, devices, present)
-
-    def look(self, now_s: float, devices: Sequence[Device], present: Layout, *, kv_tokens: float = 0.0) -> Plan | None:
-        """Plan for the load of now, for whoever wants to see it; None when there is no load to plan for, or no plan."""
+    def question(
+        self, now_s: float, devices: Sequence[Device], present: Layout, *, kv_tokens: float = 0.0, error: float = 0.0
+    ) -> Question | None:
+        """What there is to ask of the load of now; None when too little was seen of it."""
         self._looked_s = now_s
         load = self.monitor.load()
         if load is not None and load.remaining_s < self._needed_s:
@@ -222,110 +217,36 @@ class Autopilot:
         self.load = load
         if load is None or load.age_s < self.settings.min_age_s or load.num_requests < self.settings.min_requests:
             return None
-        try:
-            found = self._plan(now_s, devices, present, load)
-        except NoPlan as error:
-            self._advise(now_s, "kept", str(error), (str(error),))
+        return Question(
+            now_s, self.facts, self.serving, self.settings, load, tuple(devices), present, kv_tokens,
+            self.monitor.measured(self._changed_s), self._staffing, self.slowness, error,
+        )  # fmt: skip
+
+    def noted(self, now_s: float, question: Question, found: Answer) -> Plan | None:
+        """Keep what was answered for whoever wants to see it; the plan, if there is one."""
+        if found.plan is None:
+            self._advise(now_s, "kept", found.why, (found.why,))
             return None
-        self.cost = self._migration(present, found.layout, kv_tokens)
-        if found.is_change and found.gain > 0 and len(present.workers) == present.num_hops:
-            found = self._or_nearer(found, devices, present, load, kv_tokens)
-        self.plan = found
-        assert found.present is not None
-        measured = self.monitor.measured(self._changed_s)
+        before = self._staffing.wanted or len(question.present.workers)
+        self._staffing = found.staffing
+        if found.staffing.wanted != before:
+            wanted = found.staffing.wanted
+            self._note(now_s, "workers", f"{wanted} workers are wanted", wanted=wanted)
+        load, measured = question.load, question.measured
+        self.plan, self.cost, self.workers = found.plan, found.cost, found.workers
+        assert found.plan.present is not None
         self.error = Error(
-            ttft_predicted_s=found.present.ttft_s,
+            ttft_predicted_s=found.plan.present.ttft_s,
             ttft_measured_s=load.ttft_s,
-            tpot_predicted_s=found.present.tpot_s,
+            tpot_predicted_s=found.plan.present.tpot_s,
             tpot_measured_s=load.tpot_s,
-            per_token_predicted_s=self._per_token_s(devices, present, load.traffic, measured),
+            per_token_predicted_s=found.per_token_s,
             per_token_measured_s=measured.service_s_per_token,
         )
-        self._verify(now_s, present, load)
+        self._verify(now_s, question.present, load)
         if measured.seconds >= self.settings.verify_s and measured.tokens >= self.settings.verify_tokens:
             self._ratio = self.error.per_token_measured_s / self.error.per_token_predicted_s
-        return found
-
-    def _plan(self, now_s: float, devices: Sequence[Device], present: Layout, load: Load) -> Plan:
-        """The planner's answer; with `elastic` over no more workers than it takes."""
-        settings = self.settings
-
-        def ask(devices: Sequence[Device], num_stages: int, present: Layout | None, traffic: Traffic) -> Plan:
-            return plan(
-                self.facts, devices, traffic, serving=self.serving, objective=settings.objective, slo=settings.slo,
-                present=present, num_stages=num_stages, headroom=settings.headroom,
-            )  # fmt: skip
-
-        found = ask(devices, 0, present, load.traffic)
-        anyhow = load.traffic if load.is_closed else msgspec.structs.replace(load.traffic, concurrency=0.0)
-        wanted = self._settled(
-            now_s,
-            num_wanted(
-                lambda devices, k: ask(devices, k, None, anyhow),
-                devices,
-                self.facts.num_layers,
-                settings.slo,
-                len(present.workers),
-            ),
-            len(present.workers),
-        )
-        if settings.elastic and wanted < len(found.layout.workers):
-            found = _with_fewer(found, ask(devices, wanted, _if_on(wanted, present), load.traffic), present)
-        used = set(found.layout.workers)
-        spare = tuple(device.worker for device in devices if device.worker not in used | set(present.workers))
-        self.workers = Workers(len(devices), len(used), wanted, spare)
-        return found
-
-    def _or_nearer(self, found: Plan, devices: Sequence[Device], present: Layout, load: Load, kv_tokens: float) -> Plan:
-        """`found`, or the best with the present order of workers when that pays better: it moves fewer layers."""
-        settings, traffic = self.settings, found.traffic
-        near = plan(
-            self.facts, devices, traffic, serving=self.serving, objective=settings.objective, slo=settings.slo,
-            present=present, headroom=settings.headroom, keep_order=True,
-        )  # fmt: skip
-        if not near.is_change or near.layout.segments == found.layout.segments:
-            return found
-        cost, near_cost = self.cost, self._migration(present, near.layout, kv_tokens)
-        assert cost is not None
-        lasts_s = min(settings.nearer_s, load.remaining_s)
-        if min(near.gain, 10.0) * lasts_s - self._cost_s(near_cost) < min(found.gain, 10.0) * lasts_s - self._cost_s(
-            cost
-        ):
-            return found
-        self.cost = near_cost
-        return msgspec.structs.replace(near, candidates=found.candidates)
-
-    def _migration(self, present: Layout, layout: Layout, kv_tokens: float) -> MigrationCost:
-        return migration_cost(
-            self.facts,
-            present,
-            layout,
-            kv_tokens=kv_tokens,
-            kv_bytes_per_s=self.settings.kv_bytes_per_s / self.slowness,
-            load_bytes_per_s=self.settings.load_bytes_per_s / self.slowness,
-        )
-
-    def _cost_s(self, cost: MigrationCost) -> float:
-        """Seconds of service."""
-        settings = self.settings
-        return cost.seconds * settings.overhead + settings.change_s + cost.num_layers * settings.layer_s
-
-    def _settled(self, now_s: float, raw: int, num_serving: int) -> int:
-        """The number of workers wanted: more when it was more twice in a row, fewer when it was fewer for long."""
-        before = self._wanted = self._wanted or num_serving
-        if raw > before:
-            self._wanted = min(raw, self._wanted_more) if self._wanted_more > before else before
-            self._wanted_more, self._wanted_less = raw, None
-        elif raw == before:
-            self._wanted_more, self._wanted_less = 0, None
-        else:
-            since_s, most = self._wanted_less or (now_s, 0)
-            self._wanted_more, self._wanted_less = 0, (since_s, max(most, raw))
-            if now_s - since_s >= self.settings.shrink_after_s:
-                self._wanted, self._wanted_less = max(most, raw), None
-        if self._wanted != before:
-            self._note(now_s, "workers", f"{self._wanted} workers are wanted", wanted=self._wanted)
-        return self._wanted
+        return found.plan
 
     def _weigh(
         self, now_s: float, elapsed_s: float, found: Plan, devices: Sequence[Device], present: Layout
@@ -334,7 +255,7 @@ class Autopilot:
         assert self.cost is not None
         assert self.load is not None
         settings, cost = self.settings, self.cost
-        cost_s = self._cost_s(cost)
+        price_s = cost_s(settings, cost)
         until_s, _ = self._blocked.get(found.layout.segments, (-math.inf, 0.0))
         shrinks = found.is_change and settings.elastic and len(found.layout.workers) < len(present.workers)
         gain = self.worth(found)
@@ -342,18 +263,18 @@ class Autopilot:
             gain = max(gain, 1.0 - len(found.layout.workers) / len(present.workers))
         if not found.is_change or now_s < until_s:
             gain = 0.0
-        self.regret_s = min(max(0.0, self.regret_s + (gain - self.threshold(now_s)) * elapsed_s), 10 * cost_s)
-        if gain <= self.threshold(now_s) or self.regret_s < cost_s:
+        self.regret_s = min(max(0.0, self.regret_s + (gain - self.threshold(now_s)) * elapsed_s), 10 * price_s)
+        if gain <= self.threshold(now_s) or self.regret_s < price_s:
             return None
         what = f"{present.brief()} -> {found.layout.brief()}"
         lasts_s = min(settings.horizon_s, self.load.remaining_s)
-        if gain * lasts_s < settings.pay_back * cost_s and not shrinks:
+        if gain * lasts_s < settings.pay_back * price_s and not shrinks:
             why = f"{what} would gain {gain:.0%}, but this load is expected to last {lasts_s:.0f} s, too short to pay"
-            self._needed_s = settings.pay_back * cost_s / gain
+            self._needed_s = settings.pay_back * price_s / gain
             self.regret_s = 0.0
             self._advise(now_s, "kept", why + "; planning for the mean of the last minutes", ("short",))
             return None
-        why = f"{what}: {'fewer workers suffice' if shrinks else f'gain {gain:.0%}'}, cost {cost_s:.1f} s of service"
+        why = f"{what}: {'fewer workers suffice' if shrinks else f'gain {gain:.0%}'}, cost {price_s:.1f} s of service"
         if self.mode == "advise":
             self._advise(now_s, "advice", why, (found.layout.segments,))
             return None
@@ -365,7 +286,7 @@ class Autopilot:
         new_s = self._per_token_s(devices, found.layout, found.traffic, before)
         ratio = self._ratio or before.service_s_per_token / old_s
         self._pending = _Trial(decision, tuple(devices), old_s / new_s - 1.0, ratio)
-        self._note(now_s, "change", why, gain=found.gain, trust=self.trust, cost_s=cost_s)
+        self._note(now_s, "change", why, gain=found.gain, trust=self.trust, cost_s=price_s)
         return decision
 
     def worth(self, found: Plan) -> float:
@@ -415,11 +336,7 @@ class Autopilot:
         )
 
     def _per_token_s(self, devices: Sequence[Device], layout: Layout, traffic: Traffic, measured: Measured) -> float:
-        """What the model says of a request's time per token, with as many in service as there were."""
-        running = max(1.0, measured.service_s / measured.seconds) if measured.seconds > 0 else traffic.concurrency
-        at = msgspec.structs.replace(traffic, requests_per_s=0.0, concurrency=running)
-        forecast = Pipeline(self.facts, devices, layout, at, self.serving).forecast()
-        return forecast.num_sequences / forecast.tokens_per_s
+        return per_token_s(self.facts, self.serving, devices, layout, traffic, measured)
 
     def news(self) -> list[Entry]:
         """Entries of the log since this was last asked."""
@@ -439,17 +356,3 @@ class Autopilot:
         self.log.append(Entry(now_s, kind, text, numbers))
         self.num_entries[kind] = self.num_entries.get(kind, 0) + 1
 
-
-def _if_on(num_workers: int, present: Layout) -> Layout | None:
-    """The present layout as a starting point for one of so many workers; else the planner would rather keep it."""
-    return present if len(present.workers) == num_workers else None
-
-
-def _with_fewer(found: Plan, fewer: Plan, present: Layout) -> Plan:
-    """`fewer`, compared with the present as `found` is."""
-    return msgspec.structs.replace(
-        fewer,
-        present=found.present,
-        present_score=found.present_score,
-        is_change=fewer.layout.segments != present.segments,
-    )

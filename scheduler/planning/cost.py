@@ -96,9 +96,19 @@ class Facts:
         self.flops = np.array([float(flops) for _, _, flops, _ in kinds])
         self.windows = np.array([np.inf if window is None else float(window) for _, _, _, window in kinds])
         self.untouched = 1.0 - spec.experts_per_token / spec.num_experts if spec.num_experts else 0.0
+        self._rows = list(zip(*map(np.ndarray.tolist, (self.dense_bytes, self.expert_bytes, self.flops, self.windows)), strict=True))
+        self._within: dict[tuple[int, int], list[tuple[float, float, float, float, float]]] = {}
         self.kv_bytes = float(spec.kv_bytes_per_token_layer())
         self.score_flops = 4.0 * spec.num_heads * spec.head_dim
         self.hidden_bytes = spec.hidden_size * (4 if spec.dtype == "float32" else 2)
+
+    def kinds_within(self, layers: LayerRange) -> list[tuple[float, float, float, float, float]]:
+        """Of each kind of layer among `layers`: how many, bytes without experts, of all experts, FLOP a token, window."""
+        key = layers.start, layers.stop
+        if key not in self._within:
+            counts = np.bincount(self.kind_of_layer[layers.start : layers.stop], minlength=len(self.flops)).tolist()
+            self._within[key] = [(float(c), *row) for c, row in zip(counts, self._rows, strict=True) if c]
+        return self._within[key]
 
     @cached_property
     def layer_bytes(self) -> np.ndarray:
@@ -143,14 +153,27 @@ def stage_terms(
     A term's share is also the derivative of the time's logarithm by the logarithm of the term's coefficient (Euler's
     theorem on homogeneous functions, for the rounded corner too).
     """
-    device, columns = _Devices.of([speed]), _columns([work])
-    counts = np.bincount(facts.kind_of_layer[layers.start : layers.stop], minlength=len(facts.flops))
-    weights, products, kv, scores = (x[0, 0] @ counts for x in _shared(*layer_elements(facts, device, columns), device))
-    terms = [with_step * float(device.step[0]), len(layers) * float(device.layer[0]), weights, products, kv, scores]
+    kind, scale = speed.kind, speed.scale
+    byte_s, flop_s = 1.0 / (kind.bandwidth * kind.bandwidth_fraction), 1.0 / (kind.flops * kind.flops_fraction)
+    kv_s = facts.kv_bytes * scale[4] / (kind.bandwidth * kind.kv_fraction)
+    score_s = facts.score_flops * scale[5] / (kind.flops * kind.attention_fraction)
+    tokens, rows, prompt = work.num_tokens, work.decode_rows, work.prefill_tokens
+    terms = [with_step * kind.step_s * scale[0], len(layers) * kind.layer_s * scale[1], *([0.0] * 6)]
+    for count, dense, experts, flops, window in facts.kinds_within(layers) if tokens > 0 else ():
+        read = dense + experts * (1.0 - facts.untouched**tokens) if experts else dense
+        decode, context = rows * min(work.decode_context, window), min(work.prefill_context, window)
+        products = _shares(read * byte_s * scale[2], flops * tokens * flop_s * scale[3], kind.sharpness)
+        attention = _shares(
+            (decode + prompt * context / QUERY_TILE) * kv_s, (decode + prompt * context) * score_s, kind.sharpness
+        )
+        for at, seconds in enumerate((*products, *attention), start=2):
+            terms[at] += count * seconds
     if with_head:
-        head, sample = head_elements(facts, device, columns)
-        return np.array([*terms, head[0, 0], sample[0, 0]])
-    return np.array([*terms, 0.0, 0.0])
+        spec, sampled = facts.spec, max(work.samples, 1.0)
+        reading, product = spec.lm_head_bytes * byte_s, spec.lm_head_flops_per_token * sampled * flop_s
+        terms[6] = min(work.samples, 1.0) * sum(_shares(reading * scale[6], product * scale[6], kind.sharpness))
+        terms[7] = work.samples * spec.vocab_size * kind.logit_s * scale[7]
+    return np.array(terms)
 
 
 def hop_seconds(facts: Facts, kind: DeviceKind, num_tokens: float) -> float:
@@ -264,16 +287,13 @@ def layer_elements(facts: Facts, device: Any, work: Any) -> tuple[np.ndarray, np
     return weights, products, kv, scores
 
 
-def _shared(
-    weights: np.ndarray, products: np.ndarray, kv: np.ndarray, scores: np.ndarray, device: Any
-) -> tuple[np.ndarray, ...]:
-    """The elements as parts of the two rounded corners, so that each pair adds up to its `_norm`."""
-    p = device.sharpness[:, None]
-    parts = []
-    for a, b in ((weights, products), (kv, scores)):
-        total = np.maximum(_norm(a, b, p), 1e-300)
-        parts += [a * (a / total) ** (p - 1), b * (b / total) ** (p - 1)]
-    return tuple(parts)
+def _shares(a: float, b: float, p: float) -> tuple[float, float]:
+    """Two elements as parts of their rounded corner: they add up to its `_norm`."""
+    high, low = (a, b) if a > b else (b, a)
+    if high <= 0.0:
+        return 0.0, 0.0
+    total = high * (1.0 + (low / high) ** p) ** (1.0 / p)
+    return a * (a / total) ** (p - 1), b * (b / total) ** (p - 1)
 
 
 def head_elements(facts: Facts, device: Any, work: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -19,8 +19,12 @@ from scheduler.planning.calibration import Measurement, PredictionError, Profile
 from scheduler.planning.cost import TERMS, Facts, Speed, Work
 from scheduler.planning.emulation import speed_of_make
 
-_Make: TypeAlias = tuple[str, str, int, tuple[float, float] | None]
-"""Device, its name, threads, and the pace of one that is emulated."""
+_Make: TypeAlias = tuple[str, str, int, tuple[float, float] | None, tuple[float, float] | None]
+"""Device, its name, threads, and the pace or roofline of one that is emulated."""
+
+
+_LEAST, _UNSEEN, _MOST = 0.02, 0.05, 0.15
+_SEEN_FROM = 50
 
 
 class StageError(msgspec.Struct, frozen=True):
@@ -43,7 +47,7 @@ class Fleet:
         """The last known speed of each make: a restarted worker begins with it."""
 
     def joined(self, info: Join) -> None:
-        self._make[info.name] = info.device, info.device_name, info.num_threads, info.pace
+        self._make[info.name] = info.device, info.device_name, info.num_threads, info.pace, info.roofline
 
     def lost(self, worker: WorkerName) -> None:
         if worker in self._refiners:
@@ -79,7 +83,7 @@ class Fleet:
         if alike:
             scale = np.exp(np.log([speed.scale for speed in alike]).mean(axis=0))
             return Speed(alike[0].kind, tuple(float(value) for value in scale))
-        return self._of_make.get(make) or speed_of_make(*make)
+        return self._of_make.get(make) or speed_of_make(self._facts.spec, *make)
 
     def errors(self) -> list[StageError]:
         found = []
@@ -87,6 +91,21 @@ class Fleet:
             error: PredictionError = refiner.error
             found.append(StageError(worker, error.count, error.mape, error.bias))
         return found
+
+    def error(self) -> float:
+        """By how much, relatively, a comparison of two layouts may be off: the largest lasting error of any worker.
+
+        That is the bias of the predictions of its steps, since what is random in them averages out. A worker of which little
+        has been seen is taken to be off by `_UNSEEN`, all others by `_LEAST` at least; `_MOST` bounds it, or a model that
+        is far off would never again propose anything.
+        """
+        found = _LEAST
+        for worker in self._make:
+            refiner = self._refiners.get(worker)
+            error = refiner.error if refiner is not None else None
+            seen = error is not None and error.count >= _SEEN_FROM
+            found = max(found, abs(error.bias) if seen and error is not None else _UNSEEN)
+        return min(found, _MOST)
 
     def coefficients(self, worker: WorkerName) -> dict[str, float]:
         return {term: round(value, 4) for term, value in zip(TERMS, self.speed(worker).scale, strict=True)}

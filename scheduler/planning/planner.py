@@ -10,7 +10,9 @@ what a device may hold (weights and the KV of the load; if that does not fit any
     goodput      the largest rate at which the mean request still meets the SLO
 
 Beyond `_EVERY_K` devices not every k is tried, but a spread of them and then the neighbours of the best (bounded, not exact).
-The present layout wins ties: what is proposed must be better by more than rounding.
+The present layout wins ties: what is proposed must be better by more than rounding, and by more than `error`, the relative
+error that the model itself is known to have. An order of workers other than the present one is held to the same mark,
+against the best cuts of the present order: two alike workers, measured a little differently, do not change places.
 
 Never true: a plan needs a clock, or tells when to act on it; what a change costs is `cost.migration_cost`.
 """
@@ -72,6 +74,9 @@ class Plan(msgspec.Struct, frozen=True):
     is_change: bool
     candidates: tuple[Candidate, ...]
     unused: tuple[WorkerName, ...]
+    error: float = 0.0
+    within_error: str = ""
+    """A layout that looks better by less than `error`, which is therefore not proposed, and by how much."""
 
     def explain(self) -> str:
         """Some lines for an operator."""
@@ -83,6 +88,8 @@ class Plan(msgspec.Struct, frozen=True):
             head = "present" if self.is_change else "present, kept"
             lines.append(f"{head}: {_amount(self.objective, self.present_score)}; the proposal gains {self.gain:.1%}")
             lines += _describe(self.present)
+        if self.within_error:
+            lines.append(f"not proposed, as it is within the model's own error of {self.error:.1%}: {self.within_error}")
         lines += [f"{c.num_stages} stages {list(c.layers) or ''}: {c.why_not}" for c in self.candidates if c.why_not]
         if self.unused:
             lines.append(f"not used: {', '.join(self.unused)}")
@@ -101,11 +108,12 @@ def plan(
     num_stages: int = 0,
     headroom: float = 0.1,
     keep_order: bool = False,
+    error: float = 0.0,
 ) -> Plan:
     """The best layout over `devices` for `traffic`.
 
     `num_stages` 0 leaves their number free; with `keep_order` only the cuts of `present` are, which must name no worker
-    twice. `headroom` is the share of each device's memory that is planned to stay empty. The
+    twice. Gains up to `error` (relative) over the present layout count for nothing. `headroom` is the share of each device's memory that is planned to stay empty. The
     layout's epoch is that of `present`, or 0: a transition gives it a new one.
 
     Raises:
@@ -127,6 +135,7 @@ def plan(
         if present is None or len(present.workers) != present.num_hops:
             raise ValueError("only the order of a present layout that names no worker twice can be kept")
         planning.keeps_order, num_stages = True, present.num_hops
+    planning.error = error
     return planning.run(num_stages)
 
 
@@ -196,6 +205,7 @@ class _Planning:
         self.objective: Objective = objective
         self.slo, self.present = slo, present
         self.keeps_order = False
+        self.error = 0.0
         rooms = [d.memory_bytes * (1 - headroom) if d.memory_bytes else math.inf for d in devices]
         self.rooms = np.array(rooms)
         self.names = [device.worker for device in devices]
@@ -226,7 +236,8 @@ class _Planning:
         if best.split is None:
             raise NoPlan(self._why_nothing_fits(most))
         best = self._shown(best)
-        return self._result(k, best, options)
+        steady = self._in_present_order(k, best)
+        return self._result(k, steady or best, options, best if steady else None)
 
     # -- one number of stages ---------------------------------------------------------------------------------
 
@@ -296,6 +307,25 @@ class _Planning:
             return score, forecast.num_sequences
         return pipeline.goodput(self.slo)
 
+    def _in_present_order(self, k: int, best: _Option) -> _Option | None:
+        """The best cuts of the present order of workers, where another order is better by no more than the model's error."""
+        present = self.present
+        if present is None or not self.error or self.keeps_order or k != present.num_hops:
+            return None
+        order = [self.names.index(worker) for worker in present.workers]
+        if best.split is None or len(order) != k or tuple(order) == best.split.order:
+            return None
+        (one,) = self._pose([k], [max(1.0, best.num_sequences)])
+        split = split_order(one.problem, order)
+        if split is None:
+            return None
+        cuts = [segment.layers.stop for segment in present.segments[:-1]]
+        near = split_near(one.problem, order, split.largest * (1 + self.error), cuts) or split
+        for option in (self._shown(_Option(near, 0.0)), self._shown(_Option(split, 0.0))):
+            if _gain(self.objective, option.score, best.score) <= self.error:
+                return option
+        return None
+
     # -- the problem ------------------------------------------------------------------------------------------
 
     def _in_service(self, k: int) -> float:
@@ -354,16 +384,20 @@ class _Planning:
 
     # -- the answer ---------------------------------------------------------------------------------------------
 
-    def _result(self, k: int, best: _Option, options: dict[int, _Option]) -> Plan:
+    def _result(self, k: int, best: _Option, options: dict[int, _Option], passed_over: _Option | None) -> Plan:
         assert best.layout is not None, "the best option was not shown"
         assert best.forecast is not None, "the best option was not shown"
         present, before = self.present, self.present_score
         score, layout, forecast = best.score, best.layout, best.forecast
-        gain = 0.0
+        gain, within = 0.0, ""
+        if passed_over is not None and passed_over.layout is not None:
+            within = f"{passed_over.layout.brief()}, {_gain(self.objective, score, passed_over.score):+.1%}"
         if present is not None:
             gain = _gain(self.objective, before, score)
-            if gain <= _TIE or layout.segments == present.segments:
+            if gain <= max(_TIE, self.error) or layout.segments == present.segments:
                 assert self.present_forecast is not None
+                if gain > _TIE and layout.segments != present.segments:
+                    within = f"{layout.brief()}, {gain:+.1%}"
                 gain, score, layout, forecast = 0.0, before, present, self.present_forecast
         used = set(layout.workers)
         return Plan(
@@ -379,6 +413,8 @@ class _Planning:
             is_change=present is None or layout.segments != present.segments,
             candidates=tuple(self._candidate(n, option, k, best.score) for n, option in sorted(options.items())),
             unused=tuple(name for name in self.names if name not in used),
+            error=self.error,
+            within_error=within,
         )
 
     def _candidate(self, k: int, option: _Option, winner: int, best: float) -> Candidate:

@@ -20,6 +20,7 @@ from scheduler.batching import BatchingConfig
 from scheduler.pilot import SNAPSHOT_BYTES_PER_S
 from scheduler.planning.autopilot import Mode, Settings
 from scheduler.planning.cost import Facts, work_of_rows
+from scheduler.planning.look import answer
 from scheduler.reconfiguration import Change, Refused
 from scheduler.request import AdmissionError, Request, TokenOutput
 from scheduler.simulation.policies import Policy
@@ -33,6 +34,8 @@ from scheduler.state import (
     Event,
     EvictWorker,
     FromWorker,
+    Look,
+    Looked,
     Report,
     SchedulerState,
     Send,
@@ -126,6 +129,7 @@ class Simulation:
             heartbeat_timeout_s=math.inf, autopilot=autopilot, piloting=piloting,
         )  # fmt: skip
         self.head = SchedulerState(cluster, batching)
+        self.head.pilot.learns = autopilot != "off"
         facts, rng = Facts(spec), np.random.default_rng(seed)
         factors = iter(()) if not rates.noise else _lognormal(rng, rates.noise)
         draw = (lambda: next(factors)) if rates.noise else (lambda: 1.0)
@@ -211,6 +215,9 @@ class Simulation:
                     world.at(world.now_s + world.rates.flight_s, worker.receive, effect.message)
                 case Emit():
                     self._emit(effect.sequence, effect.output)
+                case Look():
+                    answered = Looked(effect.question, answer(effect.question), world.now_s)
+                    world.at(world.now_s, self._handle, answered)
                 case EvictWorker() | Report():
                     if isinstance(effect, Report) and effect.level == "error":
                         self._failure = effect.text

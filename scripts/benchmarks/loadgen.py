@@ -119,7 +119,7 @@ async def emulated_devices(url: str) -> list[str]:
         if response.status != 200:
             return []  # another server, or one that wants a key
         workers = (await response.json())["workers"]
-    return [worker["device_name"] for worker in workers if worker.get("pace")]
+    return [worker["device_name"] for worker in workers if worker.get("pace") or worker.get("roofline")]
 
 
 async def warm_up(url: str, model: str, workload: Workload, *, seed: int) -> None:

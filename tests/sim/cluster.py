@@ -55,6 +55,7 @@ from scheduler.state import (
     Event,
     EvictWorker,
     FromWorker,
+    Look,
     PeerDown,
     Report,
     SchedulerState,
@@ -361,7 +362,7 @@ class SimCluster:
                     self.transmit(effect.worker, effect.message, [])
                 case Emit():
                     self._emit(effect.sequence, effect.output)
-                case EvictWorker() | Report():
+                case EvictWorker() | Report() | Look():
                     pass
 
     # -- clients --------------------------------------------------------------------------------------------

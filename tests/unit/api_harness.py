@@ -132,7 +132,7 @@ class ScriptedEngine:
         ]
         return {"epoch": 1, "model": MODEL, "num_layers": 4, "stages": stages, "transition": None}
 
-    def plan_view(self) -> dict[str, Any]:
+    async def plan_view(self) -> dict[str, Any]:
         return {"mode": self.mode}
 
     def pilot_stats(self) -> PilotStats:

@@ -62,14 +62,14 @@ def test_the_text_of_a_head_without_a_load() -> None:
         info = Join(name, "host", 1, "cuda:0", "NVIDIA L40S", 48 << 30, 40 << 30, 1, {})
         state.step(FromWorker(info, 0.0))
     assert state.layout is not None
-    view = state.pilot.view(state)
+    view = state.pilot.view(state, None, None)
     text = "\n".join(plan_lines(view))
     assert "too little was asked yet" in text
     assert "w0 (l40s) [0, " in text
     state.layout = layout_from_counts(1, ["w0", "w1"], [30, 2])
-    assert "<- bottleneck" in "\n".join(plan_lines(state.pilot.view(state)))
+    assert "<- bottleneck" in "\n".join(plan_lines(state.pilot.view(state, None, None)))
     state.layout = None
-    assert "no plan" in "\n".join(plan_lines(state.pilot.view(state)))
+    assert "no plan" in "\n".join(plan_lines(state.pilot.view(state, None, None)))
 
 
 def test_flags() -> None:

@@ -6,12 +6,13 @@ import torch
 from kvstore.ids import LayerRange
 from runtime.member import Member
 from runtime.messages import Join, ProfilePoint, Sampling, StepResult
-from runtime.pace import ALIASES, PEAKS, Emulation, Pacer, parse_pace, parse_paces
+from runtime.pace import ALIASES, PEAKS, SHARPNESS, Emulation, Pacer, Roofline, parse_pace, parse_paces
 from scheduler.batching import BatchingConfig
 from scheduler.planning import devices
-from scheduler.planning.cost import TERMS
+from scheduler.planning.cost import TERMS, Facts, Work, stage_seconds
 from scheduler.planning.emulation import speed_of_worker
 from scheduler.request import Request
+from scheduler.simulation.shapes import load_shape
 from tests.sim.cluster import SimCluster
 
 
@@ -31,7 +32,8 @@ def test_a_device_is_as_slow_as_its_data_sheet() -> None:
     assert parse_pace("decode=2") == Emulation(1.0, 2.0)
 
 
-@pytest.mark.parametrize("text", ["k80", "", "decode=0.5", "decode=x", "decode=nan", "speed=2", "prefill=1e9"])
+@pytest.mark.parametrize("text", ["k80", "", "decode=0.5", "decode=x", "decode=nan", "speed=2", "prefill=1e9", "read=0.1", "read=0,token=1",
+                                  "read=1,token=1,head=2"])
 def test_a_mistake_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="pace"):
         parse_pace(text)
@@ -46,9 +48,9 @@ def test_an_entry_for_each_worker() -> None:
 
 def test_the_law() -> None:
     emulation = Emulation(prefill=3.0, decode=5.0)
-    assert emulation.step_s(0.01, [1, 1, 1, 1]) == pytest.approx(0.05)
-    assert emulation.step_s(0.01, [100]) == pytest.approx(0.03)
-    assert emulation.step_s(0.01, [1, 1, 6]) == pytest.approx(0.01 * (2 * 5 + 6 * 3) / 8)
+    assert emulation.step_s(0.01, [1, 1, 1, 1], 3) == pytest.approx(0.05)
+    assert emulation.step_s(0.01, [100], 3) == pytest.approx(0.03)
+    assert emulation.step_s(0.01, [1, 1, 6], 3) == pytest.approx(0.01 * (2 * 5 + 6 * 3) / 8)
     assert emulation.sample_s(0.01) == pytest.approx(0.05)
 
 
@@ -84,12 +86,12 @@ def test_it_waits_until_the_stretched_time_is_over() -> None:
     pacer = Pacer(Emulation(2.0, 4.0), clock, clock.wait, lambda: finished.append(clock.now_s))
     begun_s = clock()
     clock.now_s += 0.1
-    pacer.hold_step([1], begun_s)
+    pacer.hold_step([1], 3, begun_s)
     assert finished == [pytest.approx(begun_s + 0.1)], "the device was not waited for"
     assert clock.now_s - begun_s == pytest.approx(4 * 0.101, abs=0.003)
     pacer = Pacer(Emulation(1.0, 1.0), clock, clock.wait)
     waited_s = clock.waited_s
-    pacer.hold_step([1], clock())
+    pacer.hold_step([1], 3, clock())
     assert clock.waited_s == pytest.approx(waited_s, abs=1e-9)
 
 
@@ -128,8 +130,38 @@ def test_the_cost_model_begins_with_the_emulated_speed() -> None:
     def join(pace: tuple[float, float] | None) -> Join:
         return Join("w0", "host", 1, "cpu", "a100 (emulated on AMD EPYC)", 1, 1, 1, {}, "", pace)
 
-    plain, paced = speed_of_worker(join(None)), speed_of_worker(join((3.0, 5.0)))
+    spec = load_shape("smollm2-135m")
+    plain, paced = speed_of_worker(spec, join(None)), speed_of_worker(spec, join((3.0, 5.0)))
     assert paced.kind == plain.kind
     assert dict(zip(TERMS, paced.scale, strict=True)) == {
         "step": 5.0, "layer": 5.0, "weights": 5.0, "products": 3.0, "kv": 5.0, "scores": 3.0, "head": 5.0, "sample": 5.0,
     }  # fmt: skip
+
+
+def test_the_roofline_law_hides_the_host() -> None:
+    law = parse_pace("read=0.005, token=0.0001, name=a100")
+    assert law == Roofline(0.005, 0.0001, "a100")
+    assert law.step_s(0.001, [1] * 4, 6) == pytest.approx(6 * 0.005, rel=0.01), "reading the weights decides"
+    assert law.step_s(0.02, [1] * 4, 6) == law.step_s(0.001, [1] * 4, 6), "what the host does is hidden"
+    assert law.step_s(0.001, [500], 6) == pytest.approx(6 * 0.05, rel=0.01), "arithmetic decides"
+    assert law.step_s(9.0, [1], 6) == 9.0, "unless the host is slower"
+    assert law.sample_s(0.002) == 0.002
+    assert law.point(ProfilePoint(8, 100, 0, 0, LayerRange(0, 4), 0.001)).seconds == law.step_s(0.0, [1] * 8, 4)
+    assert "emulated on EPYC" in law.label("EPYC")
+    assert law.label("EPYC").startswith("a100: 5 ms and 100 us a token")
+    assert parse_paces(["read=1,token=1", "a100"]) == ("read=1,token=1", "a100")
+
+
+def test_the_cost_model_begins_with_the_law() -> None:
+    """Each term of the law by itself, and the corner between them."""
+    law = Roofline(0.005, 0.0001, "a100")
+    info = Join("w0", "host", 1, "cpu", law.label("AMD EPYC"), 1, 1, 1, {}, **law.announced())
+    facts = Facts(load_shape("smollm2-135m"))
+    speed = speed_of_worker(facts.spec, info)
+    assert speed.kind.name == "a100 (emulated)"
+    assert speed.kind.sharpness == SHARPNESS
+    for tokens in (1, 50, 500):
+        said = stage_seconds(facts, speed, Work(prefill_tokens=tokens, prefill_context=1), range(10), is_last=False)
+        assert said == pytest.approx(law.step_s(0.0, [tokens], 10), rel=0.02)
+    head_s = stage_seconds(facts, speed, Work(1, 1, 0, 0, 1), range(0), is_last=True)
+    assert head_s < 0.01, "the LM head is the host's"

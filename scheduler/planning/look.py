@@ -1,0 +1,177 @@
+"""One look at the load: a question to the planner with all that it needs, and its answer, as values. Pure.
+
+A look is several plans (any layout, the present order of workers, how many workers would do) and takes milliseconds for a
+few devices, tens of them for many, so whoever has something better to do lets another thread answer: `answer` touches
+nothing but its argument. What became of the load meanwhile is for `Autopilot.heard` to judge.
+
+Never true: a question holds anything that changes after it was asked.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from runtime.layout import Layout
+from scheduler.planning.cost import Facts, MigrationCost, migration_cost
+from scheduler.planning.forecast import Device, Pipeline
+from scheduler.planning.monitor import Load, Measured
+from scheduler.planning.planner import NoPlan, Plan, plan
+from scheduler.planning.settings import Settings
+from scheduler.planning.sizing import Workers, num_wanted
+from scheduler.planning.traffic import Serving, Traffic
+
+
+@dataclass(frozen=True, slots=True)
+class Staffing:
+    """How many workers are wanted, and what the last looks said: the number if it was more, since when and what if fewer."""
+
+    wanted: int = 0
+    more: int = 0
+    less: tuple[float, int] | None = None
+
+    def after(self, now_s: float, raw: int, num_serving: int, shrink_after_s: float) -> "Staffing":
+        """More when it was more twice in a row, fewer when it was fewer for long."""
+        before = self.wanted or num_serving
+        if raw > before:
+            return Staffing(min(raw, self.more) if self.more > before else before, raw)
+        if raw == before:
+            return Staffing(before)
+        since_s, most = self.less or (now_s, 0)
+        if now_s - since_s >= shrink_after_s:
+            return Staffing(max(most, raw))
+        return Staffing(before, 0, (since_s, max(most, raw)))
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked. `error` is the model's own, `slowness` how long changes take beyond the table of speeds."""
+
+    asked_s: float
+    facts: Facts
+    serving: Serving
+    settings: Settings
+    load: Load
+    devices: tuple[Device, ...]
+    present: Layout
+    kv_tokens: float
+    measured: Measured
+    staffing: Staffing
+    slowness: float
+    error: float
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """`plan` is None where nothing fits, which `why` says. `per_token_s` is predicted for what was `measured`."""
+
+    plan: Plan | None
+    why: str = ""
+    cost: MigrationCost | None = None
+    workers: Workers | None = None
+    staffing: Staffing = Staffing()
+    per_token_s: float = 0.0
+
+
+def answer(question: Question) -> Answer:
+    """The plan for the load: the best layout, or the best one with the present order of workers when that pays better."""
+    present = question.present
+    try:
+        found, workers, staffing = _planned(question)
+    except NoPlan as error:
+        return Answer(None, str(error))
+    cost = _migration(question, found.layout)
+    if found.is_change and found.gain > 0 and len(present.workers) == present.num_hops:
+        found, cost = _or_nearer(question, found, cost)
+    traffic = question.load.traffic
+    running_s = per_token_s(
+        question.facts, question.serving, question.devices, present, traffic, question.measured
+    )
+    return Answer(found, "", cost, workers, staffing, running_s)
+
+
+def per_token_s(
+    facts: Facts, serving: Serving, devices: Sequence[Device], layout: Layout, traffic: Traffic, measured: Measured
+) -> float:
+    """What the model says of a request's time per token, with as many in service as there were."""
+    running = max(1.0, measured.service_s / measured.seconds) if measured.seconds > 0 else traffic.concurrency
+    at = msgspec.structs.replace(traffic, requests_per_s=0.0, concurrency=running)
+    forecast = Pipeline(facts, devices, layout, at, serving).forecast()
+    return forecast.num_sequences / forecast.tokens_per_s
+
+
+def cost_s(settings: Settings, cost: MigrationCost) -> float:
+    """What a change takes, in seconds of service."""
+    return cost.seconds * settings.overhead + settings.change_s + cost.num_layers * settings.layer_s
+
+
+def _ask(
+    question: Question,
+    devices: Sequence[Device],
+    num_stages: int,
+    present: Layout | None,
+    traffic: Traffic,
+    *,
+    keep_order: bool = False,
+) -> Plan:
+    settings = question.settings
+    return plan(
+        question.facts, devices, traffic, serving=question.serving, objective=settings.objective, slo=settings.slo,
+        present=present, num_stages=num_stages, headroom=settings.headroom, keep_order=keep_order, error=question.error,
+    )  # fmt: skip
+
+
+def _planned(question: Question) -> tuple[Plan, Workers, Staffing]:
+    """The planner's answer; with `elastic` over no more workers than it takes."""
+    settings, load, devices, present = question.settings, question.load, question.devices, question.present
+    found = _ask(question, devices, 0, present, load.traffic)
+    anyhow = load.traffic if load.is_closed else msgspec.structs.replace(load.traffic, concurrency=0.0)
+    num_serving = len(present.workers)
+    raw = num_wanted(
+        lambda devices, k: _ask(question, devices, k, None, anyhow),
+        devices,
+        question.facts.num_layers,
+        settings.slo,
+        num_serving,
+    )
+    staffing = question.staffing.after(question.asked_s, raw, num_serving, settings.shrink_after_s)
+    if settings.elastic and staffing.wanted < len(found.layout.workers):
+        start = present if num_serving == staffing.wanted else None  # else the planner would rather keep it
+        fewer = _ask(question, devices, staffing.wanted, start, load.traffic)
+        found = msgspec.structs.replace(
+            fewer,
+            present=found.present,
+            present_score=found.present_score,
+            is_change=fewer.layout.segments != present.segments,
+        )
+    used = set(found.layout.workers)
+    spare = tuple(device.worker for device in devices if device.worker not in used | set(present.workers))
+    return found, Workers(len(devices), len(used), staffing.wanted, spare), staffing
+
+
+def _or_nearer(question: Question, found: Plan, cost: MigrationCost) -> tuple[Plan, MigrationCost]:
+    """`found`, or the best with the present order of workers when that pays better: it moves fewer layers."""
+    settings = question.settings
+    near = _ask(question, question.devices, 0, question.present, found.traffic, keep_order=True)
+    if not near.is_change or near.layout.segments == found.layout.segments:
+        return found, cost
+    near_cost = _migration(question, near.layout)
+    lasts_s = min(settings.nearer_s, question.load.remaining_s)
+    worth = min(found.gain, 10.0) * lasts_s - cost_s(settings, cost)
+    if min(near.gain, 10.0) * lasts_s - cost_s(settings, near_cost) < worth:
+        return found, cost
+    return msgspec.structs.replace(near, candidates=found.candidates), near_cost
+
+
+def _migration(question: Question, layout: Layout) -> MigrationCost:
+    settings = question.settings
+    return migration_cost(
+        question.facts,
+        question.present,
+        layout,
+        kv_tokens=question.kv_tokens,
+        kv_bytes_per_s=settings.kv_bytes_per_s / question.slowness,
+        load_bytes_per_s=settings.load_bytes_per_s / question.slowness,
+    )
+
+
