@@ -13,7 +13,7 @@ sometimes below the threshold, never.
 
 On top of that, no change before the last one has stayed `min_stay_s`; none that the load, by how long loads lasted so far,
 will not pay back (loads that take turns faster than that are planned for together, as their mean); and each change raises the threshold for the next by a penalty that halves every `half_life_s` (route
-flap damping, RFC 2439), so that an oscillating load is followed only as far as it is worth it.
+flap damping, RFC 2439), in full for one that takes a layer back to where it came from, so that an oscillating load is followed only as far as it is worth it.
 
 After a change the time that a request in service spends per token is measured: r = measured / predicted, by the coefficients
 that the decision was made with, before and after it. The gain that came true is (1 + predicted) r_before / r_after - 1, and
@@ -42,6 +42,8 @@ from scheduler.planning.traffic import Serving, Traffic
 Mode: TypeAlias = Literal["off", "advise", "on"]
 MODES: tuple[Mode, ...] = ("off", "advise", "on")
 MAX_LOG = 200
+_ONWARD = 0.25
+"""The share of the penalty for earlier changes that counts against one that takes nothing back."""
 _JUDGED_FROM = 0.02
 """Predicted gains per token below this drown in noise and are not judged."""
 
@@ -107,6 +109,8 @@ class Autopilot:
         self.cost: MigrationCost | None = None
         self._penalty = 0.0
         self._penalty_at_s = 0.0
+        self._before: Layout | None = None
+        self._present: Layout | None = None
         self._num_logged = self._num_told = 0
         self._looked_s = -math.inf
         self._changed_s = -math.inf
@@ -139,6 +143,7 @@ class Autopilot:
     def committed(self, now_s: float, layout: Layout, took_s: float = 0.0) -> None:
         """The layout has changed, by our decision or an operator's. `took_s` is how long the change went on, if known."""
         self._penalty, self._penalty_at_s = self.penalty(now_s) + 1.0, now_s
+        self._before, self._present = self._present, layout
         self._changed_s, self.regret_s, self._advised, self._trial = now_s, 0.0, None, None
         trial, self._pending = self._pending, None
         if trial is not None and trial.decision.layout.segments == layout.segments:
@@ -159,9 +164,16 @@ class Autopilot:
         """What is left of the penalties for changes; each added 1."""
         return self._penalty * 0.5 ** ((now_s - self._penalty_at_s) / self.settings.half_life_s)
 
-    def threshold(self, now_s: float) -> float:
-        """The gain from which on regret is counted."""
-        return self.settings.min_gain * (1.0 + self.penalty(now_s))
+    def threshold(self, now_s: float, *, is_return: bool = True) -> float:
+        """The gain from which on regret is counted. A change that goes further does not flap, one that goes back might."""
+        return self.settings.min_gain * (1.0 + self.penalty(now_s) * (1.0 if is_return else _ONWARD))
+
+    def _is_return(self, present: Layout, proposed: Layout) -> bool:
+        """Whether some layer would go back to where it was before the last change."""
+        if self._before is None or self._before.num_layers != present.num_layers:
+            return False
+        owners = zip(self._before.owners(), present.owners(), proposed.owners(), strict=True)
+        return any(before == then != now for before, now, then in owners)
 
     # -- deciding -----------------------------------------------------------------------------------------------
 
@@ -263,8 +275,10 @@ class Autopilot:
             gain = max(gain, 1.0 - len(found.layout.workers) / len(present.workers))
         if not found.is_change or now_s < until_s:
             gain = 0.0
-        self.regret_s = min(max(0.0, self.regret_s + (gain - self.threshold(now_s)) * elapsed_s), 10 * price_s)
-        if gain <= self.threshold(now_s) or self.regret_s < price_s:
+        self._present = present
+        threshold = self.threshold(now_s, is_return=self._is_return(present, found.layout))
+        self.regret_s = min(max(0.0, self.regret_s + (gain - threshold) * elapsed_s), 10 * price_s)
+        if gain <= threshold or self.regret_s < price_s:
             return None
         what = f"{present.brief()} -> {found.layout.brief()}"
         lasts_s = min(settings.horizon_s, self.load.remaining_s)

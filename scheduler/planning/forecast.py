@@ -154,10 +154,11 @@ class Pipeline:
             ),
         )
 
-    def goodput(self, slo: Slo) -> tuple[float, float]:
+    def goodput(self, slo: Slo, at_least: float = 0.0) -> tuple[float, float]:
         """The largest rate, requests/s, at which the mean request meets `slo`, and the sequences in service then.
 
-        0 when none does. In a closed loop it is the rate of as many clients as can be served within it.
+        0 when none does. In a closed loop it is the rate of as many clients as can be served within it. What cannot reach
+        `at_least` is not looked at closely.
         """
         best, at = 0.0, 1.0
         grid, swept = self._grid, self._swept
@@ -171,7 +172,7 @@ class Pipeline:
             if rates[top] > best:
                 best, at = float(rates[top]), float(grid[top])
             edge = int(good[-1])
-            if last_round or edge + 1 == len(grid):
+            if last_round or edge + 1 == len(grid) or rates[edge + 1] < at_least:
                 break
             grid = np.linspace(grid[edge], grid[edge + 1], 10)[1:-1]
             swept = self._sweep(grid)

@@ -36,7 +36,9 @@ SERVING, SLO = Serving(), Slo()
 _EVERY_K = 12
 _TIE = 1e-6
 _NEAR = 0.25
-"""Numbers of stages that are worse than the best by more than this are not planned again at the load they settle at."""
+_AGAIN = 4
+"""Numbers of stages that are worse than the best by more than `_NEAR`, or not among the `_AGAIN` best, are not planned again at
+the load they settle at."""
 
 
 class NoPlan(ValueError):
@@ -205,7 +207,7 @@ class _Planning:
         self.objective: Objective = objective
         self.slo, self.present = slo, present
         self.keeps_order = False
-        self.error = 0.0
+        self.error = self.best_goodput = 0.0
         rooms = [d.memory_bytes * (1 - headroom) if d.memory_bytes else math.inf for d in devices]
         self.rooms = np.array(rooms)
         self.names = [device.worker for device in devices]
@@ -248,12 +250,14 @@ class _Planning:
             for one in sorted(posed, key=lambda one: -self._rate(one.steps, one.bound_s)):
                 options[one.k] = self._fastest(one, options)
             return
-        for one in posed:
-            options[one.k] = self._weighed(one)
+        for one in sorted(posed, key=lambda one: -self._highest(one)):
+            highest, best = self._highest(one), max((option.score for option in options.values()), default=-math.inf)
+            options[one.k] = _Option(None, highest) if highest < best else self._weighed(one)
         good = max(option.score for option in options.values())
         again = [
-            k for k in ks if options[k].forecast is not None and _gain(self.objective, options[k].score, good) < _NEAR
+            k for k in ks if options[k].layout is not None and _gain(self.objective, options[k].score, good) < _NEAR
         ]
+        again = sorted(again, key=lambda k: -options[k].score)[:_AGAIN]
         for one in self._pose(again, [max(1.0, options[k].num_sequences) for k in again]):
             option = self._weighed(one)
             if option.score > options[one.k].score:
@@ -268,10 +272,18 @@ class _Planning:
         one, split = self._solve(one)
         return _Option(split, self._rate(one.steps, split.cycle_s(one.problem)) if split else -math.inf)
 
+    def _highest(self, one: _Posed) -> float:
+        """No split scores better at this operating point; inf where nothing cheap is known."""
+        if not one.bound_s:
+            return math.inf
+        if self.objective == "latency":
+            return -(self.traffic.output_tokens - 1.0) * (self.serving.head_s + one.bound_s)
+        return self._rate(one.steps, one.bound_s)
+
     def _weighed(self, one: _Posed) -> _Option:
         """The best split at this operating point, with its forecast and score."""
         _, split = self._solve(one)
-        return _Option(None, -math.inf) if split is None else self._shown(_Option(split, 0.0))
+        return _Option(None, -math.inf) if split is None else self._shown(_Option(split, 0.0), in_full=False)
 
     def _solve(self, one: _Posed) -> tuple[_Posed, Split | None]:
         """The best split; where memory allows none, with fewer sequences until it does."""
@@ -285,8 +297,8 @@ class _Planning:
     def _rate(self, steps: Steps, cycle_s: float) -> float:
         return steps.requests * steps.in_flight / (self.serving.head_s + cycle_s)
 
-    def _shown(self, option: _Option) -> _Option:
-        """With its layout, its forecast, and the score that this gives it."""
+    def _shown(self, option: _Option, *, in_full: bool = True) -> _Option:
+        """With its layout, its forecast (only if `in_full`, where the score can be had without it), and its score."""
         if option.forecast is not None:
             return option
         assert option.split is not None
@@ -294,6 +306,10 @@ class _Planning:
         workers = [self.names[d] for d in option.split.order]
         layout = layout_from_counts(epoch, workers, option.split.counts)
         pipeline = Pipeline(self.facts, self.devices, layout, self.traffic, self.serving)
+        if not in_full and self.objective == "goodput":
+            score, num_sequences = pipeline.goodput(self.slo, self.best_goodput)
+            self.best_goodput = max(self.best_goodput, score)
+            return _Option(option.split, score, num_sequences, layout)
         forecast = pipeline.forecast()
         score, num_sequences = self._score(pipeline, forecast)
         return _Option(option.split, score, num_sequences, layout, forecast)

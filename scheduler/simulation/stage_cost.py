@@ -46,6 +46,9 @@ class StageCost:
             for i, count in enumerate(counts)
         ]
         self.is_last = is_last
+        self.num_hops = 1
+        """Of its layout, and whether each of them is on another worker."""
+        self.is_only = False
         self._speed = speed
         self._step_s = kind.step_s * scale[0]
         self._kv_s = facts.kv_bytes * scale[4] / (kind.bandwidth * kind.kv_fraction)

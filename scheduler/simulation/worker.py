@@ -5,6 +5,10 @@ page pool, mirrors, fences, the pace of what it does in the background (the real
 of its compute thread: `free_at_s` is when the work that it has taken on will be done. Sending takes of that time too
 (`cost.hop_seconds`), as does every slice of a snapshot; loading of a shadow does not, it rests as the real one does.
 
+While nothing but steps is going on, they meet no decision on their way, and go through all of the pipeline at once: the times of
+every hop follow from when its worker is free and when the step arrives there. So `free_at_s` may lie a pass ahead of the
+clock. A worker in a transition takes its steps one by one, as they arrive.
+
 Simplified: weights come from the worker's own disk, never from a peer; a message is never lost, doubled or overtaken.
 """
 
@@ -186,6 +190,7 @@ class SimWorker:
             if segment.worker == self.name:
                 is_last = hop == layout.num_hops - 1
                 cost = StageCost(self._facts, self.device.speed, segment.layers, is_last=is_last)
+                cost.num_hops, cost.is_only = layout.num_hops, len(layout.workers) == layout.num_hops
                 self._costs[layout.epoch, hop] = cost
 
     # -- steps ----------------------------------------------------------------------------------------------
@@ -197,13 +202,27 @@ class SimWorker:
             return
         key = plan.epoch, hop
         assert plan.ordinal == self._next.get(key, 0), "a step was overtaken"
-        self._next[key] = plan.ordinal + 1
         handover = self._handover
         if handover is not None and plan.epoch > handover.source_epoch:
+            self._next[key] = plan.ordinal + 1
             self._blocked.setdefault(key, deque()).append((flight, self._world.now_s))
             self._run_due(handover, key)
-        else:
-            self._run(flight, hop, self._world.now_s)
+            return
+        worker, arrived_s = self, self._world.now_s
+        while worker is not None:
+            worker._next[plan.epoch, hop] = plan.ordinal + 1
+            worker, arrived_s = worker._run(flight, hop, arrived_s)
+            hop += 1
+
+    def _is_next(self, plan: StepPlan, hop: int) -> bool:
+        """Whether a step that is to arrive may be run ahead of time: nothing can come before it, and nothing changes."""
+        layout = self._stages.get(plan.epoch)
+        return (
+            self._handover is None
+            and layout is not None
+            and plan.ordinal == self._next.get((plan.epoch, hop), 0)
+            and self._costs[plan.epoch, hop].is_only
+        )
 
     def _run_due(self, handover: SimHandover, key: tuple[Epoch, int]) -> None:
         """Run the steps of the next epoch whose fence is met, in their order."""
@@ -216,12 +235,14 @@ class SimWorker:
                 return
             handover.unblocked(self._world.now_s)
             blocked.popleft()
-            self._run(flight, key[1], arrived_s)
+            worker, at_s = self._run(flight, key[1], arrived_s)
+            assert worker is None, "a step of a transition ran ahead"
 
-    def _run(self, flight: Flight, hop: int, arrived_s: float) -> None:
+    def _run(self, flight: Flight, hop: int, arrived_s: float) -> "tuple[SimWorker | None, float]":
+        """The next worker, and when the step arrives there, if it takes the step at once; else it will be brought there."""
         plan, work, layout = flight.plan, flight.work, self._stages[flight.plan.epoch]
         cost = self._costs[plan.epoch, hop]
-        begun_s = max(self._world.now_s, self.free_at_s)
+        begun_s = max(self._world.now_s, arrived_s, self.free_at_s)
         factor = self._noise()
         compute_s = cost.compute_s(work, flight.layer_s) * factor
         sample_s = cost.sample_s(work) * factor if cost.is_last else 0.0
@@ -236,7 +257,7 @@ class SimWorker:
                 int(1e6 * sample_s),
             )
         )
-        is_last = hop == layout.num_hops - 1
+        is_last, following, due_s = hop == cost.num_hops - 1, None, 0.0
         sending_s = self._kind.link_latency_s if is_last else hop_seconds(self._facts, self._kind, work.num_tokens)
         self._occupy(begun_s, compute_s + sample_s + sending_s)
         if is_last:
@@ -245,12 +266,16 @@ class SimWorker:
             self._network.to_head(self.free_at_s, result)
         else:
             following = self._network.peer(layout.segments[hop + 1].worker)
-            self._world.at(self.free_at_s + self._world.rates.flight_s, following.step, flight, hop + 1)
+            due_s = self.free_at_s + self._world.rates.flight_s
+            if self._handover is not None or not following._is_next(plan, hop + 1):
+                self._world.at(due_s, following.step, flight, hop + 1)
+                following = None
         if self._handover is not None:
             self._handover.ran(plan, begun_s, ended_s)
             if plan.epoch == self._handover.source_epoch:
                 self._mirror(self._handover, flight, hop)
         self._idle_since_s = self.free_at_s
+        return following, due_s
 
     def _occupy(self, begun_s: float, seconds: float) -> None:
         self.free_at_s = begun_s + seconds

@@ -113,7 +113,7 @@ async def _play_wave(folder: Path, pattern: str, wave: Sequence[str], phases: li
     first = {arm: _layouts_of(folder, pattern, arm, phases) for arm in wave}
     try:
         with ThreadPoolExecutor(4) as pool:
-            list(pool.map(lambda arm: fleets[arm].start(first[arm][0]), wave))
+            list(pool.map(lambda arm: fleets[arm].start(_started_on(first[arm][0])), wave))
         for arm in wave:
             await fleets[arm].ensure(first[arm][0])
         await asyncio.sleep(3.0)
@@ -150,6 +150,11 @@ def _layouts_of(folder: Path, pattern: str, arm: str, phases: list[Phase]) -> li
     from autopilot_score import composite
 
     return [_spec(max(statics, key=lambda name: composite(statics[name], list(statics.values()))))] * len(phases)
+
+
+def _started_on(layout: LayoutSpec) -> LayoutSpec:
+    """What to start a server with that shall have `layout`: one of a single stage would take whichever worker joins first."""
+    return layout if len(layout.stages) > 1 else parse_layout(f"{NUM_LAYERS - 1},1")
 
 
 def _spec(text: str) -> LayoutSpec:

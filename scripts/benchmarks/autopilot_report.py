@@ -39,7 +39,7 @@ def report_of(
         _draw(plots / f"{picture}.png", title, runs)
     known = {arm: figures(run, slo.ttft_s, slo.tpot_s) for arm, run in runs.items()}
     statics = {arm: known[arm] for arm in sorted(known, key=_order) if arm not in _OURS}
-    all_statics = list(statics.values())
+    all_statics = [*statics.values(), *([known["oracle"]] if "oracle" in known else [])]
     best_of = oracle(statics)
     scores = {arm: composite(known[arm], all_statics) for arm in known}
     best = max(statics, key=lambda arm: scores[arm])

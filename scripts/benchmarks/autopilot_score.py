@@ -6,9 +6,10 @@ end, whichever is later. The *composite* of a run is the mean over the phases of
 
     (best TTFT / TTFT + best TPOT / TPOT + throughput / best throughput) / 3
 
-where "best" is the best of all static layouts in that phase, each figure by itself. It is ours: what PipeLive (arXiv:2604.12171)
-adds up to its figure was not to be found. *Goodput* is requests per second that met the SLO; *settled*, of those
-due at least `SETTLE_S` after the phase began. The *oracle* of a phase is the static layout with the best composite in it alone.
+where "best" is the best of all static layouts and of the oracle in that phase, each figure by itself, so that 1 is the most that
+can be had. It is ours: what PipeLive (arXiv:2604.12171) adds up to its figure was not to be found. *Goodput* is requests per second that met the SLO; *settled*, of those
+due at least `SETTLE_S` after the phase began. The *oracle* changes at the beginning of each phase to the static layout with the best settled goodput in it (a
+layout that was bad before begins a phase with a backlog, which is why the whole phase does not decide).
 
 What is never true: that a run with a failed request has a score.
 """
@@ -60,7 +61,7 @@ def _phase(requests: Sequence[Mapping[str, float]], phase: Mapping[str, Any], tt
 
 
 def composite(run: Sequence[Figures], statics: Sequence[Sequence[Figures]]) -> float:
-    """Of a run, against the best of the static layouts in each phase."""
+    """Of a run, against the best of these runs in each phase."""
     return float(np.mean([phase_composite(one, [static[i] for static in statics]) for i, one in enumerate(run)]))
 
 
@@ -71,13 +72,14 @@ def phase_composite(one: Figures, statics: Sequence[Figures]) -> float:
 
 
 def oracle(statics: Mapping[str, Sequence[Figures]]) -> list[str]:
-    """For each phase, the static layout that is best in it."""
-    runs = list(statics.values())
-    num_phases = len(runs[0])
-    return [
-        max(statics, key=lambda name: phase_composite(statics[name][i], [run[i] for run in runs]))
-        for i in range(num_phases)
-    ]
+    """For each phase, the static layout that is best in it; of equals the one with the shorter TTFT."""
+    num_phases = len(next(iter(statics.values())))
+
+    def merit(name: str, phase: int) -> tuple[float, float]:
+        one = statics[name][phase]
+        return one.settled_goodput, -one.settled_ttft_s
+
+    return [max(statics, key=lambda name: merit(name, phase)) for phase in range(num_phases)]
 
 
 def shift_times(run: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,9 +51,9 @@ MAX_MEASUREMENTS = 1500
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the first layout's steps say of this machine. Seconds."""
+    """What the first layout's steps say of this machine: of each worker by itself, as its core has its own neighbours. Seconds."""
 
-    speed: Speed
+    speeds: tuple[Speed, ...]
     rates: Rates
     send_s: float
     num_steps: int
@@ -129,7 +130,7 @@ def compare(spec: ModelSpec, layouts: list[list[int]], measured: list[dict], ste
     rows = []
     for one in measured:
         same_load = [other for other in measured if other["load"] == one["load"]]
-        own = calibrate(facts, layouts[0], same_load, steps, calibration.speed)
+        own = calibrate(facts, layouts[0], same_load, steps, calibration.speeds)
         load = Workload(**one["load"])
         said, said_own = (simulate(spec, known, one["layout"], load, seed) for known in (calibration, own))
         row = {"layout": one["layout"], "workload": load.name, "calibrated_on": one["layout"] == layouts[0]}
@@ -140,7 +141,7 @@ def compare(spec: ModelSpec, layouts: list[list[int]], measured: list[dict], ste
     others = [row for row in rows if not row["calibrated_on"]]
     return {
         "calibration": {
-            "scale": [round(value, 3) for value in calibration.speed.scale],
+            "scales": [[round(value, 3) for value in speed.scale] for speed in calibration.speeds],
             "send_ms": 1e3 * calibration.send_s,
             "flight_ms": 1e3 * calibration.rates.flight_s,
             "head_ms": 1e3 * calibration.rates.head_s,
@@ -167,40 +168,53 @@ def _beside(measured: float, simulated: float, own: float) -> dict[str, float]:
 
 
 def calibrate(
-    facts: Facts, layout: list[int], measured: list[dict], steps: list[dict], start: Speed | None = None
+    facts: Facts, layout: list[int], measured: list[dict], steps: list[dict], start: Sequence[Speed] = ()
 ) -> Calibration:
     """Coefficients, spread and overheads from the steps of the workloads on `layout`; the fit begins at `start`."""
     windows = [(one["from_s"], one["to_s"]) for one in measured if one["layout"] == layout]
     groups = [[step for step in steps if a <= step["sent_s"] and step["back_s"] <= b] for a, b in windows]
     chosen = [step for group in groups for step in group]
-    measurements = []
-    for step in chosen:
-        work = Work(*step["work"])
-        for hop, (layers, (_, _, compute_us, sample_us)) in enumerate(zip(step["layers"], step["hops"], strict=True)):
-            measurements.append(Measurement(work, LayerRange(*layers), 1e-6 * compute_us, with_step=True))
-            if hop == len(step["hops"]) - 1 and work.samples:
-                measurements.append(Measurement(work, LayerRange(0, 0), 1e-6 * sample_us, with_head=True))
-    measurements = [m for m in measurements if m.seconds > 0]
-    picked = np.random.default_rng(0).permutation(len(measurements))[:MAX_MEASUREMENTS]
-    sample = [measurements[index] for index in picked]
-    speed = correct(facts, start or Speed(kind_of_worker("cpu", "", 1)), Profile("cpu", facts.spec.name, tuple(sample)))
-    ratios = np.array([m.seconds / predict(facts, speed, m) for m in sample])
-    weights = np.array([predict(facts, speed, m) for m in sample])
-    slower = float((ratios * weights).sum() / weights.sum())  # the fit leans to the median, time is spent by the mean
-    speed = Speed(speed.kind, tuple(value * slower for value in speed.scale))
+    speeds, noises, errors = [], [], []
+    for hop in range(len(layout)):
+        known = start[hop] if start else Speed(kind_of_worker("cpu", "", 1))
+        speed, noise, error = _fit(facts, known, _measurements(chosen, hop))
+        speeds.append(speed)
+        noises.append(noise)
+        errors.append(error)
     send_s = statistics.mean(_overheads(groups))
     round_trips = [_transit_s(step) for step in chosen]
     head_s, hops = statistics.mean(step["step_s"] for step in chosen), len(layout)
     flight_s = max(0.0, (statistics.mean(round_trips) - hops * send_s - head_s) / (hops + 1))
-    kind = msgspec.structs.replace(speed.kind, link_latency_s=send_s)
-    noise = float(np.log(ratios).std())
     return Calibration(
-        Speed(kind, speed.scale),
-        Rates(flight_s=flight_s, head_s=head_s, noise=noise),
+        tuple(Speed(msgspec.structs.replace(s.kind, link_latency_s=send_s), s.scale) for s in speeds),
+        Rates(flight_s=flight_s, head_s=head_s, noise=statistics.mean(noises)),
         send_s,
         len(chosen),
-        float(np.abs(1 / (ratios / slower) - 1).mean()),
+        statistics.mean(errors),
     )
+
+
+def _measurements(steps: list[dict], hop: int) -> list[Measurement]:
+    """What one worker's steps took; of the LM head on the last one."""
+    found = []
+    for step in steps:
+        work, (_, _, compute_us, sample_us) = Work(*step["work"]), step["hops"][hop]
+        found.append(Measurement(work, LayerRange(*step["layers"][hop]), 1e-6 * compute_us, with_step=True))
+        if hop == len(step["hops"]) - 1 and work.samples:
+            found.append(Measurement(work, LayerRange(0, 0), 1e-6 * sample_us, with_head=True))
+    return [m for m in found if m.seconds > 0]
+
+
+def _fit(facts: Facts, known: Speed, measurements: list[Measurement]) -> tuple[Speed, float, float]:
+    """Coefficients, the spread of the logarithm around them, and the mean absolute relative error."""
+    picked = np.random.default_rng(0).permutation(len(measurements))[:MAX_MEASUREMENTS]
+    sample = [measurements[index] for index in picked]
+    speed = correct(facts, known, Profile("cpu", facts.spec.name, tuple(sample)))
+    ratios = np.array([m.seconds / predict(facts, speed, m) for m in sample])
+    weights = np.array([predict(facts, speed, m) for m in sample])
+    slower = float((ratios * weights).sum() / weights.sum())  # the fit leans to the median, time is spent by the mean
+    speed = Speed(speed.kind, tuple(value * slower for value in speed.scale))
+    return speed, float(np.log(ratios).std()), float(np.abs(1 / (ratios / slower) - 1).mean())
 
 
 def _overheads(groups: list[list[dict]]) -> list[float]:
@@ -228,7 +242,7 @@ def simulate(spec: ModelSpec, calibration: Calibration, layout: list[int], workl
         np.full(count, workload.prompt_tokens),
         np.full(count, workload.output_tokens),
     )
-    devices = [SimDevice(f"w{i}", "cpu", calibration.speed, 8 << 30) for i in range(len(layout))]
+    devices = [SimDevice(f"w{i}", "cpu", speed, 8 << 30) for i, speed in enumerate(calibration.speeds)]
     simulation = Simulation(
         spec, devices, layout, Policy(),
         batching=BatchingConfig(num_microbatches=len(layout), max_step_tokens=512, prefix_cache=False),

@@ -36,11 +36,11 @@ def deep_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 class Clients:
     """A closed loop until `stop`; every answer must be right."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, count: int = NUM_CLIENTS) -> None:
         self._server, self._over = server, threading.Event()
         self.failures: list[Any] = []
         self.answers = 0
-        self._threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(NUM_CLIENTS)]
+        self._threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(count)]
         for thread in self._threads:
             thread.start()
 
@@ -123,3 +123,32 @@ def _check(server: Server, view: dict[str, Any]) -> None:
     assert reports["transitions"][0]["outcome"] == "committed"
     assert reports["transitions"][0]["dropped_requests"] == 0
     assert reports["transitions"][0]["recomputed_tokens"] == 0
+
+
+def test_a_small_load_gives_a_worker_back_and_a_large_one_takes_it(tiny_llama: Path, tmp_path: Path) -> None:
+    """Emulated devices, so that it is clear which layout is right: one client is served best by the fast one alone."""
+    paces = ("--pace", "read=0.01,token=0.002,name=a100", "--pace", "read=0.03,token=0.002,name=l40s")
+    options = ("--layers", "2,2", "--dtype", "float32", "--kv-memory", "16M", "--autopilot", "on", "--elastic")
+    with Server(tiny_llama, *options, *paces, log=tmp_path / "log") as server:
+        clients = Clients(server, 1)
+        try:
+            until("it shrinks", server, lambda: len(server.get("/admin/layout")[1]["stages"]) == 1)
+            assert server.get("/admin/layout")[1]["stages"][0]["worker"] == "w0"
+            view = until("the other one is a spare", server, lambda: _with_spare(server, ["w1"]))
+            assert view["workers"]["used"] == 1
+            assert 'midflight_plan_workers{state="spare"} 1.0' in server.get("/metrics")[1]
+            assert "spare: w1" in "\n".join(plan_lines(view))
+        finally:
+            clients.stop()
+        more = Clients(server, 24)
+        try:
+            until("it grows", server, lambda: len(server.get("/admin/layout")[1]["stages"]) == 2)
+        finally:
+            more.stop()
+        assert not clients.failures + more.failures
+        assert server.audit()["problems"] == []
+
+
+def _with_spare(server: Server, names: list[str]) -> dict[str, Any] | None:
+    _, view = server.get("/admin/plan")
+    return view if view["workers"] and view["workers"]["spare"] == names else None

@@ -221,3 +221,32 @@ def test_a_worker_with_two_segments_does_both() -> None:
     assert forecast.capacity_requests_per_s < once.capacity_requests_per_s
     assert forecast.stages[0].worker == forecast.stages[2].worker == "w0"
     assert forecast.bottleneck in (0, 2)
+
+
+def test_alike_workers_do_not_change_places_for_noise() -> None:
+    """One of two is 2 % slower, and the LM head makes the last stage the larger one: by itself that is worth a swap."""
+    facts, devices = Facts(make_spec(num_layers=12, vocab=60_000)), cpus(1.0, 1.02)
+    traffic = Traffic(prompt_tokens=64, output_tokens=64, concurrency=32)
+    free = plan(facts, devices, traffic)
+    swapped = layout_from_counts(3, free.layout.workers[::-1], free.layout.counts())
+    eager = plan(facts, devices, traffic, present=swapped)
+    assert eager.is_change, "without an error it is a gain like any other"
+    calm = plan(facts, devices, traffic, present=swapped, error=0.05)
+    assert not calm.is_change
+    assert calm.gain == 0.0
+    assert "within the model's own error of 5.0%" in calm.explain()
+    bad = layout_from_counts(3, swapped.workers, [10, 2])
+    mended = plan(facts, devices, traffic, present=bad, error=0.05)
+    assert mended.is_change, "a gain beyond the error is proposed"
+    assert mended.layout.workers == bad.workers, "with the order that there is"
+
+
+def test_a_better_order_is_proposed_where_it_is_more_than_noise() -> None:
+    facts, devices = Facts(make_spec(num_layers=12, vocab=200_000)), cpus(1.0, 4.0)
+    traffic = Traffic(prompt_tokens=16, output_tokens=64, concurrency=8)
+    free = plan(facts, devices, traffic)
+    assert free.layout.num_hops == 2 or len(free.layout.workers) == 1
+    backwards = layout_from_counts(3, ["w0", "w1"], [11, 1])
+    found = plan(facts, devices, traffic, present=backwards, error=0.02, num_stages=2)
+    assert found.is_change
+    assert found.layout.workers == ("w1", "w0"), "the LM head belongs on the fast one"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scheduler.planning import search
 from scheduler.planning.search import Solver, search_orders
 from scheduler.planning.splits import Problem, fits, make_split, split_near, split_order, stage_times
-from scheduler.planning.uniform import Uniform, relaxed_bottleneck
+from scheduler.planning.uniform import Uniform, _coverage, _coverage_of_many, relaxed_bottleneck
 from tests.planning_harness import brute_force, random_problem
 
 
@@ -130,3 +130,21 @@ def test_stage_times_add_up() -> None:
     problem = replace(alike(3, 6, last=2.0), stage=np.array([0.5, 0.25, 0.125]))
     assert stage_times(problem, [2, 0], [4, 2]) == [4.125, 4.5]
     assert make_split(problem, [2, 0], [4, 2]).cycle_s(replace(problem, in_flight=1.0)) == 8.625
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_many_devices_are_counted_as_few_are(seed: int) -> None:
+    """What k devices can hold under a bound, by arrays and by the loop."""
+    draw = np.random.default_rng(seed)
+    n, num_layers = int(draw.integers(2, 9)), int(draw.integers(2, 30))
+    layers = np.repeat(draw.integers(1, 5, (n, 1)) / 4.0, num_layers, axis=1)
+    room = np.where(draw.random(n) < 0.5, np.inf, 2.0 * num_layers * draw.random(n))
+    problem = Problem(draw.random(n), layers, 3 * draw.random(n), room, np.ones(num_layers), 2.0, 3.0, 2.0)
+    for k in range(2, n + 1):
+        uniform = Uniform(problem, k)
+        for bound in (0.3, 1.0, 2.5, 5.0, 20.0):
+            few = np.array(uniform.caps(bound))
+            many = uniform._caps_of_many(bound)
+            assert np.array_equal(few[:, :3].T, np.stack(many))
+            assert _coverage(uniform.caps(bound), k) == _coverage_of_many(*many, k)
+        assert uniform._many_values_between(0.5, 4.0) == pytest.approx(uniform._values_between(0.5, 4.0))

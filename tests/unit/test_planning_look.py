@@ -1,0 +1,74 @@
+"""A look as values: answered anywhere, dropped when it comes too late, and how many workers are wanted in the end."""
+
+from runtime.layout import layout_from_counts
+from scheduler.planning.look import Answer, Question, Staffing, answer
+from tests.unit.load_harness import Phase, World, device, make
+
+PRESENT = layout_from_counts(1, ["a", "l"], [4, 28])
+
+
+def asked() -> tuple[World, Question]:
+    """A world under load whose autopilot has a question, and it."""
+    devices = [device("a", "a100"), device("l", "l40s")]
+    world = World(make("off"), devices, devices, PRESENT, 0)
+    world.run(Phase(30, 256, 256, clients=32))
+    world.autopilot.set_mode(world.now_s, "on")
+    question = world.autopilot.ask(world.now_s, devices, PRESENT)
+    assert question is not None
+    return world, question
+
+
+def test_nothing_is_asked_while_an_answer_is_awaited() -> None:
+    world, question = asked()
+    pilot, later_s = world.autopilot, world.now_s + 60.0
+    assert pilot.ask(later_s, question.devices, PRESENT) is None
+    found = answer(question)
+    assert found == answer(question), "a question always has the same answer"
+    assert found.plan is not None
+    assert found.plan.is_change
+    pilot.heard(later_s, question, found, PRESENT)
+    assert pilot.plan is found.plan
+    assert pilot.regret_s > 0, "it counts towards a change"
+    assert pilot.ask(later_s, question.devices, PRESENT) is not None
+
+
+def test_an_answer_for_a_layout_that_is_gone_is_dropped() -> None:
+    world, question = asked()
+    other = layout_from_counts(2, ["a", "l"], [5, 27])
+    assert world.autopilot.heard(world.now_s + 1, question, answer(question), other) is None
+    assert world.autopilot.heard(world.now_s + 1, question, answer(question), None) is None, "a change is under way"
+    assert world.autopilot.plan is None
+    assert world.autopilot.ask(world.now_s + 5, question.devices, other) is not None, "it asks again"
+
+
+def test_a_planner_that_failed_changes_nothing() -> None:
+    world, question = asked()
+    assert world.autopilot.heard(world.now_s + 1, question, Answer(None, "the planner failed: why"), PRESENT) is None
+    assert world.autopilot.log[-1].text == "the planner failed: why"
+
+
+def test_gains_within_the_models_error_are_not_proposed() -> None:
+    world, question = asked()
+    devices = question.devices
+    found = answer(question).plan
+    assert found is not None
+    certain = world.autopilot.question(world.now_s, devices, PRESENT, error=0.0)
+    doubtful = world.autopilot.question(world.now_s, devices, PRESENT, error=found.gain * 1.1)
+    assert certain is not None
+    assert doubtful is not None
+    kept = answer(doubtful).plan
+    assert kept is not None
+    assert not kept.is_change
+    assert kept.within_error
+    assert "within the model's own error" in kept.explain()
+
+
+def test_staffing() -> None:
+    """More after two looks that say so, fewer after a minute of them, and then as many as the most of that minute."""
+    staffing = Staffing().after(0.0, 4, 3, 60.0)
+    assert staffing.wanted == 3
+    assert staffing.after(2.0, 5, 3, 60.0).wanted == 4
+    assert staffing.after(2.0, 3, 3, 60.0) == Staffing(3)
+    staffing = Staffing(3).after(0.0, 1, 3, 60.0).after(30.0, 2, 3, 60.0)
+    assert staffing.wanted == 3
+    assert staffing.after(60.0, 1, 3, 60.0).wanted == 2
