@@ -60,7 +60,7 @@ def simulate(options: argparse.Namespace) -> int:
         "trace": scenario.trace.name,
         "policy": options.policy,
         "changes_cost": not scenario.simulation.world.rates.free_changes,
-        "num_microbatches": scenario.simulation.head.batching.num_microbatches,
+        "num_microbatches": scenario.simulation.head.batching.num_microbatches or "one per stage",
         **summarise(outcome, scenario.devices, scenario.slo),
         "notes": scenario.policy.notes() or _pilot_notes(scenario.simulation),
         "wall_s": wall_s,
@@ -98,7 +98,7 @@ def build(options: argparse.Namespace) -> Scenario:
         counts,
         policy,
         batching=BatchingConfig(
-            num_microbatches=options.microbatches or len(counts),
+            num_microbatches=options.microbatches,
             max_step_tokens=options.step_tokens,
             max_running=options.max_running,
             max_queue=options.max_queue,

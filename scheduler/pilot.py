@@ -41,6 +41,8 @@ NOTE_INTERVAL_S, SETTLED_INTERVAL_S = 0.1, 0.5
 NUM_UNTIL_SETTLED = 100
 """Steps of a layout that are learned from at the shorter interval."""
 MAX_TIMED = 16
+_LEFT_ALONE = 512 << 20
+"""Bytes that a worker keeps free when it loads (`runtime.loading.MIN_FREE_BYTES`)."""
 
 
 class Head(Protocol):
@@ -199,8 +201,8 @@ class Pilot:
             share = self._fraction / head.members.same_host(name)
             pages = worker.num_pages * self._block_size * self._spec.kv_bytes_per_token_layer()
             kv_bytes = pages or self._kv_bytes or round(worker.info.memory_available * share)
-            weights = max(worker.weight_bytes, round(worker.info.memory_available * (1 - self._fraction) * share))
-            found.append(Device(name, self.fleet.speed(name), kv_bytes + weights))
+            usable = worker.info.memory_available // head.members.same_host(name) - _LEFT_ALONE
+            found.append(Device(name, self.fleet.speed(name), max(usable, kv_bytes + worker.weight_bytes), kv_bytes))
         return found
 
     def _running(self, num_running: int) -> list[tuple[float, int]]:

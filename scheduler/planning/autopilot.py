@@ -239,6 +239,8 @@ class Autopilot:
         if found.plan is None:
             self._advise(now_s, "kept", found.why, (found.why,))
             return None
+        if found.why:
+            self._advise(now_s, "kept", found.why, (found.why.partition(" would be ")[0],))
         before = self._staffing.wanted or len(question.present.workers)
         self._staffing = found.staffing
         if found.staffing.wanted != before:

@@ -35,11 +35,16 @@ _GRID = 16
 
 
 class Device(msgspec.Struct, frozen=True):
-    """A worker that could serve. `memory_bytes` is what it may use for weights and KV; 0 is no limit."""
+    """A worker that could serve. `memory_bytes` is what it may use for weights and KV; 0 is no limit.
+
+    `pool_bytes` is the page pool that it already has, which a change of layout leaves as it is: its KV has no more than that,
+    however much of the memory the weights leave. 0: none yet.
+    """
 
     worker: WorkerName
     speed: Speed
     memory_bytes: int = 0
+    pool_bytes: int = 0
 
 
 class StageForecast(msgspec.Struct, frozen=True):
@@ -203,6 +208,7 @@ class Pipeline:
                 segments = [s for s, w in zip(self._layout.segments, self._worker_of, strict=True) if w == worker]
                 num_layers = sum(len(s.layers) for s in segments)
                 left = device.memory_bytes - weight_bytes(facts, self._layout, device.worker)
+                left = min(left, device.pool_bytes) if device.pool_bytes else left
                 held = left / (per_sequence * num_layers) if num_layers else math.inf
                 if held < most:
                     most, limit = max(held, 0.0), f"KV memory of {device.worker}"

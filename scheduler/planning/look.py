@@ -63,7 +63,8 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """`plan` is None where nothing fits, which `why` says. `per_token_s` is predicted for what was `measured`."""
+    """`plan` is None where nothing fits, or keeps the present layout where a better one cannot be got to; `why` says it.
+    `per_token_s` is predicted for what was `measured`."""
 
     plan: Plan | None
     why: str = ""
@@ -83,11 +84,41 @@ def answer(question: Question) -> Answer:
     cost = _migration(question, found.layout)
     if found.is_change and found.gain > 0 and len(present.workers) == present.num_hops:
         found, cost = _or_nearer(question, found, cost)
-    traffic = question.load.traffic
-    running_s = per_token_s(
-        question.facts, question.serving, question.devices, present, traffic, question.measured
-    )
-    return Answer(found, "", cost, workers, staffing, running_s)
+    if found.is_change and (short := without_room(question, found.layout)):
+        return Answer(_kept(found, present), f"{found.layout.brief()} would be {found.gain:.0%} better, but {short}",
+                      _migration(question, present), workers, staffing, _per_token(question))  # fmt: skip
+    return Answer(found, "", cost, workers, staffing, _per_token(question))
+
+
+def without_room(question: Question, layout: Layout) -> str:
+    """Who has no memory for such a change, if anybody: what arrives is held beside what leaves until all is over."""
+    facts, spec, present = question.facts, question.facts.spec, question.present
+    for device in question.devices:
+        worker = device.worker
+        held = set(present.layers_of(worker)) | set(layout.layers_of(worker))
+        needed = float(facts.layer_bytes[sorted(held)].sum()) if held else 0.0
+        needed += spec.embedding_bytes * (worker in (present.embedding_worker, layout.embedding_worker))
+        needed += spec.lm_head_bytes * (worker in (present.lm_head_worker, layout.lm_head_worker))
+        if device.memory_bytes and worker in layout.workers and needed + device.pool_bytes > device.memory_bytes:
+            return (
+                f"{worker} has {device.memory_bytes / 1e9:.1f} GB for {needed / 1e9:.1f} GB of weights, old and new,"
+                f" and {device.pool_bytes / 1e9:.1f} GB of KV pages"
+            )
+    return ""
+
+
+def _kept(found: Plan, present: Layout) -> Plan:
+    """The same plan with the present layout for an answer."""
+    assert found.present is not None
+    return msgspec.structs.replace(
+        found, layout=present, forecast=found.present, score=found.present_score, gain=0.0, is_change=False,
+        within_error="",
+    )  # fmt: skip
+
+
+def _per_token(question: Question) -> float:
+    traffic, measured = question.load.traffic, question.measured
+    return per_token_s(question.facts, question.serving, question.devices, question.present, traffic, measured)
 
 
 def per_token_s(
@@ -153,12 +184,12 @@ def _or_nearer(question: Question, found: Plan, cost: MigrationCost) -> tuple[Pl
     """`found`, or the best with the present order of workers when that pays better: it moves fewer layers."""
     settings = question.settings
     near = _ask(question, question.devices, 0, question.present, found.traffic, keep_order=True)
-    if not near.is_change or near.layout.segments == found.layout.segments:
+    if not near.is_change or near.layout.segments == found.layout.segments or without_room(question, near.layout):
         return found, cost
     near_cost = _migration(question, near.layout)
     lasts_s = min(settings.nearer_s, question.load.remaining_s)
     worth = min(found.gain, 10.0) * lasts_s - cost_s(settings, cost)
-    if min(near.gain, 10.0) * lasts_s - cost_s(settings, near_cost) < worth:
+    if min(near.gain, 10.0) * lasts_s - cost_s(settings, near_cost) < worth and not without_room(question, found.layout):
         return found, cost
     return msgspec.structs.replace(near, candidates=found.candidates), near_cost
 

@@ -2,7 +2,8 @@
 
 `plan` looks at each number of stages k in turn, because k decides how many microbatches the running sequences are
 divided among and so what a step is. For each k the stages' times are sums of unit times of the mean steps, memory limits
-what a device may hold (weights and the KV of the load; if that does not fit anywhere, of fewer sequences), and
+what a device may hold (weights and the KV of the load; if that does not fit anywhere, of fewer sequences; where devices have
+their page pools already, the weights beside those), and
 `planning.search` gives the best split over all orders and choices of k devices. The numbers of stages are then compared:
 
     throughput   requests per second with as many sequences in service as there may be
@@ -208,7 +209,12 @@ class _Planning:
         self.slo, self.present = slo, present
         self.keeps_order = False
         self.error = self.best_goodput = 0.0
-        rooms = [d.memory_bytes * (1 - headroom) if d.memory_bytes else math.inf for d in devices]
+        self.has_pools = all(d.pool_bytes for d in devices)
+        pools = [d.pool_bytes if self.has_pools else 0 for d in devices]
+        rooms = [
+            d.memory_bytes * (1 - headroom) - pool if d.memory_bytes else math.inf
+            for d, pool in zip(devices, pools, strict=True)
+        ]
         self.rooms = np.array(rooms)
         self.names = [device.worker for device in devices]
         self.speeds = [device.speed for device in devices]
@@ -359,8 +365,12 @@ class _Planning:
 
     def _bytes(self, num_sequences: float) -> float:
         """Weights and KV of everything."""
-        spec, kv = self.facts.spec, self.serving.kv_tokens(self.traffic, num_sequences) * self.facts.kv_bytes
+        spec, kv = self.facts.spec, self._kv_bytes(num_sequences)
         return float(self.facts.layer_bytes.sum()) + kv * spec.num_layers + spec.embedding_bytes + spec.lm_head_bytes
+
+    def _kv_bytes(self, num_sequences: float) -> float:
+        """What so many sequences need in each layer, beside its weights; nothing where the pools are there already."""
+        return 0.0 if self.has_pools else self.serving.kv_tokens(self.traffic, num_sequences) * self.facts.kv_bytes
 
     def _pose(self, ks: list[int], in_service: list[float]) -> list[_Posed]:
         """The problem of each number of stages, with so many sequences in service."""
@@ -380,7 +390,7 @@ class _Planning:
                 layers=layers[row][:, facts.kind_of_layer],
                 last=last[row],
                 room=self.rooms,
-                layer_bytes=facts.layer_bytes + serving.kv_tokens(traffic, in_service[row]) * facts.kv_bytes,
+                layer_bytes=facts.layer_bytes + self._kv_bytes(in_service[row]),
                 first_bytes=float(spec.embedding_bytes),
                 last_bytes=float(spec.lm_head_bytes),
                 in_flight=step.in_flight,

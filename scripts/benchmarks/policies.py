@@ -38,10 +38,14 @@ from scheduler.simulation.trace import Trace, read_trace
 from scheduler.simulation.world import Rates, name_devices, parse_devices
 
 CLUSTERS = {2: "h200:1,l40s:1", 8: "a100:4,l40s:4", 64: "a100:16,l40s:24,a10:12,l4:12"}
-PHASE_S = {2: 120.0, 8: 120.0, 64: 60.0}
+PHASE_S = {2: 300.0, 8: 300.0, 64: 120.0}
+LOAD_BYTES_PER_S = 10e9
+"""Weights come from the host's memory over PCIe."""
 LOAD = 0.85
-SLO = Slo(ttft_s=5.0, tpot_s=0.2)
-SERVING = Serving(max_step_tokens=512, max_running=256)
+SLO = Slo(ttft_s=5.0, tpot_s=0.25)
+MAX_RUNNING = {2: 96, 8: 256, 64: 512}
+KV_BYTES = {2: 17 * 10**9, 8: 16 * 10**9, 64: 6 * 10**9}
+"""Of each worker's page pool: enough for the sequences in service, and small enough that layers can move beside it."""
 PARTS = {
     "pipelive": [("prompts", 512.0, 16.0), ("answers", 128.0, 512.0), ("prompts again", 512.0, 16.0)],
     "steady": [("steady", 512.0, 128.0)],
@@ -87,7 +91,8 @@ class Cluster:
         self.spec = load_shape("llama-3-70b")
         self.facts, self.raw = Facts(self.spec), parse_devices(CLUSTERS[count])
         self.devices = name_devices(self.raw, ())
-        self.planning = Planning.of(self.facts, self.devices, SERVING, "throughput", SLO)
+        self.serving = Serving(max_step_tokens=512, max_running=MAX_RUNNING[count])
+        self.planning = Planning.of(self.facts, self.devices, self.serving, "throughput", SLO)
         self.phase_s = PHASE_S[count]
         if pattern == "azure":
             self._from_files()
@@ -96,7 +101,7 @@ class Cluster:
 
     def plan(self, prompt: float, output: float) -> tuple[Layout, float]:
         """The best layout, and what it sustains."""
-        traffic = Traffic(prompt_tokens=prompt, output_tokens=output, concurrency=SERVING.max_running)
+        traffic = Traffic(prompt_tokens=prompt, output_tokens=output, concurrency=self.serving.max_running)
         found = self.planning.plan(traffic, None)
         return found.layout, found.forecast.capacity_requests_per_s
 
@@ -169,18 +174,18 @@ def _simulate(cluster: Cluster, arm: str, layout: Layout) -> dict[str, Any]:
     """One arm, which begins on `layout`."""
     index = {device.worker: i for i, device in enumerate(cluster.devices)}
     devices = name_devices(cluster.raw, [index[segment.worker] for segment in layout.segments])
-    planning = Planning.of(cluster.facts, devices, SERVING, "throughput", SLO)
+    planning = Planning.of(cluster.facts, devices, cluster.serving, "throughput", SLO)
     policy = Oracle(planning, cluster.trace, cluster.phase_s) if arm == "oracle" else Policy()
     simulation = Simulation(
         cluster.spec,
         devices,
         layout.counts(),
         policy,
-        batching=BatchingConfig(max_step_tokens=SERVING.max_step_tokens, max_running=SERVING.max_running, max_queue=1 << 20, prefix_cache=False),
-        rates=Rates(free_changes=arm == "oracle"),
-        memory_fraction=0.9,
+        batching=BatchingConfig(num_microbatches=0, max_step_tokens=512, max_running=cluster.serving.max_running, max_queue=1 << 20, prefix_cache=False),
+        rates=Rates(load_bytes_per_s=LOAD_BYTES_PER_S, free_changes=arm == "oracle"),
+        kv_bytes=KV_BYTES[len(cluster.raw)],
         autopilot="on" if arm == "autopilot" else "off",
-        piloting=Settings(objective="throughput", slo=SLO, load_bytes_per_s=2e9),
+        piloting=Settings(objective="throughput", slo=SLO, load_bytes_per_s=LOAD_BYTES_PER_S),
     )  # fmt: skip
     began_s, cpu_s = time.perf_counter(), time.process_time()
     outcome = simulation.run(cluster.trace)
@@ -196,6 +201,7 @@ def _simulate(cluster: Cluster, arm: str, layout: Layout) -> dict[str, Any]:
         ],
         "lost": sum(r.outcome != "length" for r in outcome.records),
         "layouts": _briefs(outcome.layouts),
+        "changes": [(change.outcome, change.why, round(change.total_s, 2)) for change in outcome.changes],
         "log": [
             {"at_s": e.at_s - base_s, "kind": e.kind, "text": e.text} for e in simulation.head.pilot.autopilot.log
         ],

@@ -1,7 +1,8 @@
 """A look as values: answered anywhere, dropped when it comes too late, and how many workers are wanted in the end."""
 
 from runtime.layout import layout_from_counts
-from scheduler.planning.look import Answer, Question, Staffing, answer
+from scheduler.planning.forecast import Device
+from scheduler.planning.look import Answer, Question, Staffing, answer, without_room
 from tests.unit.load_harness import Phase, World, device, make
 
 PRESENT = layout_from_counts(1, ["a", "l"], [4, 28])
@@ -72,3 +73,25 @@ def test_staffing() -> None:
     staffing = Staffing(3).after(0.0, 1, 3, 60.0).after(30.0, 2, 3, 60.0)
     assert staffing.wanted == 3
     assert staffing.after(60.0, 1, 3, 60.0).wanted == 2
+
+
+def test_a_change_that_has_no_room_is_not_proposed() -> None:
+    """What arrives is held beside what leaves and the page pool; the answer says who lacks the memory."""
+    world, question = asked()
+    found = answer(question).plan
+    assert found is not None
+    assert found.is_change
+    facts = question.facts
+    pool = 4 * 10**9
+    tight = round(28.5 * facts.layer_bytes[0]) + facts.spec.embedding_bytes + facts.spec.lm_head_bytes + pool
+    devices = [Device(d.worker, d.speed, tight, pool) for d in question.devices]
+    cramped = world.autopilot.question(world.now_s, devices, layout_from_counts(1, ["l", "a"], [4, 28]))
+    assert cramped is not None
+    told = answer(cramped)
+    assert told.plan is not None
+    if told.plan.is_change:
+        assert not without_room(cramped, told.plan.layout)
+    backwards = layout_from_counts(1, ["a", "l"], [28, 4])
+    assert "a has" in without_room(cramped, layout_from_counts(1, ["a", "l"], [20, 12]))
+    assert without_room(cramped, cramped.present) == ""
+    assert "GB of KV pages" in without_room(cramped, backwards)
