@@ -125,7 +125,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--device-tensors", action="store_true", help="send large hidden states from CUDA device to CUDA device"
     )
     parser.add_argument("--threads", type=int, default=0, help="compute threads (default: OMP_NUM_THREADS, or 1)")
-    parser.add_argument("--pace", default="", help="emulate a slower device: a100, or prefill=1.0,decode=2.4, or read=0.005,token=0.0001")
+    parser.add_argument(
+        "--pace",
+        default="",
+        help="emulate a slower device: a100, or prefill=1.0,decode=2.4, or read=0.005,token=0.0001",
+    )
     parser.add_argument("--allow-public-rpc", action="store_true", help="bind RPC to an address that is not loopback")
     parser.add_argument("--rejoin-timeout", type=float, default=600.0, metavar="SECONDS")
     parser.add_argument("--lifeline-pid", type=int, default=0, help=argparse.SUPPRESS)

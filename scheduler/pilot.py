@@ -257,9 +257,7 @@ class Pilot:
         if head.layout is None:
             return None
         devices, error = self.devices(head), self.fleet.error()
-        return self.autopilot.question(
-            head.now_s, devices, head.layout, kv_tokens=self._kv_tokens(head), error=error
-        )
+        return self.autopilot.question(head.now_s, devices, head.layout, kv_tokens=self._kv_tokens(head), error=error)
 
     def view(self, head: Head, question: Question | None, answered: Answer | None) -> dict[str, Any]:
         """The body of ``GET /admin/plan``, when its question has been answered; without a load, a plan for the usual one."""

@@ -135,7 +135,9 @@ class Looked:
     now_s: float
 
 
-Event: TypeAlias = Looked | Submit | Cancel | FromWorker | PeerDown | Tick | Drain | ChangeLayout | AbortChange | SetAutopilot
+Event: TypeAlias = (
+    Looked | Submit | Cancel | FromWorker | PeerDown | Tick | Drain | ChangeLayout | AbortChange | SetAutopilot
+)
 
 # -- effects --------------------------------------------------------------------------------------------------
 

@@ -371,4 +371,3 @@ class Autopilot:
         self._num_logged += 1
         self.log.append(Entry(now_s, kind, text, numbers))
         self.num_entries[kind] = self.num_entries.get(kind, 0) + 1
-

@@ -96,7 +96,9 @@ class Facts:
         self.flops = np.array([float(flops) for _, _, flops, _ in kinds])
         self.windows = np.array([np.inf if window is None else float(window) for _, _, _, window in kinds])
         self.untouched = 1.0 - spec.experts_per_token / spec.num_experts if spec.num_experts else 0.0
-        self._rows = list(zip(*map(np.ndarray.tolist, (self.dense_bytes, self.expert_bytes, self.flops, self.windows)), strict=True))
+        self._rows = list(
+            zip(*map(np.ndarray.tolist, (self.dense_bytes, self.expert_bytes, self.flops, self.windows)), strict=True)
+        )
         self._within: dict[tuple[int, int], list[tuple[float, float, float, float, float]]] = {}
         self.kv_bytes = float(spec.kv_bytes_per_token_layer())
         self.score_flops = 4.0 * spec.num_heads * spec.head_dim

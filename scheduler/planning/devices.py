@@ -67,7 +67,9 @@ KINDS: tuple[DeviceKind, ...] = (
     DeviceKind("h100-pcie", r"\bH100 PCIe\b", 80 * _GB, 2.0e12, 756e12, _SHEET + "H100 Tensor Core GPU, PCIe"),
     DeviceKind("h100", r"\bH100\b", 80 * _GB, 3.35e12, 989e12, _SHEET + "H100 Tensor Core GPU, SXM"),
     DeviceKind("a100-40", r"\bA100\b.*\b40GB\b", 40 * _GB, 1.555e12, 312e12, _SHEET + "A100 Tensor Core GPU, 40 GB"),
-    DeviceKind("a100-pcie", r"\bA100\b.*\b80GB PCIe\b", 80 * _GB, 1.935e12, 312e12, _SHEET + "A100 Tensor Core GPU, 80 GB PCIe"),
+    DeviceKind(
+        "a100-pcie", r"\bA100\b.*\b80GB PCIe\b", 80 * _GB, 1.935e12, 312e12, _SHEET + "A100 Tensor Core GPU, 80 GB PCIe"
+    ),
     DeviceKind("a100-80", r"\bA100\b", 80 * _GB, 2.039e12, 312e12, _SHEET + "A100 Tensor Core GPU, 80 GB SXM"),
     DeviceKind("l40s", r"\bL40S\b", 48 * _GB, 864e9, 362e12, _SHEET + "L40S"),
     DeviceKind("l4", r"\bL4\b", 24 * _GB, 300e9, 121e12, _SHEET + "L4 Tensor Core GPU"),

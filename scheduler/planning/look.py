@@ -189,7 +189,9 @@ def _or_nearer(question: Question, found: Plan, cost: MigrationCost) -> tuple[Pl
     near_cost = _migration(question, near.layout)
     lasts_s = min(settings.nearer_s, question.load.remaining_s)
     worth = min(found.gain, 10.0) * lasts_s - cost_s(settings, cost)
-    if min(near.gain, 10.0) * lasts_s - cost_s(settings, near_cost) < worth and not without_room(question, found.layout):
+    if min(near.gain, 10.0) * lasts_s - cost_s(settings, near_cost) < worth and not without_room(
+        question, found.layout
+    ):
         return found, cost
     return msgspec.structs.replace(near, candidates=found.candidates), near_cost
 
@@ -204,5 +206,3 @@ def _migration(question: Question, layout: Layout) -> MigrationCost:
         kv_bytes_per_s=settings.kv_bytes_per_s / question.slowness,
         load_bytes_per_s=settings.load_bytes_per_s / question.slowness,
     )
-
-

@@ -26,7 +26,6 @@ import numpy as np
 
 from scheduler.planning.traffic import Traffic
 
-
 _FEW_ENDED = 4
 
 

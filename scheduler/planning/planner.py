@@ -92,7 +92,9 @@ class Plan(msgspec.Struct, frozen=True):
             lines.append(f"{head}: {_amount(self.objective, self.present_score)}; the proposal gains {self.gain:.1%}")
             lines += _describe(self.present)
         if self.within_error:
-            lines.append(f"not proposed, as it is within the model's own error of {self.error:.1%}: {self.within_error}")
+            lines.append(
+                f"not proposed, as it is within the model's own error of {self.error:.1%}: {self.within_error}"
+            )
         lines += [f"{c.num_stages} stages {list(c.layers) or ''}: {c.why_not}" for c in self.candidates if c.why_not]
         if self.unused:
             lines.append(f"not used: {', '.join(self.unused)}")
@@ -116,7 +118,7 @@ def plan(
     """The best layout over `devices` for `traffic`.
 
     `num_stages` 0 leaves their number free; with `keep_order` only the cuts of `present` are, which must name no worker
-    twice. Gains up to `error` (relative) over the present layout count for nothing. `headroom` is the share of each device's memory that is planned to stay empty. The
+    twice. Gains up to `error` (relative) over the present layout count for nothing. `headroom` is the share of each device's memory that is planned to stay empty, where pools are yet to be made. The
     layout's epoch is that of `present`, or 0: a transition gives it a new one.
 
     Raises:
@@ -210,6 +212,8 @@ class _Planning:
         self.keeps_order = False
         self.error = self.best_goodput = 0.0
         self.has_pools = all(d.pool_bytes for d in devices)
+        if self.has_pools:  # what is to grow has grown: the pools are the worker's to keep, beside what it leaves alone
+            headroom = 0.0
         pools = [d.pool_bytes if self.has_pools else 0 for d in devices]
         rooms = [
             d.memory_bytes * (1 - headroom) - pool if d.memory_bytes else math.inf

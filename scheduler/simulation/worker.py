@@ -235,7 +235,7 @@ class SimWorker:
                 return
             handover.unblocked(self._world.now_s)
             blocked.popleft()
-            worker, at_s = self._run(flight, key[1], arrived_s)
+            worker, _ = self._run(flight, key[1], arrived_s)
             assert worker is None, "a step of a transition ran ahead"
 
     def _run(self, flight: Flight, hop: int, arrived_s: float) -> "tuple[SimWorker | None, float]":

@@ -22,7 +22,6 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +52,13 @@ _POLL_S = 0.25
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="scripts/bench autopilot", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="scripts/bench autopilot", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--pattern", choices=("pipelive", "steady", "azure"), default="pipelive")
     parser.add_argument("--phase-s", type=float, default=100.0, help="how long each phase lasts")
     parser.add_argument("--at-once", type=int, default=7, help="arms that run beside each other")
-    parser.add_argument("--arms", default="", help="comma-separated names; default: all that are missing, statics first")
+    parser.add_argument(
+        "--arms", default="", help="comma-separated names; default: all that are missing, statics first"
+    )
     parser.add_argument("--waves", type=int, default=100, help="end after so many waves of arms; run again to go on")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/midflight-bench-autopilot"))
     parser.add_argument("--report", action="store_true", help="play nothing")

@@ -23,7 +23,11 @@ def report(folder: Path, machine: dict[str, Any], plots: Path | None) -> dict[st
         "machine": machine, "scale": SCALE, "load": LOAD, "slo": {"ttft_s": SLO.ttft_s, "tpot_s": SLO.tpot_s}, "patterns": {},
     }  # fmt: skip
     for pattern in ("pipelive", "azure", "steady"):
-        runs = {run["arm"]: run for path in sorted(folder.glob(f"{pattern}.*.json")) if (run := json.loads(path.read_text()))}
+        runs = {
+            run["arm"]: run
+            for path in sorted(folder.glob(f"{pattern}.*.json"))
+            if (run := json.loads(path.read_text()))
+        }
         if not any(arm not in _OURS for arm in runs):
             continue
         title = f"{pattern}, EMULATED A100-like and L40S-like workers"
@@ -65,7 +69,9 @@ def report_of(
     for arm in pilots:
         row = found["arms"][arm]
         row["over_best_static"] = scores[arm] / statistics.mean(beside) - 1
-        row["settled_of_oracle"] = [a.settled_goodput / max(b.settled_goodput, 1e-9) for a, b in zip(known[arm], reference, strict=True)]
+        row["settled_of_oracle"] = [
+            a.settled_goodput / max(b.settled_goodput, 1e-9) for a, b in zip(known[arm], reference, strict=True)
+        ]
         row["shifts"] = shift_times(runs[arm])
         row["layouts"] = runs[arm]["layouts"]
         row["log"] = [f"{e['at_s']:7.1f} {e['kind']} {e['text']}" for e in runs[arm]["log"]]
@@ -114,7 +120,9 @@ def _draw(path: Path, title: str, runs: Mapping[str, dict[str, Any]]) -> None:
             continue
         times, values = _smooth(runs[arm]["requests"])
         ours = arm in _OURS
-        axis.plot(times, values, lw=2.2 if ours else 0.8, alpha=1.0 if ours else 0.6, label=arm, ls="-" if ours else "--")
+        axis.plot(
+            times, values, lw=2.2 if ours else 0.8, alpha=1.0 if ours else 0.6, label=arm, ls="-" if ours else "--"
+        )
     for phase in next(iter(runs.values()))["phases"][1:]:
         axis.axvline(phase["start_s"], color="k", lw=0.6)
     for at_s, text in runs.get("autopilot", {"layouts": []})["layouts"]:

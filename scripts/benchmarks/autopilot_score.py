@@ -88,7 +88,9 @@ def shift_times(run: Mapping[str, Any]) -> list[dict[str, Any]]:
     for phase in run["phases"][1:]:
         row: dict[str, Any] = {"phase": phase["name"]}
         for kind, name in (("shift", "noticed_s"), ("change", "decided_s")):
-            times = [e["at_s"] for e in run["log"] if e["kind"] == kind and phase["start_s"] <= e["at_s"] < phase["stop_s"]]
+            times = [
+                e["at_s"] for e in run["log"] if e["kind"] == kind and phase["start_s"] <= e["at_s"] < phase["stop_s"]
+            ]
             row[name] = round(times[0] - phase["start_s"], 1) if times else None
         changes = [at for at, _ in run["layouts"][1:] if phase["start_s"] <= at < phase["stop_s"]]
         row["first_layout_s"] = round(changes[0] - phase["start_s"], 1) if changes else None

@@ -31,7 +31,7 @@ from scheduler.planning.devices import lookup
 from scheduler.planning.emulation import by_roofline
 from scheduler.planning.forecast import Device, Pipeline
 from scheduler.planning.traffic import Serving, Slo, Traffic
-from scheduler.simulation.trace import Trace, read_trace
+from scheduler.simulation.trace import read_trace
 
 SCALE = 8
 NUM_LAYERS = 10
@@ -42,7 +42,10 @@ MAX_RUNNING, STEP_TOKENS = 24, 512 // SCALE
 LOAD = 0.87
 SLO = Slo(ttft_s=2.0, tpot_s=0.5)
 VOCAB = 512
-CODE, CONVERSATION = ROOT.parent / "shared/data/azure_llm_2023_code.csv", ROOT.parent / "shared/data/azure_llm_2023_conv.csv"
+CODE, CONVERSATION = (
+    ROOT.parent / "shared/data/azure_llm_2023_code.csv",
+    ROOT.parent / "shared/data/azure_llm_2023_conv.csv",
+)
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,9 @@ def patterns(oracle: Oracle, seconds: float, seed: int) -> dict[str, list[Phase]
     """Those that can be played here: the Azure traces are not everywhere."""
     prompts, answers, between = (512 // SCALE, 16 // SCALE), (128 // SCALE, 512 // SCALE), (48, 24)
     found = {
-        "pipelive": _phases(oracle, [("prompts", prompts), ("answers", answers), ("prompts again", prompts)], seconds, seed),
+        "pipelive": _phases(
+            oracle, [("prompts", prompts), ("answers", answers), ("prompts again", prompts)], seconds, seed
+        ),
         "steady": _phases(oracle, [("steady", between)], seconds, seed),
     }
     if CODE.is_file() and CONVERSATION.is_file():

@@ -50,8 +50,13 @@ def test_the_roofline_law_on_real_workers(tiny_llama: Path, tmp_path: Path) -> N
         assert answer["usage"]["completion_tokens"] == 6
         assert took_s >= 6 * 2 * (0.01 + 0.03), "a token's way through two layers of each"
         workers = server.get("/admin/workers")[1]["workers"]
-        assert [worker["roofline"] for worker in sorted(workers, key=lambda w: w["name"])] == [[0.01, 1e-4], [0.03, 1e-4]]
-        assert re.search(r'midflight_worker_info\{.*emulation="read=0.01,token=0.0001",worker="w0"\} 1.0', server.get("/metrics")[1])
+        assert [worker["roofline"] for worker in sorted(workers, key=lambda w: w["name"])] == [
+            [0.01, 1e-4],
+            [0.03, 1e-4],
+        ]
+        assert re.search(
+            r'midflight_worker_info\{.*emulation="read=0.01,token=0.0001",worker="w0"\} 1.0', server.get("/metrics")[1]
+        )
         assert "a100: 10 ms and 100 us a token for each layer (emulated on" in server.log_text()
         plan = server.get("/admin/plan")[1]["plan"]
         assert plan["is_change"]

@@ -32,8 +32,21 @@ def test_a_device_is_as_slow_as_its_data_sheet() -> None:
     assert parse_pace("decode=2") == Emulation(1.0, 2.0)
 
 
-@pytest.mark.parametrize("text", ["k80", "", "decode=0.5", "decode=x", "decode=nan", "speed=2", "prefill=1e9", "read=0.1", "read=0,token=1",
-                                  "read=1,token=1,head=2"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "k80",
+        "",
+        "decode=0.5",
+        "decode=x",
+        "decode=nan",
+        "speed=2",
+        "prefill=1e9",
+        "read=0.1",
+        "read=0,token=1",
+        "read=1,token=1,head=2",
+    ],
+)
 def test_a_mistake_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="pace"):
         parse_pace(text)
