@@ -239,14 +239,12 @@ class Pipeline:
         only_decode = serving.head_s + np.maximum((decode + hops[:g]).sum(axis=1), in_flight * period)
         one_pass = np.maximum((prefill + hops[g:]).sum(axis=1), np.where(alone, 0.0, in_flight * period))
         chunks = np.array([step.prefill_steps for step in steps])
-        free = np.array([step.free_tokens for step in steps])
-        prompt_s = busy_prefill.max(axis=1) * np.minimum(1.0, traffic.new_tokens / free)
+        chunk = np.array([step.prefill.prefill_tokens for step in steps])
+        prompt_s = busy_prefill.max(axis=1) * traffic.new_tokens / chunk
         ttft_s = serving.head_s + one_pass + (chunks - 1) * busy_prefill.max(axis=1) + np.where(alone, 0.0, period / 2)
         tpot_s = np.where(alone, only_decode, round_s)
         rate = requests * in_flight / round_s
-        return _Sweep(
-            steps, grid, rate, tpot_s, ttft_s, prompt_s * np.maximum(chunks, 1), mean, decode, prefill, mean_hops, busy
-        )
+        return _Sweep(steps, grid, rate, tpot_s, ttft_s, prompt_s, mean, decode, prefill, mean_hops, busy)
 
     def _stage_times(self, times: UnitTimes) -> np.ndarray:
         """``[K, S]``"""

@@ -129,7 +129,7 @@ def test_a_hop_and_a_migration() -> None:
     ("announced", "kind"),
     [
         ("NVIDIA A100-SXM4-40GB", "a100-40"),
-        ("NVIDIA A100 80GB PCIe", "a100-80"),
+        ("NVIDIA A100 80GB PCIe", "a100-pcie"),
         ("NVIDIA L40S", "l40s"),
         ("NVIDIA L4", "l4"),
         ("NVIDIA A10", "a10"),
