@@ -11,7 +11,7 @@ from scheduler.prices import step_prices
 from tests.planning_harness import make_spec
 
 FACTS = Facts(make_spec())
-SPEED = speed_of_make("cpu", "AMD EPYC", 1, None)
+SPEED = speed_of_make(FACTS.spec, "cpu", "AMD EPYC", 1, None)
 
 
 def make_layout(*counts: int) -> Layout:
