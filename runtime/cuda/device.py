@@ -41,9 +41,7 @@ class Queued:
     def settle_thread(self) -> None:
         """The calling thread computes: what it queues goes before what others queue."""
         torch.cuda.set_device(self._device)
-        if (
-            self._compute is None
-        ):  # the same for every head that this process ever serves: weights and pages are its own
+        if self._compute is None:  # one for all heads that this process ever serves
             self._compute = torch.cuda.Stream(self._device, priority=-1)
         torch.cuda.set_stream(self._compute)
 
