@@ -14,7 +14,7 @@ strided view, which every candidate here takes as it is.
 | `triton` | `runtime.cuda.decode`, where Triton is | decode only: a kernel of ours over pages of any size, softcap | yes |
 | `flashinfer` | the package, if it is there | FlashAttention over the pages, any page size, softcap | no |
 | `packed` | `torch.nn.attention.varlen`, older too | gathers the pages of all rows, then FlashAttention | no |
-| `flex` | `flex_attention`, compiled, where Triton is | as `packed`; any dtype, softcap | no |
+| `flex` | `flex_attention`, compiled, where Triton is | as `packed`, with softcap | no |
 | `gathered` | `scaled_dot_product_attention` | decode only: gathers the pages of all rows, padded to one length | yes |
 | `rows` | `runtime.attention` | one gather and one call per row | no |
 
@@ -450,6 +450,8 @@ class Flex:
     def fits(self, shape: Shape) -> str:
         if self._compiled and (shape.device.type != "cuda" or importlib.util.find_spec("triton") is None):
             return "it is for CUDA with Triton"
+        if self._compiled and shape.dtype not in _FLASH_DTYPES:
+            return "what asks for float32 asks for no approximation of it"
         if shape.head_dim < 16 or shape.is_decode:
             return "it is for prompts, and heads of 16 at least"
         return ""

@@ -1,8 +1,8 @@
 """Tensors between the device and the host beside the steps: on a stream of low priority, in pinned memory.
 
-How it works: `to_host` lets the side stream wait for what the calling thread has queued so far, copies there, and hands the
-tensor to a thread that waits for the copy and then goes on with it (checksum, sending). `to_device` copies on the side
-stream and lets the caller's stream wait for that. Neither waits on the host. What reads and writes pages stays on the
+How it works: there is a stream for each way. `to_host` lets its stream wait for what the calling thread has queued so far, copies there, and hands the
+tensor to a thread that waits for the copy and then goes on with it (checksum, sending). `to_device` copies on the
+other and lets the caller's stream wait for that. Neither waits on the host. What reads and writes pages stays on the
 caller's stream: a gather into a tensor of its own before `to_host`, a scatter after `to_device`.
 
 What is never true: two tensors are handed on in another order than they came in; more than about `LIMIT_BYTES` are on
@@ -24,7 +24,8 @@ class Copies:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._out = torch.cuda.Stream(device)
+        self._in = torch.cuda.Stream(device)
         self._queue: queue.SimpleQueue[tuple[torch.Tensor, Any, Callable[[torch.Tensor], None]]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._pending_bytes = 0
@@ -45,12 +46,12 @@ class Copies:
         if self._error is not None:
             raise RuntimeError(f"a copy to the host failed: {self._error}") from self._error
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        self._out.wait_stream(torch.cuda.current_stream(self._device))
         done = torch.cuda.Event(blocking=True)
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._out):
             host.copy_(tensor, non_blocking=True)
-            done.record(self._stream)
-        tensor.record_stream(self._stream)
+            done.record(self._out)
+        tensor.record_stream(self._out)
         with self._lock:
             self._pending_bytes += tensor.nbytes
         self._queue.put((host, done, then))
@@ -58,9 +59,9 @@ class Copies:
     def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy of a host tensor, to be used on the current stream."""
         current = torch.cuda.current_stream(self._device)
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._in):
             there = tensor.pin_memory().to(self._device, non_blocking=True)
-        current.wait_stream(self._stream)
+        current.wait_stream(self._in)
         there.record_stream(current)
         return there
 

@@ -14,7 +14,7 @@ from kvstore.ids import LayerRange
 from kvstore.page_pool import PagePool
 from runtime.cuda.attention import Shape, choose
 from runtime.cuda.copies import Copies
-from runtime.cuda.graphs import Graphs
+from runtime.cuda.graphs import Graphs, capture_streams
 from runtime.cuda.memory import kv_budget, reserve_for
 from runtime.cuda.runner import Runner
 from runtime.cuda.spans import MAX_ROWS, Buckets, make_buckets
@@ -32,6 +32,7 @@ class Queued:
     def __init__(self, device: torch.device) -> None:
         self.runner = Runner(device)
         self.copies = Copies(device)
+        self._capture_streams = capture_streams(device)
         self._device = device
         self._pool: PagePool | None = None
         self._side: Any = None
@@ -40,9 +41,7 @@ class Queued:
     def settle_thread(self) -> None:
         """The calling thread computes: what it queues goes before what others queue."""
         torch.cuda.set_device(self._device)
-        if (
-            self._compute is None
-        ):  # the same for every head that this process ever serves: weights and pages are its own
+        if self._compute is None:  # one for all heads that this process ever serves
             self._compute = torch.cuda.Stream(self._device, priority=-1)
         torch.cuda.set_stream(self._compute)
 
@@ -78,7 +77,8 @@ class Queued:
         if implementation == "lean":
             buckets = self._buckets(spec, pool.block_size)
             sizes = (spec.num_layers, spec.hidden_size, pool.block_size, pool.data.dtype, self._device)
-            self.runner.graphs = Graphs(buckets, *sizes, page_shape=tuple(pool.data.shape[1:]))
+            page_shape = tuple(pool.data.shape[1:])
+            self.runner.graphs = Graphs(buckets, *sizes, page_shape=page_shape, streams=self._capture_streams)
 
     def capture(
         self,

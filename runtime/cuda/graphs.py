@@ -107,12 +107,22 @@ class _Captured:
     data: torch.Tensor
 
 
+def capture_streams(device: torch.device) -> tuple[Any, Any]:
+    """The streams to warm up and to capture on: two, because a graph keeps the cuBLAS workspace of the one it was captured on.
+
+    Captured kernels keep the priority of their stream too, which is that of steps. Make them once in a process: a
+    workspace is never given back.
+    """
+    return torch.cuda.Stream(device), torch.cuda.Stream(device, priority=-1)
+
+
 class Graphs:
     """All graphs of one worker, for one page pool at a time. The loader's thread captures, the compute thread replays.
 
     Args:
         buckets: what to capture for.
         page_shape: that of one page of the pool; the warm-up has a page of its own.
+        streams: of `capture_streams`; nothing else may run on them.
     """
 
     def __init__(
@@ -124,6 +134,7 @@ class Graphs:
         dtype: torch.dtype,
         device: torch.device,
         page_shape: tuple[int, ...],
+        streams: tuple[Any, Any],
     ) -> None:
         self.buckets = buckets
         self._sizes = (num_layers, hidden_size, block_size, dtype, device)
@@ -133,7 +144,7 @@ class Graphs:
         self._captured: dict[tuple[LayerRange, Bucket], _Captured] = {}
         self._broken: str = ""
         self._pool: Any = None
-        self._streams: tuple[Any, Any] | None = None
+        self._streams = streams
 
     def __len__(self) -> int:
         return len(self._captured)
@@ -177,6 +188,7 @@ class Graphs:
             del self._captured[key]
         if not self._captured:
             self._inputs.clear()
+            self._pool = None  # the allocator takes no more captures into a pool that no graph uses
 
     def clear(self) -> None:
         """Drop all graphs: the pool is about to be another."""
@@ -217,10 +229,7 @@ class Graphs:
         return num_captured
 
     def _capture(self, span: LayerRange, bucket: Bucket, layers: Sequence[Any], data: torch.Tensor) -> None:
-        if self._streams is None:
-            # Apart, because a graph keeps the cuBLAS workspace of the stream that it was captured on.
-            # Captured kernels keep the priority of their stream, which is that of steps.
-            self._streams = (torch.cuda.Stream(self._device), torch.cuda.Stream(self._device, priority=-1))
+        if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         warm, capturing = self._streams
         pairs = list(zip(span, layers, strict=True))

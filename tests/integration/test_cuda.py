@@ -18,7 +18,7 @@ from runtime.batch import LayerKV, StepBatch
 from runtime.cuda import fused
 from runtime.cuda.attention import Rows, Shape, candidates, check, choose
 from runtime.cuda.copies import Copies
-from runtime.cuda.graphs import Graphs
+from runtime.cuda.graphs import Graphs, capture_streams
 from runtime.cuda.runner import Runner
 from runtime.cuda.spans import Buckets
 from runtime.messages import Row, Sampling, SequenceStart, StepPlan
@@ -91,7 +91,8 @@ class Side:
         self.runner = Runner(device)
         if graphs:
             sizes = (len(self.layers), config.hidden_size, 16, dtype, device)
-            self.runner.graphs = Graphs(Buckets((2, 4), (256,)), *sizes, page_shape=tuple(self.pool.data.shape[1:]))
+            page_shape = tuple(self.pool.data.shape[1:])
+            self.runner.graphs = Graphs(Buckets((2, 4), (256,)), *sizes, page_shape, capture_streams(device))
 
     def run(self, plan: StepPlan) -> torch.Tensor:
         planned = self.state.plan_batch(plan)

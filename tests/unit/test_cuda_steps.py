@@ -231,7 +231,9 @@ def test_the_bytes_of_the_inputs_are_what_they_take():
 
 def test_without_a_capture_nothing_is_replayed(model, monkeypatch):
     side = Side(model, monkeypatch, plain=True)
-    graphs = Graphs(Buckets((4,), (64,)), 3, 48, BLOCK_SIZE, torch.float32, CPU, tuple(side.pool.data.shape[1:]))
+    graphs = Graphs(
+        Buckets((4,), (64,)), 3, 48, BLOCK_SIZE, torch.float32, CPU, tuple(side.pool.data.shape[1:]), (None, None)
+    )
     runner = Runner(CPU, graphs)
     for plan in make_plans():
         runner.run(LayerRange(0, 3), side.layers, side.plan(plan), side.pool, None, side.embedding)
