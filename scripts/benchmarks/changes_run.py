@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import random
+import re
 import statistics
 import time
 from collections import Counter
@@ -30,6 +31,8 @@ MIN_MEMORY_SAMPLES = 3
 """Early, and late; fewer say nothing."""
 MAX_PROBLEMS = 20
 """After so many it is over."""
+MAX_REFUSALS = 50
+"""Beside as many as there are changes."""
 _PROBE_TOKENS = 80
 
 
@@ -87,6 +90,9 @@ class Run:
         probe = self._load.jobs[1].prompt[:_PROBE_TOKENS]
         told = await self._probe(probe)
         while len(self._reports) < args.changes and len(self._ledger.problems) < MAX_PROBLEMS:
+            if (refused := sum(self._refusals.values())) > MAX_REFUSALS + args.changes:
+                self._ledger.problem(f"{refused} refusals, more than changes: {dict(self._refusals)}")
+                return
             done = len(self._reports)
             going_home = done >= (at_home_s + 1) * every and present != home
             kind, wanted = ("home", home) if going_home else random_layout(draw, present, workers, num_layers)
@@ -115,9 +121,7 @@ class Run:
         async with self._session.post(f"{self._server.url}/admin/layout?wait=true", json=body) as response:
             answer = await response.json()
         if response.status == 409 or (response.status == 200 and answer["outcome"] == "refused"):
-            self._refusals[str(answer.get("why") or answer["error"]["message"])[:60]] += 1
-            if sum(self._refusals.values()) > 50 + self._args.changes:
-                self._ledger.problem(f"more refusals than changes: {dict(self._refusals)}")
+            self._refuse(str(answer.get("why") or answer["error"]["message"]))
             await asyncio.sleep(0.05)
             return None
         if response.status != 200 or answer["outcome"] != "committed":
@@ -125,6 +129,10 @@ class Run:
             return None
         self._book(answer)
         return answer
+
+    def _refuse(self, why: str) -> None:
+        """Counted by its wording; numbers in it differ every time."""
+        self._refusals[re.sub(r"\d[\d,.]*", "#", why)[:60]] += 1
 
     def _book(self, answer: dict[str, Any]) -> None:
         self._reports.append(answer)
@@ -140,7 +148,7 @@ class Run:
         async with self._session.post(f"{url}/layout", json=body) as response:
             answer = await response.json()
         if response.status != 202:
-            self._refusals[answer["error"]["message"][:60]] += 1
+            self._refuse(answer["error"]["message"])
             return False
         change = answer["id"]
         await asyncio.sleep(after_s)
