@@ -169,6 +169,6 @@ async def _play_changes(
 
 def _say(what: str, run: Run) -> None:
     took = [round(change.commit_s - change.window.start_s, 2) for change in run.changes]
-    pauses = [round(change.report.get("engine_pause_ms", {}).get("p50", float("nan"))) for change in run.changes]
+    pauses = [f"{change.report.get('engine_pause_ms', {}).get('p50', float('nan')):.0f}" for change in run.changes]
     errors = f", errors: {run.errors[:2]}" if run.errors else ""
-    note(f"  {what}: {took} s to commit, pauses p50 {pauses} ms, {len(run.streams)} requests{errors}")
+    note(f"  {what}: {took} s to commit, pauses p50 {' '.join(pauses)} ms, {len(run.streams)} requests{errors}")
