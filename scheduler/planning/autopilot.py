@@ -194,6 +194,7 @@ class Autopilot:
         if self.mode == "off" or not is_free or self._is_asking or now_s - self._looked_s < self.settings.interval_s:
             return None
         self._elapsed_s = min(now_s - self._looked_s, 2 * self.settings.interval_s)
+        self._looked_s = now_s
         question = self.question(now_s, devices, present, kv_tokens=kv_tokens, error=error)
         self._is_asking = question is not None
         return question
@@ -221,8 +222,7 @@ class Autopilot:
     def question(
         self, now_s: float, devices: Sequence[Device], present: Layout, *, kv_tokens: float = 0.0, error: float = 0.0
     ) -> Question | None:
-        """What there is to ask of the load of now; None when too little was seen of it."""
-        self._looked_s = now_s
+        """What there is to ask of the load of now; None when too little was seen of it. Asking for a view delays no decision."""
         load = self.monitor.load()
         if load is not None and load.remaining_s < self._needed_s:
             load = self.monitor.load(mixed=True)

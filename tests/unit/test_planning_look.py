@@ -33,6 +33,15 @@ def test_nothing_is_asked_while_an_answer_is_awaited() -> None:
     assert pilot.ask(later_s, question.devices, PRESENT) is not None
 
 
+def test_whoever_watches_delays_no_decision() -> None:
+    world, question = asked()
+    pilot, now_s = world.autopilot, world.now_s
+    pilot.heard(now_s, question, answer(question), PRESENT)
+    for tenth in range(1, 20):
+        assert pilot.question(now_s + tenth / 10, question.devices, PRESENT) is not None
+    assert pilot.ask(now_s + 2.0, question.devices, PRESENT) is not None
+
+
 def test_an_answer_for_a_layout_that_is_gone_is_dropped() -> None:
     world, question = asked()
     other = layout_from_counts(2, ["a", "l"], [5, 27])
