@@ -81,6 +81,7 @@ def main() -> int:
     if args.out is None:
         print(text)
     else:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(text + "\n", encoding="utf-8")
         draw(series, args.out.with_suffix(".png"))
     return 0
