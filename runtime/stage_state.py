@@ -156,6 +156,7 @@ class StageState:
         new_blocks: list[BlockId] = []
         query_starts = np.empty(len(rows) + 1, dtype=np.int32)
         context_lens = np.empty(len(rows), dtype=np.int32)
+        prompt_lens = np.empty(len(rows), dtype=np.int32)
         query_starts[0] = 0
         tokens: list[int] = []
         max_blocks = 1
@@ -165,6 +166,7 @@ class StageState:
             tokens += row.tokens
             query_starts[index + 1] = len(tokens)
             context_lens[index] = state.num_tokens
+            prompt_lens[index] = state.num_prompt_tokens
             max_blocks = max(max_blocks, state.num_blocks)
         block_tables = np.zeros((len(rows), max_blocks), dtype=np.int32)
         for index, state in enumerate(states):
@@ -178,7 +180,7 @@ class StageState:
             query_starts=query_starts,
             context_lens=context_lens,
             block_tables=block_tables,
-            prompt_lens=np.array([state.num_prompt_tokens for state in states], dtype=np.int32),
+            prompt_lens=prompt_lens,
             tokens=np.array(tokens, dtype=np.int64),
             sequences=states,
             new_blocks=new_blocks,

@@ -330,6 +330,12 @@ def _key_starts(step: PagedStep) -> torch.Tensor:
     return starts
 
 
+def _within_rows(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of rows with so many entries laid end to end: the row of each entry and its place within the row, ``[sum]`` each."""
+    rows = np.repeat(np.arange(len(counts)), counts)
+    return rows, np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
 def _gather_packed(data: torch.Tensor, pages: torch.Tensor, step: PagedStep) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V of all positions of all rows, ``[sum of contexts, num_kv_heads, head_dim]`` each."""
     where = step.memo.get("packed")
@@ -337,8 +343,7 @@ def _gather_packed(data: torch.Tensor, pages: torch.Tensor, step: PagedStep) -> 
     if where is None:
         assert step.lens is not None, "a packed gather has as many rows as the host says"
         contexts = step.lens[1]
-        rows = np.repeat(np.arange(len(contexts)), contexts)
-        places = np.arange(len(rows)) - np.repeat(np.cumsum(contexts) - contexts, contexts)
+        rows, places = _within_rows(contexts)
         table = np.stack([rows, places // block_size, places % block_size]).astype(np.int64)
         where = step.memo["packed"] = torch.from_numpy(table).to(data.device)
     rows_there, blocks, offsets = where
@@ -410,8 +415,7 @@ class FlashInfer:
             workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=shape.device)
             self._workspace[shape.device] = workspace
         counts = -(-contexts // shape.block_size)
-        rows = np.repeat(np.arange(len(counts)), counts)
-        blocks = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+        rows, blocks = _within_rows(counts)
         where = torch.from_numpy(np.stack([rows, blocks]).astype(np.int64)).to(shape.device)
         wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
         wrapper.plan(
@@ -489,10 +493,9 @@ class Flex:
         assert step.lens is not None, "the mask is made on the host"
         starts, contexts = step.lens
         counts = np.diff(starts)
-        query_rows = np.repeat(np.arange(len(contexts)), counts)
-        query_at = np.arange(starts[-1]) + np.repeat(contexts - starts[1:], counts)
-        key_rows = np.repeat(np.arange(len(contexts)), contexts)
-        key_at = np.arange(len(key_rows)) - np.repeat(np.cumsum(contexts) - contexts, contexts)
+        query_rows, query_at = _within_rows(counts)
+        query_at = query_at + np.repeat(contexts - counts, counts)
+        key_rows, key_at = _within_rows(contexts)
         device = shape.device
         query_rows, query_at, key_rows, key_at = (
             torch.from_numpy(array.astype(np.int32)).to(device) for array in (query_rows, query_at, key_rows, key_at)

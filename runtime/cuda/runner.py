@@ -10,7 +10,8 @@ It works on any device, without graphs on all but CUDA; the tests run it on the 
 What is never true: `run` waits for the device; the tensor that `run` returns stays as it is after the next `run`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from runtime.batch import LayerKV, StepBatch
 from runtime.cuda.graphs import Graphs
 from runtime.cuda.spans import Bucket
 from runtime.cuda.step import attach, host_step, upload
+from runtime.stage import make_batch
 from runtime.stage_state import PlannedBatch
 
 DEVICE_TENSOR_BYTES = 1 << 20
@@ -55,10 +57,23 @@ class Runner:
 
         `hidden` is what came from the hop before, anywhere; None at the first, which has the `embedding`.
         """
-        self._mark(0)
-        out = self._run(layers, units, planned, pool, hidden, embedding)
-        self._mark(1)
-        return out
+        with self._timed():
+            if not len(layers):  # an end of the model may have none
+                return self._enter(hidden, embedding, planned)
+            step = make_batch(planned, torch.device("cpu"))
+            if hidden is not None and (arrived := getattr(hidden, "arrived", None)) is not None:
+                current = torch.cuda.current_stream(self._device)
+                current.wait_event(arrived)
+                hidden.record_stream(current)
+            is_decode = len(planned.positions) == len(planned.context_lens)
+            if self.graphs is not None and is_decode and not self.graphs.why_not:
+                context = int(planned.context_lens.max(initial=1))
+                bucket = self.graphs.find(layers, len(planned.context_lens), context, units, pool.data)
+                if bucket is not None:
+                    self.num_replayed += 1
+                    return self._replay(layers, bucket, step, planned, pool, hidden, embedding)
+            self.num_eager += 1
+            return self._eager(layers, units, step, planned, pool, hidden, embedding)
 
     def wait(self) -> None:
         """Wait for what was queued."""
@@ -69,40 +84,16 @@ class Runner:
         """How long the last `run` took on the device, which has been waited for since; None where the caller's clock says it."""
         return self._marks[0].elapsed_time(self._marks[1]) / 1e3 if self._marks is not None else None
 
-    def _mark(self, index: int) -> None:
-        if self._marks is not None:
-            self._marks[index].record(torch.cuda.current_stream(self._device))
-
-    def _run(
-        self,
-        layers: LayerRange,
-        units: Mapping[int, Layer],
-        planned: PlannedBatch,
-        pool: PagePool,
-        hidden: torch.Tensor | None,
-        embedding: Callable[[torch.Tensor], torch.Tensor] | None,
-    ) -> torch.Tensor:
-        if not len(layers):  # an end of the model may have none
-            return self._enter(hidden, embedding, planned)
-        step = StepBatch(
-            positions=torch.from_numpy(planned.positions),
-            query_starts=planned.query_starts,
-            context_lens=planned.context_lens,
-            block_tables=planned.block_tables,
-        )
-        if hidden is not None and (arrived := getattr(hidden, "arrived", None)) is not None:
-            current = torch.cuda.current_stream(self._device)
-            current.wait_event(arrived)
-            hidden.record_stream(current)
-        is_decode = len(planned.positions) == len(planned.context_lens)
-        if self.graphs is not None and is_decode and not self.graphs.why_not:
-            context = int(planned.context_lens.max(initial=1))
-            bucket = self.graphs.find(layers, len(planned.context_lens), context, units, pool.data)
-            if bucket is not None:
-                self.num_replayed += 1
-                return self._replay(layers, bucket, step, planned, pool, hidden, embedding)
-        self.num_eager += 1
-        return self._eager(layers, units, step, planned, pool, hidden, embedding)
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """What is queued meanwhile is what `seconds` tells of."""
+        if self._marks is None:
+            yield
+            return
+        begun, ended = self._marks
+        begun.record(torch.cuda.current_stream(self._device))
+        yield
+        ended.record(torch.cuda.current_stream(self._device))
 
     def finish(self, hidden: torch.Tensor) -> torch.Tensor:
         """A copy of `hidden`, there when this returns: on the host, or where it is if the door can take it there."""
