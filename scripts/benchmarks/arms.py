@@ -4,13 +4,14 @@ A shared machine drifts over minutes. So each repeat starts every arm once, in t
 are worth quoting. Each figure is the median over the repeats; the single runs stay in the JSON.
 """
 
+import argparse
 import asyncio
 import contextlib
 import json
 import os
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -18,6 +19,18 @@ from loadgen import WORKLOADS, Workload, run_workload, warm_up
 from servers import Arm, Server, describe_machine
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
+
+
+def names_of(known: Collection[str]) -> Callable[[str], list[str]]:
+    """For argparse: a parser of comma-separated names, all of which must be known."""
+
+    def parse(text: str) -> list[str]:
+        unknown = [name for name in text.split(",") if name not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"unknown {unknown[0]!r}; there are {', '.join(known)}")
+        return text.split(",")
+
+    return parse
 
 
 def parse_workloads(names: str) -> list[Workload]:

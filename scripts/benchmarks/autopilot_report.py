@@ -1,6 +1,5 @@
 """Tables and pictures of what `scripts/bench autopilot` played."""
 
-import importlib
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ import numpy as np
 from arms import note
 from autopilot_score import Figures, composite, figures, oracle, shift_times
 from autopilot_setting import LOAD, SCALE, SLO, Slo, laws
+from pictures import pyplot_if_there
 
 _OURS = ("autopilot", "autopilot-2", "autopilot-3", "oracle", "best")
 
@@ -107,12 +107,8 @@ def _order(arm: str) -> tuple[int, str]:
 
 def _draw(path: Path, title: str, runs: Mapping[str, dict[str, Any]]) -> None:
     """TTFT over time of some arms, with the layouts that the autopilot chose."""
-    try:
-        pyplot = importlib.import_module("matplotlib.pyplot")
-    except ImportError:
-        note("no pictures: matplotlib is not installed (pip install -e '.[bench]')")
+    if (pyplot := pyplot_if_there()) is None:
         return
-    pyplot.switch_backend("Agg")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure, axis = pyplot.subplots(figsize=(9, 4))
     for arm in sorted(runs, key=_order):

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arms import DEFAULT_MODEL, machine_now, note
+from arms import DEFAULT_MODEL, machine_now, names_of, note
 from loadgen import Workload, run_workload, warm_up
 from servers import ROOT
 from shift_fleet import Fleet, LayoutSpec
@@ -366,7 +366,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="scripts/bench cuda", description="Serving and layout changes on one GPU.")
     add = parser.add_argument
     add("--device", default="cuda:0", help="cuda, cuda:N; cpu tries the script itself")
-    add("--shapes", type=_names(SHAPES), default="llama-3-8b,smollm2-135m", help=f"of {', '.join(SHAPES)}")
+    add("--shapes", type=names_of(SHAPES), default="llama-3-8b,smollm2-135m", help=f"of {', '.join(SHAPES)}")
     add("--workers", type=_counts, default="1,2,4", help="numbers of workers on the device")
     add("--dtype", default="bfloat16")
     add("--tokens", type=int, default=128, help="output tokens of a request")
@@ -379,16 +379,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--reference", help=argparse.SUPPRESS)
     add("--copy", type=int, default=0, help=argparse.SUPPRESS)
     return parser
-
-
-def _names(known: dict[str, Any]):
-    def parse(text: str) -> list[str]:
-        unknown = [name for name in text.split(",") if name not in known]
-        if unknown:
-            raise argparse.ArgumentTypeError(f"unknown {unknown[0]!r}; there are {', '.join(known)}")
-        return text.split(",")
-
-    return parse
 
 
 def _counts(text: str) -> list[int]:

@@ -1,23 +1,19 @@
 """The picture of what `scripts/bench growth` measured: a panel a series, both axes logarithmic, with the fitted line."""
 
-import importlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from arms import note
+from pictures import pyplot_if_there
 
 _MEASURED, _FITTED = "#c0392b", "#7f8c8d"
 
 
 def draw(series: list[dict[str, Any]], path: Path) -> None:
     """Write the picture; without matplotlib say so, and nothing else."""
-    try:
-        pyplot = importlib.import_module("matplotlib.pyplot")
-    except ImportError:
-        note("no picture: matplotlib is not installed (pip install -e '.[bench]')")
+    if (pyplot := pyplot_if_there()) is None:
         return
-    pyplot.switch_backend("Agg")
     columns = min(3, len(series))
     rows = -(-len(series) // columns)
     figure, axes = pyplot.subplots(rows, columns, figsize=(4.2 * columns, 3.4 * rows), squeeze=False)

@@ -3,21 +3,21 @@
 The results are those of `scripts/bench planner` and `scripts/bench scheduler`, which are told apart by what they say they are.
 """
 
-import importlib
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from arms import note
+from pictures import pyplot_if_there
 
 
 def main() -> int:
     if len(sys.argv) < 3:
         print(__doc__, file=sys.stderr)
         return 2
-    pyplot = importlib.import_module("matplotlib.pyplot")
-    pyplot.switch_backend("Agg")
+    if (pyplot := pyplot_if_there()) is None:
+        return 1
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     for path in map(Path, sys.argv[2:]):

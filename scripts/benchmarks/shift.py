@@ -21,7 +21,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from arms import DEFAULT_MODEL, machine_now, note
+from arms import DEFAULT_MODEL, machine_now, names_of, note
 from shift_fleet import STRATEGIES, Fleet
 from shift_grid import CONTEXTS, PAIRS, Plan, measure
 from shift_pipelive import FOR_ANSWERS, measure_pipelive
@@ -177,9 +177,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--steady", action="store_true", help="two servers, one of which goes through changes; is it as fast after?")
     add("--pattern", choices=("grid", "pipelive"), default="grid")
     add("--loads", type=_numbers, default="50,75,90", help="percent of the measured saturation, comma separated")
-    add("--contexts", type=_one_of(CONTEXTS), default="short,long", help=f"of {', '.join(CONTEXTS)}")
-    add("--changes", type=_one_of(PAIRS), default="1,4,15,stages", help=f"of {', '.join(PAIRS)}")
-    add("--strategies", type=_one_of(STRATEGIES), default="live", help=f"of {', '.join(STRATEGIES)}")
+    add("--contexts", type=names_of(CONTEXTS), default="short,long", help=f"of {', '.join(CONTEXTS)}")
+    add("--changes", type=names_of(PAIRS), default="1,4,15,stages", help=f"of {', '.join(PAIRS)}")
+    add("--strategies", type=names_of(STRATEGIES), default="live", help=f"of {', '.join(STRATEGIES)}")
     add("--seeds", type=int, help="how many traces; default: 5 (quick: 2, pipelive: 1)")
     add("--duration", type=float, default=0.0, metavar="S", help="of a trace's arrivals; default: the context's")
     add("--concurrency", type=int, default=16, help="of the closed loop that measures saturation")
@@ -198,16 +198,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _numbers(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
-
-
-def _one_of(known: Sequence[str] | dict[str, Any]):
-    def parse(text: str) -> list[str]:
-        unknown = [name for name in text.split(",") if name not in known]
-        if unknown:
-            raise argparse.ArgumentTypeError(f"unknown {unknown[0]!r}; there are {', '.join(known)}")
-        return text.split(",")
-
-    return parse
 
 
 if __name__ == "__main__":

@@ -3,25 +3,21 @@
 Run on its own, ``shift_plots.py RESULT.json [FOLDER]`` draws an earlier result again.
 """
 
-import importlib
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from arms import note
+from pictures import pyplot_if_there
 
 _LIVE, _PLAIN, _MARK = "#c0392b", "#7f8c8d", "#2c3e50"
 
 
 def draw(document: dict[str, Any], folder: Path) -> list[Path]:
     """The pictures that `document` has figures for; none, and a line that says why, without matplotlib."""
-    try:
-        pyplot = importlib.import_module("matplotlib.pyplot")
-    except ImportError:
-        note("no pictures: matplotlib is not installed (pip install -e '.[bench]')")
+    if (pyplot := pyplot_if_there()) is None:
         return []
-    pyplot.switch_backend("Agg")
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     if document.get("timelines"):
