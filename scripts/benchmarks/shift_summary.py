@@ -114,7 +114,7 @@ def summarise(found: Sequence[tuple[Case, int, dict[str, Any]]]) -> list[dict[st
 
 
 def _row(seeds: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
-    """`seeds` has for each seed the figures of its changes."""
+    """`seeds` has for each seed the figures of its changes, which are of one play: what counts its requests is counted once."""
     p50, p99, top = percentile_of(50), percentile_of(99), percentile_of(100)
     excess = _values(seeds, "service_gap_excess_s")
     row: dict[str, Any] = {
@@ -134,10 +134,7 @@ def _row(seeds: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
             [[e["change_s"] / e["report"]["paced_s"] for e in seed if e["report"].get("paced_s")] for seed in seeds],
             p50,
         ),
-        "errors": sum(each["errors"] for seed in seeds for each in seed),
-        "errors_plain": sum(each["errors_plain"] for seed in seeds for each in seed),
-        "retries": sum(each["retries"] for seed in seeds for each in seed),
-        "requests": sum(each["requests"] for seed in seeds for each in seed),
+        **{key: sum(seed[0][key] for seed in seeds) for key in ("errors", "errors_plain", "retries", "requests")},
     }
     for name, statistic in (("p50", p50), ("p99", p99), ("max", top)):
         row[f"d3_stall_{name}_s"] = interval(_side(seeds, "stalls_s", 0), statistic)
