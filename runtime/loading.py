@@ -28,7 +28,7 @@ from runtime.cuda.step import attach
 from runtime.device import DeviceInfo
 from runtime.exchange import FetchFailed, Importer, Sources
 from runtime.member import Pace, UnitKey
-from runtime.messages import Load, ProfilePoint
+from runtime.messages import MIN_FREE_BYTES, Load, ProfilePoint
 from runtime.model.builder import UnitBuilder
 from runtime.model.config import inspect_model
 from runtime.model.spec import ModelSpec
@@ -37,8 +37,6 @@ from runtime.trace import Tracer
 
 log = logging.getLogger("midflight.worker")
 
-MIN_FREE_BYTES = 512 << 20
-"""Left alone when the pool follows the memory that is free, and when a shadow is loaded."""
 _WARM_UP_ROWS = (1, 2, 3, 4, 8, 16)
 _WARM_UP_CHUNK = 64
 WARM_UP_BLOCK_SIZE = 16

@@ -18,6 +18,9 @@ import msgspec
 from kvstore.ids import BlockId, Epoch, LayerRange, SequenceId, WorkerName
 from runtime.layout import Layout, Move
 
+MIN_FREE_BYTES = 512 << 20
+"""What a worker leaves alone when its pool follows the memory that is free, and when it loads a shadow; the head plans with it."""
+
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
     """How the next token of a sequence is chosen. ``temperature == 0`` is greedy; 0 / 1.0 / -1 switch a filter off.

@@ -17,7 +17,7 @@ import msgspec
 from kvstore.block_pool import BlockPool
 from kvstore.ids import SequenceId, WorkerName
 from runtime.layout import Layout
-from runtime.messages import HopTiming, Join, ProfilePoint, StepPlan, StepResult
+from runtime.messages import MIN_FREE_BYTES, HopTiming, Join, ProfilePoint, StepPlan, StepResult
 from runtime.model.spec import ModelSpec
 from scheduler.batching import Batcher, Output
 from scheduler.lanes import BatchingConfig, StepPrices
@@ -41,8 +41,6 @@ NOTE_INTERVAL_S, SETTLED_INTERVAL_S = 0.1, 0.5
 NUM_UNTIL_SETTLED = 100
 """Steps of a layout that are learned from at the shorter interval."""
 MAX_TIMED = 16
-_LEFT_ALONE = 512 << 20
-"""Bytes that a worker keeps free when it loads (`runtime.loading.MIN_FREE_BYTES`)."""
 
 
 class Head(Protocol):
@@ -201,7 +199,7 @@ class Pilot:
             share = self._fraction / head.members.same_host(name)
             pages = worker.num_pages * self._block_size * self._spec.kv_bytes_per_token_layer()
             kv_bytes = pages or self._kv_bytes or round(worker.info.memory_available * share)
-            usable = worker.info.memory_available // head.members.same_host(name) - _LEFT_ALONE
+            usable = worker.info.memory_available // head.members.same_host(name) - MIN_FREE_BYTES
             found.append(Device(name, self.fleet.speed(name), max(usable, kv_bytes + worker.weight_bytes), kv_bytes))
         return found
 

@@ -22,6 +22,7 @@ from kvstore.ids import Epoch, WorkerName
 from runtime.layout import Layout
 from runtime.limiter import Limiter
 from runtime.messages import (
+    MIN_FREE_BYTES,
     Cancel,
     Copied,
     Copy,
@@ -49,8 +50,6 @@ from scheduler.simulation.handover import CopyJob, Incoming, SimHandover, Source
 from scheduler.simulation.stage_cost import StageCost
 from scheduler.simulation.world import SimDevice, World
 
-MIN_FREE_BYTES = 512 << 20
-"""As `runtime.loading` leaves alone."""
 SLICE_S = 0.001
 """What a slice of a snapshot takes of the worker's time, at most."""
 
