@@ -10,6 +10,8 @@ The on-disk cache of a `kernel` is valid for exactly the sources of this package
 the outermost function, and would run stale code after a change elsewhere.
 """
 
+import contextlib
+import ctypes
 import hashlib
 import platform
 from collections.abc import Callable
@@ -47,8 +49,18 @@ def _cpu_features() -> frozenset[str]:
     return frozenset(name for name, present in llvm.get_host_cpu_features().items() if present)
 
 
+def _may_use_amx() -> bool:
+    """Ask the kernel for the matrix registers' state, once for all threads of the process (Linux 5.16 and later)."""
+    with contextlib.suppress(OSError, AttributeError):
+        return ctypes.CDLL(None, use_errno=True).syscall(_ARCH_PRCTL, _REQ_XCOMP_PERM, _XTILEDATA) == 0
+    return False
+
+
+_ARCH_PRCTL, _REQ_XCOMP_PERM, _XTILEDATA = 158, 0x1023, 18
 _FEATURES = _cpu_features()
 HAS_BF16_DOT = "avx512bf16" in _FEATURES and "avx512f" in _FEATURES
+HAS_AMX = HAS_BF16_DOT and {"amx-tile", "amx-bf16"} <= _FEATURES and _may_use_amx()
+"""Whether there are matrix registers for bfloat16, and this process may use them."""
 HAS_HALF = "f16c" in _FEATURES or platform.machine() in ("aarch64", "arm64")
 """Whether the processor converts float16 itself; the kernels leave float16 to torch where it does not."""
 if "avx512f" in _FEATURES:
@@ -111,7 +123,7 @@ def _stamp(compiled):
 
 
 def _source_digest() -> str:
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(str(HAS_AMX).encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -156,6 +168,16 @@ def splat(builder, scalar):
     vector = ir.VectorType(scalar.type, LANES)
     value = builder.insert_element(vector(ir.Undefined), scalar, I32(0))
     return builder.shuffle_vector(value, vector(ir.Undefined), INTS([0] * LANES))
+
+
+@intrinsic
+def depth_step(typingctx, like):
+    """How many depths lie side by side in a packed matrix of the storage type of `like`."""
+
+    def codegen(context, builder, signature, args):
+        return I64(Unit(signature.args[0].dtype).depth)
+
+    return types.intp(like), codegen
 
 
 def size_of(element) -> int:

@@ -16,9 +16,9 @@ import math
 
 import numpy as np
 
-from runtime.kernels.lanes import LANES, LOWEST, PANEL, address, kernel, part
+from runtime.kernels.amx import DEPTH
+from runtime.kernels.lanes import HAS_AMX, LANES, LOWEST, PANEL, address, depth_step, kernel, part
 from runtime.kernels.softmax import (
-    depth_step,
     find_top,
     mix_1,
     mix_2,
@@ -273,7 +273,7 @@ def _attend_block(
     for block in range((lowest - start) // KEY_BLOCK, (last - start) // KEY_BLOCK + 1):
         origin = start + block * KEY_BLOCK
         depth = min(KEY_BLOCK, last + 1 - origin)
-        depth += depth % depth_step(like)
+        depth += -depth % _value_step(like)
         for panel in range((depth + PANEL - 1) // PANEL):
             w = keys + (block * KEY_BLOCK + panel * PANEL) * head_dim * size
             place = scores + panel * PANEL * 4
@@ -301,6 +301,12 @@ def _attend_block(
 
 
 @part
+def _value_step(like):
+    """Of how many values a weighted sum is made at a time. A part of that many would be summed in another order."""
+    return DEPTH if HAS_AMX and depth_step(like) == 2 else depth_step(like)
+
+
+@part
 def _find_keys(data, page_of_block, block_tables, r, start, stop, places):
     """places[j] = the address of key start + j; the last one again up to a multiple of `PANEL`."""
     block_size = data.shape[2]
@@ -320,7 +326,7 @@ def _pack_context(data, places, shift, count, capacity, keys, values):
         target = keys + (j // PANEL * PANEL * head_dim + j % PANEL * step) * size
         pack_keys(data, address(places) + j * 8, shift, head_dim, target)
     shift += block_size * num_kv_heads * head_dim * size
-    for j in range(0, count, step):
+    for j in range(0, count + -count % _value_step(data), step):
         for d in range(0, head_dim, PANEL):
             first, second = places[j] + shift + d * size, places[j + step - 1] + shift + d * size
             target = values + (d * capacity + j * PANEL) * size

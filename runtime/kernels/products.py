@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from runtime.kernels import storage
-from runtime.kernels.lanes import PANEL, address, kernel, part
+from runtime.kernels.lanes import HAS_AMX, PANEL, address, depth_step, kernel, part
 from runtime.kernels.quantized import GROUP, SCALE_BYTES, fill_panels, is_quantized, panel_bytes, quantized_rows
 from runtime.kernels.spans import add_floats, store_scaled, store_silu_mul, store_sum
 from runtime.kernels.tiles import tile_rows
@@ -26,6 +26,8 @@ ROW_BLOCK = 192
 """Rows that pass through all panels together; bounds the scratch and keeps activations in the cache."""
 DEPTH_BLOCK_BYTES = 512
 """How much of a row is summed up at once: bounds what a panel takes of the caches, and how rounding errors add up."""
+AMX_DEPTH_BLOCK_BYTES = 4096
+"""The same with matrix registers, which want long ways, read from the second-level cache and sum in sixteen parts."""
 PIECE_ELEMENTS = 1 << 20
 """How much of a weight is packed between two rests."""
 PLAIN, ADD, SILU_MUL = 0, 1, 2
@@ -162,9 +164,10 @@ def _sum_panel(tiles, x, first_row, num_rows, w, panel, sums):
     """sums = the rows of x @ one panel."""
     depth, size = x.shape[1], x.itemsize
     x_address = address(x) + first_row * depth * size
-    for k in range(0, depth, DEPTH_BLOCK_BYTES // size):
+    longest = (AMX_DEPTH_BLOCK_BYTES if HAS_AMX and depth_step(x) == 2 else DEPTH_BLOCK_BYTES) // size
+    for k in range(0, depth, longest):
         w_block = address(w) + (panel * depth + k) * PANEL * size
-        block = min(DEPTH_BLOCK_BYTES // size, depth - k)
+        block = min(longest, depth - k)
         tile_rows(tiles, num_rows, x_address + k * size, depth * size, w_block, block, address(sums), PANEL * 4, k > 0)
 
 

@@ -276,16 +276,6 @@ def pack_values(typingctx, like, value, next_value, has_next, count, target):
     return types.void(like, _ADDRESS, _ADDRESS, types.boolean, types.intp, _ADDRESS), codegen
 
 
-@intrinsic
-def depth_step(typingctx, like):
-    """How many depths lie side by side in a packed matrix of the storage type of `like`."""
-
-    def codegen(context, builder, signature, args):
-        return I64(Unit(signature.args[0].dtype).depth)
-
-    return types.intp(like), codegen
-
-
 def _transpose(builder, rows):
     """The transpose of a square of `LANES` vectors."""
     stride = 1

@@ -17,9 +17,11 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
+from runtime.kernels.amx import DEPTH, ROWS, amx_release, amx_tile_16, amx_tile_32
 from runtime.kernels.lanes import (
     FLOAT,
     FLOATS,
+    HAS_AMX,
     I8,
     I64,
     PANEL,
@@ -135,19 +137,46 @@ def _rows(like, num_rows, x, x_stride, w, depth, out, out_stride, add):
         first = stop
 
 
+_FLOAT32, _BFLOAT16, _FLOAT16 = (np.empty(1, dtype) for dtype in (np.float32, np.uint16, np.int16))
+
+
+@kernel
+def _amx_rows(num_rows, x, x_stride, w, depth, out, out_stride, add):
+    """As `_rows`, by matrix registers; what is left of the depth by vectors."""
+    whole = depth - depth % DEPTH
+    if whole > 0:
+        num_tiles = (num_rows + 2 * ROWS - 1) // (2 * ROWS)
+        block_bytes = depth * PANEL * 2
+        pace = CACHE_LINE // num_tiles
+        for i in range(num_tiles):
+            first = i * 2 * ROWS
+            count, x_tile, out_tile = min(2 * ROWS, num_rows - first), x + first * x_stride, out + first * out_stride
+            ahead = w + block_bytes + i * pace * (block_bytes // CACHE_LINE)
+            if count <= ROWS:
+                amx_tile_16(count, x_tile, x_stride, w, whole, out_tile, out_stride, add)
+            else:
+                amx_tile_32(count, x_tile, x_stride, w, whole, out_tile, out_stride, add, ahead, pace)
+        amx_release()
+    if whole < depth:
+        place = w + whole * PANEL * 2
+        _rows(_BFLOAT16, num_rows, x + whole * 2, x_stride, place, depth - whole, out, out_stride, add or whole > 0)
+
+
 def _rows_float32(num_rows, x, x_stride, w, depth, out, out_stride, add):
     _rows(_FLOAT32, num_rows, x, x_stride, w, depth, out, out_stride, add)
 
 
 def _rows_bfloat16(num_rows, x, x_stride, w, depth, out, out_stride, add):
-    _rows(_BFLOAT16, num_rows, x, x_stride, w, depth, out, out_stride, add)
+    if HAS_AMX:
+        _amx_rows(num_rows, x, x_stride, w, depth, out, out_stride, add)
+    else:
+        _rows(_BFLOAT16, num_rows, x, x_stride, w, depth, out, out_stride, add)
 
 
 def _rows_float16(num_rows, x, x_stride, w, depth, out, out_stride, add):
     _rows(_FLOAT16, num_rows, x, x_stride, w, depth, out, out_stride, add)
 
 
-_FLOAT32, _BFLOAT16, _FLOAT16 = (np.empty(1, dtype) for dtype in (np.float32, np.uint16, np.int16))
 _FUNCTIONS = {
     np.dtype(np.float32): _rows_float32,
     np.dtype(np.uint16): _rows_bfloat16,
