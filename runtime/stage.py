@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from kvstore.ids import WorkerName
+from kvstore.ids import LayerRange, WorkerName
 from kvstore.page_pool import PagePool
 from runtime.batch import NOT_TIMED, LayerKV, StepBatch
 from runtime.cuda.step import upload
@@ -84,10 +84,18 @@ class Stage:
             assert self._units.embedding is not None, "the first hop holds the embedding"
             hidden = self._units.embedding(torch.from_numpy(planned.tokens).to(self._device))
         assert hidden is not None, f"a step came to hop {hop} without its hidden state"
-        for layer in self.layout.segments[hop].layers:
-            kv = LayerKV(layer, self.pool.data, self.pool.page_of(layer))
-            hidden = self._units.layers[layer](hidden, batch, kv)
+        hidden = self._run_layers(self.layout.segments[hop].layers, hidden, batch)
         self.planned = planned
+        return hidden
+
+    def _run_layers(self, indices: LayerRange, hidden: torch.Tensor, batch: StepBatch) -> torch.Tensor:
+        """One after the other, or in one call where they can be (`runtime.model.lean.LeanLayer.run_together`)."""
+        layers = [self._units.layers[index] for index in indices]
+        kvs = [LayerKV(index, self.pool.data, self.pool.page_of(index)) for index in indices]
+        if layers and (together := getattr(layers[0], "run_together", None)) is not None:
+            return together(layers, hidden, batch, kvs)
+        for layer, kv in zip(layers, kvs, strict=True):
+            hidden = layer(hidden, batch, kv)
         return hidden
 
     def _run_queued(

@@ -3,7 +3,8 @@
 Three kinds of threads. RPC threads put what arrives into the inbox. The compute thread (the main thread) takes it out
 and gives it to the `Member`, which does the work; between messages it does slices of what can be done in the background
 when they are due: while the inbox is empty, and before the next message when it has not been empty for too long, so that a
-busy worker still gives its layers away.
+busy worker still gives its layers away. Steps wait until everything else that has arrived is done: the rest is short, and
+somebody waits for its answer (the protocol of `scheduler.reconfiguration` holds whatever order messages come in).
 A heartbeat thread tells the head that the process lives; that the head is gone shows as the end of its connection,
 or as a beat nobody takes. (A fourth, the loader of shadows, is `runtime.loading`'s own.)
 
@@ -15,6 +16,7 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -114,6 +116,8 @@ class Worker:
         self._replaces = replaces
         self._device = device
         self._inbox: queue.SimpleQueue[_Arrival] = queue.SimpleQueue()
+        self._prompt: deque[_Arrival] = deque()
+        self._steps: deque[_Arrival] = deque()
         self._door: Door | None = None
         self._stopping = threading.Event()
         self._process = psutil.Process()
@@ -245,16 +249,28 @@ class Worker:
             if wait_s is not None and wait_s < -OVERDUE_S:
                 self._member.background()
                 continue
-            try:
-                is_due = wait_s is not None and wait_s <= 0.0
-                arrival = self._inbox.get_nowait() if is_due else self._inbox.get(timeout=wait_s)
-            except queue.Empty:
-                arrival = None
+            arrival = self._take(wait_s)
             if self._tracer.is_on:
                 self._tracer.span(COMPUTE, "wait", began_s, time.perf_counter())
             if arrival is not None:
                 return arrival
             self._member.background()
+
+    def _take(self, wait_s: float | None) -> _Arrival | None:
+        """What has arrived and goes first; else what comes within `wait_s` (None: for ever), or None."""
+        timeout_s: float | None = 0.0
+        while True:
+            try:
+                arrival = self._inbox.get_nowait() if timeout_s == 0.0 else self._inbox.get(timeout=timeout_s)
+            except queue.Empty:
+                if self._prompt or self._steps:
+                    return (self._prompt or self._steps).popleft()
+                if timeout_s != 0.0 or (wait_s is not None and wait_s <= 0.0):
+                    return None
+                timeout_s = wait_s
+            else:
+                (self._steps if isinstance(arrival.message, Step) else self._prompt).append(arrival)
+                timeout_s = 0.0
 
     def _dispatch(self, arrival: _Arrival) -> None:
         message, member = arrival.message, self._member

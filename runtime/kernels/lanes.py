@@ -23,6 +23,7 @@ from llvmlite import ir
 from numba import config, extending, njit, types
 from numba.core import cgutils, sigutils
 from numba.core.ccallback import CFunc
+from numba.np.arrayobj import populate_array
 
 FLOAT, HALF = ir.FloatType(), ir.HalfType()
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -103,6 +104,27 @@ def address(typingctx, array):
         return builder.ptrtoint(struct.data, I64)
 
     return types.intp(array), codegen
+
+
+@intrinsic
+def array_at(typingctx, row, index, like):
+    """The array whose address and length are entries 2 * index and 2 * index + 1 of the int64 at `row`, of `like`'s dtype.
+
+    Somebody else owns its memory and keeps it until the kernel has returned.
+    """
+    kind = types.Array(like.dtype, 1, "C")
+
+    def codegen(context, builder, signature, args):
+        row, index, _ = args
+        entry = pointer(builder, builder.add(row, builder.mul(index, I64(16))), I64)
+        start, length = builder.load(entry), builder.load(builder.gep(entry, [I64(1)]))
+        array = context.make_array(kind)(context, builder)
+        item = context.get_constant(types.intp, context.get_abi_sizeof(context.get_data_type(kind.dtype)))
+        data = builder.inttoptr(start, array.data.type)
+        populate_array(array, data, [length], [item], item, meminfo=None)
+        return array._getvalue()
+
+    return kind(types.intp, types.intp, like), codegen
 
 
 def compile_for_c(function: Callable[..., Any], signature) -> int:

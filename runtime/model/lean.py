@@ -1,7 +1,7 @@
 """The lean decoder layer of the Llama family: Llama, Qwen2, Qwen3, Mistral and what shares their shape.
 
 How it works: q, k and v are one product, gate and up another. On the CPU the weights are packed for the kernels of
-`runtime.kernels` and a layer is one kernel call; the packed weights are the only copy. On other devices the same layer
+`runtime.kernels` and all layers of a stage are one kernel call; the packed weights are the only copy. On other devices the same layer
 is a handful of plain torch operations. Scaled rotary frequencies come from `transformers`; the tables are computed once
 per step, in float32, and shared by all layers through the step's memo. A configuration is a `transformers` one or any
 object with the same fields.
@@ -10,7 +10,7 @@ What is never true: a lean layer is never an approximation. In float32 it differ
 the order in which sums are rounded, and a configuration that it does not know exactly is refused by `supports`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, TypeAlias
 
@@ -23,7 +23,7 @@ from runtime.attention import attend, attention_scratch, pool_storage, step_arra
 from runtime.batch import LayerKV, StepBatch
 from runtime.cuda import fused
 from runtime.kernels import has_kernels, storage
-from runtime.kernels.layer import decoder_layer, rms_norm
+from runtime.kernels.layer import ROW_LENGTH, decoder_layers, layer_row, rms_norm
 from runtime.kernels.products import PANEL, PLAIN, ROW_BLOCK, pack, pack_gate_up, pack_gate_up_int8, pack_int8, product
 from runtime.kernels.quantized import GROUP, quantized_tile_address
 from runtime.kernels.tiles import tile_address
@@ -116,7 +116,7 @@ class LeanLayer:
         self.parts = {name: part.to(self.device) for name, part in parts.items()}
         self._has_kernels = has_kernels(self.device, dtype)
         if self._has_kernels:
-            self._kernel_weights = self._make_kernel_weights()
+            self._row = self._make_kernel_row()
             self._tiles = tile_address(storage(torch.empty(0, dtype=dtype)).dtype)
             self._product_tiles = _tiles_for(self.parts["o"], dtype)
 
@@ -132,15 +132,25 @@ class LeanLayer:
 
     def __call__(self, hidden: torch.Tensor, batch: StepBatch, kv: LayerKV) -> torch.Tensor:
         if self._has_kernels:
-            return self._run_kernel(hidden, batch, kv)
+            return self._run_kernel((self,), hidden, batch, (kv,))
         return self._run_torch(hidden, batch, kv)
 
-    def _make_kernel_weights(self) -> tuple:
+    def run_together(
+        self, layers: Sequence["LeanLayer"], hidden: torch.Tensor, batch: StepBatch, kvs: Sequence[LayerKV]
+    ) -> torch.Tensor:
+        """`layers`, of which this is the first, one after the other: with kernels, all of them in one call."""
+        if self._has_kernels:
+            return self._run_kernel(layers, hidden, batch, kvs)
+        for layer, kv in zip(layers, kvs, strict=True):
+            hidden = layer._run_torch(hidden, batch, kv)
+        return hidden
+
+    def _make_kernel_row(self) -> np.ndarray:
         def floats(name: str) -> np.ndarray:
             part = self.parts.get(name)
             return _NOTHING if part is None else part.float().numpy()
 
-        return (
+        self._arrays = (
             floats("norm.input"),
             self.parts["qkv"].numpy(),
             floats("bias.qkv"),
@@ -151,28 +161,33 @@ class LeanLayer:
             floats("norm.post_attention"),
             self.parts["gate_up"].numpy(),
             self.parts["down"].numpy(),
-            np.float32(self.eps),
         )
+        return layer_row(*self._arrays, self.sliding_window or 0)
 
-    def _run_kernel(self, hidden: torch.Tensor, batch: StepBatch, kv: LayerKV) -> torch.Tensor:
+    def _run_kernel(
+        self, layers: Sequence["LeanLayer"], hidden: torch.Tensor, batch: StepBatch, kvs: Sequence[LayerKV]
+    ) -> torch.Tensor:
         out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-        rows = step_arrays(batch)
-        ok = decoder_layer(
+        rows = np.empty((len(layers), ROW_LENGTH), np.int64)
+        for row, layer, kv in zip(rows, layers, kvs, strict=True):
+            row[:] = layer._row
+            row[-3:-1] = kv.page_of_block.ctypes.data, kv.page_of_block.size
+        without = decoder_layers(
             self._tiles,
             self._product_tiles,
             storage(hidden.contiguous()),
             storage(out),
-            *self._kernel_weights,
+            rows,
+            self._arrays[1],
+            np.float32(self.eps),
             *self.rotary.arrays(batch),
-            pool_storage(batch, kv),
-            kv.page_of_block,
-            *rows,
+            pool_storage(batch, kvs[0]),
+            *step_arrays(batch),
             np.float32(self.scale),
-            self.sliding_window or 0,
             *self._scratch(batch),
             batch.spent,
         )
-        assert ok, f"layer {kv.layer} has no page for a block of this step"
+        assert without < 0, f"layer {kvs[without].layer} has no page for a block of this step"
         return out
 
     def _scratch(self, batch: StepBatch) -> tuple:

@@ -104,10 +104,10 @@ def silence_s(streams: Sequence[Stream], window: Window) -> float:
     return float(longest)
 
 
-def usual_gap_s(streams: Sequence[Stream], length_s: float, within: Window, *, stride_s: float = 0.1) -> float:
-    """The mean of `service_gap_s` over all windows of `length_s` inside `within`, which is where load was steady."""
+def usual_gaps_s(streams: Sequence[Stream], length_s: float, within: Window, *, stride_s: float = 0.1) -> list[float]:
+    """`service_gap_s` of all windows of `length_s` inside `within`, which is where load was steady."""
     starts = np.arange(within.start_s, max(within.end_s - length_s, within.start_s) + 1e-9, stride_s)
-    return float(np.mean([service_gap_s(streams, Window(start, start + length_s)) for start in starts]))
+    return [service_gap_s(streams, Window(start, start + length_s)) for start in starts]
 
 
 # -- D3: one stream stalls -----------------------------------------------------------------------------------

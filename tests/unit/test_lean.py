@@ -90,6 +90,7 @@ class Lean:
         ]
         self.lengths = {}
         self.spent = NOT_TIMED
+        self.in_one_call = True
 
     def step(self, rows):
         """Hidden states after the last layer, one tensor per row."""
@@ -104,9 +105,12 @@ class Lean:
             spent=self.spent,
         )
         hidden = self.embedding(torch.cat([tokens for _, tokens in rows]))
-        for layer, kv in zip(self.layers, self.kvs, strict=True):
-            hidden = layer(hidden, batch, kv)
-            assert hidden.dtype == self.dtype
+        if self.in_one_call:
+            hidden = self.layers[0].run_together(self.layers, hidden, batch, self.kvs)
+        else:
+            for layer, kv in zip(self.layers, self.kvs, strict=True):
+                hidden = layer(hidden, batch, kv)
+        assert hidden.dtype == self.dtype
         for (sequence, _), context in zip(rows, batch.context_lens, strict=True):
             self.lengths[sequence] = int(context)
         return hidden.split(counts)
@@ -147,6 +151,22 @@ def test_timing_the_parts_changes_no_bit(path, monkeypatch):
         assert (spent[PRODUCTS] > 0) == (path == "kernels")
         assert spent.sum() < taken_ns
     assert not len(NOT_TIMED)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", ["qwen2-window", "llama-biased"])
+def test_layers_in_one_call_are_the_layers_one_by_one(config, dtype):
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(CONFIGS[config], attn_implementation="eager").eval()
+    tokens = torch.randint(0, SHAPE["vocab_size"], (40,))
+    results = []
+    for in_one_call in (True, False):
+        lean_model = Lean(model, dtype)
+        lean_model.in_one_call = in_one_call
+        with torch.inference_mode():
+            results.append([lean_model.step([(0, tokens[:30])]), lean_model.step([(0, tokens[30:31]), (1, tokens)])])
+    for together, alone in zip(*results, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
 
 
 def check_against_transformers(model):

@@ -26,7 +26,7 @@ from shift_metrics import (
     service_gap_s,
     silence_s,
     stalls_s,
-    usual_gap_s,
+    usual_gaps_s,
 )
 
 
@@ -99,8 +99,8 @@ def test_service_gap_against_a_dumb_model() -> None:
 
 def test_the_usual_gap_of_an_even_stream_is_its_step() -> None:
     streams = [stream(0, 0.0, *every(0.25, 1.0, 9.0))]
-    assert usual_gap_s(streams, 2.0, Window(2.0, 8.0)) == pytest.approx(0.25)
-    assert usual_gap_s(streams, 20.0, Window(2.0, 8.0)) == pytest.approx(0.25), "longer than the trace: one window"
+    assert usual_gaps_s(streams, 2.0, Window(2.0, 8.0)) == pytest.approx([0.25] * 41)
+    assert usual_gaps_s(streams, 20.0, Window(2.0, 8.0)) == pytest.approx([0.25]), "longer than the trace: one window"
 
 
 # -- D3, D4 ----------------------------------------------------------------------------------------------------
