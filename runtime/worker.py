@@ -3,8 +3,7 @@
 Three kinds of threads. RPC threads put what arrives into the inbox. The compute thread (the main thread) takes it out
 and gives it to the `Member`, which does the work; between messages it does slices of what can be done in the background
 when they are due: while the inbox is empty, and before the next message when it has not been empty for too long, so that a
-busy worker still gives its layers away. Steps wait until everything else that has arrived is done: the rest is short, and
-somebody waits for its answer (the protocol of `scheduler.reconfiguration` holds whatever order messages come in).
+busy worker still gives its layers away.
 A heartbeat thread tells the head that the process lives; that the head is gone shows as the end of its connection,
 or as a beat nobody takes. (A fourth, the loader of shadows, is `runtime.loading`'s own.)
 
@@ -13,10 +12,8 @@ path there is.
 """
 
 import logging
-import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -27,6 +24,7 @@ import torch
 
 from kvstore.ids import WorkerName
 from runtime.device import DeviceInfo
+from runtime.inbox import Inbox
 from runtime.loading import Loader
 from runtime.member import COMPUTE, Member, StepError
 from runtime.messages import (
@@ -66,7 +64,6 @@ HEAD = "head"
 JOIN_TIMEOUT_S = 30.0
 OVERDUE_S = 0.02
 """Background work that has been due for so long goes before the next message."""
-MAX_INBOX = 65536
 
 
 class HeadLost(Exception):
@@ -115,9 +112,7 @@ class Worker:
         self._name = name
         self._replaces = replaces
         self._device = device
-        self._inbox: queue.SimpleQueue[_Arrival] = queue.SimpleQueue()
-        self._prompt: deque[_Arrival] = deque()
-        self._steps: deque[_Arrival] = deque()
+        self._inbox: Inbox[_Arrival] = Inbox()
         self._door: Door | None = None
         self._stopping = threading.Event()
         self._process = psutil.Process()
@@ -193,8 +188,7 @@ class Worker:
     def _put(
         self, message: _Message, tensors: Sequence[torch.Tensor] = (), reply: "Future[bytes] | None" = None
     ) -> None:
-        assert self._inbox.qsize() < MAX_INBOX, "the inbox is full: the head sends more than it waits for"
-        self._inbox.put(_Arrival(message, tensors, time.perf_counter(), reply))
+        self._inbox.put(_Arrival(message, tensors, time.perf_counter(), reply), is_step=isinstance(message, Step))
 
     def _trace(self, message: Trace) -> Traced:
         spans, num_lost = self._tracer.stop()
@@ -249,28 +243,12 @@ class Worker:
             if wait_s is not None and wait_s < -OVERDUE_S:
                 self._member.background()
                 continue
-            arrival = self._take(wait_s)
+            arrival = self._inbox.take(wait_s)
             if self._tracer.is_on:
                 self._tracer.span(COMPUTE, "wait", began_s, time.perf_counter())
             if arrival is not None:
                 return arrival
             self._member.background()
-
-    def _take(self, wait_s: float | None) -> _Arrival | None:
-        """What has arrived and goes first; else what comes within `wait_s` (None: for ever), or None."""
-        timeout_s: float | None = 0.0
-        while True:
-            try:
-                arrival = self._inbox.get_nowait() if timeout_s == 0.0 else self._inbox.get(timeout=timeout_s)
-            except queue.Empty:
-                if self._prompt or self._steps:
-                    return (self._prompt or self._steps).popleft()
-                if timeout_s != 0.0 or (wait_s is not None and wait_s <= 0.0):
-                    return None
-                timeout_s = wait_s
-            else:
-                (self._steps if isinstance(arrival.message, Step) else self._prompt).append(arrival)
-                timeout_s = 0.0
 
     def _dispatch(self, arrival: _Arrival) -> None:
         message, member = arrival.message, self._member

@@ -2,13 +2,13 @@
 
 How it works: every kernel is a numba function that releases the GIL, runs on one thread and is cached on disk.
 `lanes` holds what is written in LLVM terms because Python cannot say it, `spans` and `softmax` the inner loops made of
-that, `tiles` and `products` the packed matrix product, `paged` attention over KV pages, `layer` a whole decoder layer. A
-kernel reads and writes its tensors as numpy arrays of their *storage type*, which tells it what the bits mean:
+that, `tiles` (on AMX `amx`) and `products` the packed matrix product, `paged` attention over KV pages, `layer` a stage's decoder
+layers. A kernel reads and writes its tensors as numpy arrays of their *storage type*, which tells it what the bits mean:
 
     torch.float32 -> float32        torch.bfloat16 -> uint16        torch.float16 -> int16
 
 `storage` makes that view without a copy. All arithmetic is in float32 (products of bfloat16 may use the
-processor's own dot product, which accumulates in float32 too).
+processor's own dot or matrix product, which accumulate in float32 too).
 
 What is never true: a kernel allocates no memory of its own (the caller passes the scratch), keeps no state, and
 does not depend on how tokens are batched: a row's result is the same bits whatever rows are beside it.

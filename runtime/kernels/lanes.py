@@ -3,7 +3,7 @@
 How it works: numba compiles plain Python, but cannot be told about vector registers, 16-bit floats or bit casts. So the
 inner loops are numba intrinsics: Python functions that write LLVM code, with the emitters below, straight into the
 kernel that calls them. They are written with LLVM's portable vectors and run on any processor; where it has AVX512-BF16,
-bfloat16 uses its dot product. `LANES`, `TILE_VECTORS` and `TILE_ROWS` follow from the vector registers of the processor,
+bfloat16 uses its dot product, and where it has AMX, its matrix registers (`amx`). `LANES`, `TILE_VECTORS` and `TILE_ROWS` follow from the vector registers of the processor,
 and with them the shape of packed weights: packed weights never leave the machine.
 
 The on-disk cache of a `kernel` is valid for exactly the sources of this package: numba itself looks only at the file of
@@ -62,6 +62,7 @@ _FEATURES = _cpu_features()
 HAS_BF16_DOT = "avx512bf16" in _FEATURES and "avx512f" in _FEATURES
 HAS_AMX = HAS_BF16_DOT and {"amx-tile", "amx-bf16"} <= _FEATURES and _may_use_amx()
 """Whether there are matrix registers for bfloat16, and this process may use them."""
+HAS_SCALE = "avx512f" in _FEATURES
 HAS_HALF = "f16c" in _FEATURES or platform.machine() in ("aarch64", "arm64")
 """Whether the processor converts float16 itself; the kernels leave float16 to torch where it does not."""
 if "avx512f" in _FEATURES:
@@ -228,6 +229,9 @@ def narrow(builder, element, vector):
     if element == types.int16:
         return builder.bitcast(builder.fptrunc(vector, ir.VectorType(HALF, LANES)), shorts)
     assert element == types.uint16, element
+    if HAS_BF16_DOT:
+        brains = ir.VectorType(_BFloat(), LANES)
+        return builder.bitcast(call(builder, "llvm.x86.avx512bf16.cvtneps2bf16.512", brains, vector), shorts)
     bits = builder.bitcast(vector, INTS)
     odd = builder.and_(builder.lshr(bits, constant(I32, 16)), constant(I32, 1))
     rounded = builder.lshr(builder.add(bits, builder.add(odd, constant(I32, 0x7FFF))), constant(I32, 16))
@@ -346,9 +350,31 @@ def sums_of(builder, vectors):
     return vectors[0]
 
 
+def fold(builder, vector, combine):
+    """combine(builder, a, b) over all lanes of one vector, in halves; a scalar."""
+    width = LANES
+    while width > 1:
+        width //= 2
+        order = INTS([(i + width) % LANES for i in range(LANES)])
+        vector = combine(builder, vector, builder.shuffle_vector(vector, vector.type(ir.Undefined), order))
+    return builder.extract_element(vector, I32(0))
+
+
 def sum_of(builder, vector):
     """The sum of the lanes of one vector."""
-    return builder.extract_element(sums_of(builder, [vector] * LANES), I32(0))
+    return fold(builder, vector, lambda builder, a, b: builder.fadd(a, b))
+
+
+def power_of_two(builder, x):
+    """2 to the power of x <= 0, within 2e-7 of it; AVX-512 only, a third of the instructions of `exp_of_negative`."""
+    assert HAS_SCALE, "no instruction that scales by powers of two"
+    n = call(builder, f"llvm.rint.v{LANES}f32", FLOATS, x)
+    r = builder.fsub(x, n)
+    p = constant(FLOAT, 1.5403530e-4)
+    for coefficient in (1.3333558e-3, 9.6181291e-3, 5.5504109e-2, 2.4022651e-1, 6.9314718e-1, 1.0):
+        p = fma(builder, p, r, constant(FLOAT, coefficient))
+    name, every, nearest = "llvm.x86.avx512.mask.scalef.ps.512", I16(-1), I32(4)
+    return call(builder, name, FLOATS, p, n, constant(FLOAT, 0.0), every, nearest)
 
 
 def exp_of_negative(builder, x):

@@ -16,7 +16,7 @@ import math
 
 import numpy as np
 
-from runtime.kernels.amx import DEPTH
+from runtime.kernels.amx import DEPTH, ROWS
 from runtime.kernels.lanes import HAS_AMX, LANES, LOWEST, PANEL, address, depth_step, kernel, part
 from runtime.kernels.softmax import (
     find_top,
@@ -36,8 +36,8 @@ from runtime.kernels.tiles import tile_rows
 
 AHEAD = 32
 """Positions by which decode asks the cache for keys and values before it needs them."""
-QUERY_BLOCK = 48
-"""Query rows (token and head) worked on together in prefill."""
+QUERY_BLOCK = 4 * ROWS if HAS_AMX else 48
+"""Query rows (token and head) worked on together in prefill: whole tiles."""
 KEY_BLOCK = 256
 """Keys worked on together in prefill; a multiple of every `PANEL`."""
 

@@ -13,6 +13,7 @@ from numba.core import cgutils
 from runtime.kernels.lanes import (
     FLOAT,
     FLOATS,
+    HAS_SCALE,
     I16,
     I32,
     I64,
@@ -23,6 +24,7 @@ from runtime.kernels.lanes import (
     constant,
     exp_of_negative,
     fma,
+    fold,
     for_span,
     for_vectors,
     intrinsic,
@@ -32,6 +34,7 @@ from runtime.kernels.lanes import (
     masked_load,
     offset,
     pointer,
+    power_of_two,
     prefetch_line,
     size_of,
     splat,
@@ -41,6 +44,7 @@ from runtime.kernels.lanes import (
 )
 
 _ADDRESS = types.intp
+_LOG2_E = 1.4426950408889634
 
 
 @intrinsic
@@ -91,6 +95,17 @@ def score_keys(typingctx, like, queries, keys, stride, count, shape, out, out_st
     return types.void(like, _ADDRESS, _ADDRESS, types.intp, types.intp, sizes, *[types.intp] * 4), codegen
 
 
+def _whole_or_part(builder, first, low, high, body):
+    """body(first, mask) for a vector, with the mask of its lanes in [low, high), None when all of them are."""
+    below = builder.icmp_signed(">=", first, low)
+    is_whole = builder.and_(below, builder.icmp_signed("<=", builder.add(first, I64(LANES)), high))
+    with builder.if_else(is_whole, likely=True) as (then, otherwise):
+        with then:
+            body(first, None)
+        with otherwise:
+            body(first, lanes_inside(builder, first, low, high))
+
+
 @intrinsic
 def find_top(typingctx, scores, low, high):
     """The largest of the float32 scores[low:high], `LOWEST` for none."""
@@ -99,17 +114,12 @@ def find_top(typingctx, scores, low, high):
         scores, low, high = args
         top = cgutils.alloca_once_value(builder, constant(FLOAT, LOWEST))
 
-        def body(first):
-            inside = lanes_inside(builder, first, low, high)
+        def body(first, inside):
             value = masked_load(builder, FLOATS, offset(builder, scores, first, 4), inside, LOWEST)
             builder.store(larger(builder, builder.load(top), value), top)
 
-        for_vectors(builder, low, high, body)
-        vector = builder.load(top)
-        result = builder.extract_element(vector, I32(0))
-        for i in range(1, LANES):
-            result = larger(builder, result, builder.extract_element(vector, I32(i)))
-        return result
+        for_vectors(builder, low, high, lambda first: _whole_or_part(builder, first, low, high, body))
+        return fold(builder, builder.load(top), larger)
 
     return types.float32(_ADDRESS, types.intp, types.intp), codegen
 
@@ -123,18 +133,22 @@ def weigh(typingctx, like, scores, low, high, stop, scale, top, out):
 
     def codegen(context, builder, signature, args):
         _, scores, low, high, stop, scale, top, out = args
+        element = signature.args[0].dtype
+        power = exp_of_negative
+        if HAS_SCALE and element != types.float32:  # its rounding is lost in that of the weights
+            power, scale = power_of_two, builder.fmul(scale, FLOAT(_LOG2_E))
         total = cgutils.alloca_once_value(builder, constant(FLOAT, 0.0))
         scales, tops = splat(builder, scale), splat(builder, top)
 
-        def body(first):
-            inside = lanes_inside(builder, first, low, high)
+        def body(first, inside):
             value = masked_load(builder, FLOATS, offset(builder, scores, first, 4), inside, LOWEST)
-            weight = exp_of_negative(builder, builder.fmul(builder.fsub(value, tops), scales))
-            weight = builder.select(inside, weight, constant(FLOAT, 0.0))
+            weight = power(builder, builder.fmul(builder.fsub(value, tops), scales))
+            if inside is not None:
+                weight = builder.select(inside, weight, constant(FLOAT, 0.0))
             builder.store(builder.fadd(builder.load(total), weight), total)
-            store_narrow(builder, signature.args[0].dtype, weight, out, first, None)
+            store_narrow(builder, element, weight, out, first, None)
 
-        for_vectors(builder, I64(0), stop, body)
+        for_vectors(builder, I64(0), stop, lambda first: _whole_or_part(builder, first, low, high, body))
         return sum_of(builder, builder.load(total))
 
     return types.float32(like, _ADDRESS, *[types.intp] * 3, types.float32, types.float32, _ADDRESS), codegen

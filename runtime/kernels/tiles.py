@@ -17,7 +17,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from runtime.kernels.amx import DEPTH, ROWS, amx_release, amx_tile_16, amx_tile_32
+from runtime.kernels.amx import DEPTH, ROWS, amx_configure, amx_release, amx_tile_16, amx_tile_32
 from runtime.kernels.lanes import (
     FLOAT,
     FLOATS,
@@ -147,15 +147,19 @@ def _amx_rows(num_rows, x, x_stride, w, depth, out, out_stride, add):
     if whole > 0:
         num_tiles = (num_rows + 2 * ROWS - 1) // (2 * ROWS)
         block_bytes = depth * PANEL * 2
-        pace = CACHE_LINE // num_tiles
+        pace, shaped = CACHE_LINE // num_tiles, 0
         for i in range(num_tiles):
             first = i * 2 * ROWS
             count, x_tile, out_tile = min(2 * ROWS, num_rows - first), x + first * x_stride, out + first * out_stride
             ahead = w + block_bytes + i * pace * (block_bytes // CACHE_LINE)
+            shape = 2 * ROWS if count == ROWS else count
+            if shape != shaped:
+                amx_configure(shape)
+                shaped = shape
             if count <= ROWS:
-                amx_tile_16(count, x_tile, x_stride, w, whole, out_tile, out_stride, add)
+                amx_tile_16(x_tile, x_stride, w, whole, out_tile, out_stride, add)
             else:
-                amx_tile_32(count, x_tile, x_stride, w, whole, out_tile, out_stride, add, ahead, pace)
+                amx_tile_32(x_tile, x_stride, w, whole, out_tile, out_stride, add, ahead, pace)
         amx_release()
     if whole < depth:
         place = w + whole * PANEL * 2
