@@ -22,7 +22,8 @@ SLICE_BYTES = 1 << 20
 PATIENCE_S = 5.0
 """How long a peer may be silent before it is given up."""
 TRY_AGAIN_AFTER = 16
-"""After so many units from the faster source the other is measured again."""
+"""After so many units from the faster source the other is measured again; after twice as many each time that it is still slower."""
+MOST_UNTIL_TRIED = 1024
 
 
 class FetchFailed(Exception):
@@ -140,6 +141,8 @@ class Sources:
     _checkpoint: _Speed = field(default_factory=_Speed)
     _peers: dict[WorkerName, _Speed] = field(default_factory=dict)
     _since_compared: int = 0
+    _patience: int = TRY_AGAIN_AFTER
+    _peer_was_faster: bool | None = None
 
     def prefers(self, peer: WorkerName) -> bool:
         """Whether the next unit should come from `peer`."""
@@ -150,8 +153,10 @@ class Sources:
             return True
         self._since_compared += 1
         faster = known.s_per_byte < self._checkpoint.s_per_byte
-        if self._since_compared > TRY_AGAIN_AFTER:
-            self._since_compared = 0
+        if faster != self._peer_was_faster:
+            self._peer_was_faster, self._patience, self._since_compared = faster, TRY_AGAIN_AFTER, 0
+        if self._since_compared > self._patience:
+            self._since_compared, self._patience = 0, min(2 * self._patience, MOST_UNTIL_TRIED)
             return not faster
         return faster
 

@@ -3,8 +3,9 @@
 How it works: a tile register holds 16 rows of 64 bytes. One instruction multiplies 16 rows of 32 depths of x with 32 depths
 of 16 columns of a packed panel and adds the products to 16 x 16 float32 sums. A panel already lies as the instruction wants it
 (two depths of a column side by side), and so do the rows of x, so nothing is moved for it. Up to 16 rows take one piece of
-x against all four quarters of a panel; up to 32 rows take two pieces of x against two quarters at a time, which loads half as much for
-each product, and ask for memory ahead (with fewer rows the processor's own prefetcher does better). Fewer rows are the same instructions on shorter registers: every row count sums in the same order.
+x against all four quarters of a panel; up to 32 rows take two pieces of x against two quarters at a time, which loads half as
+much for each product, and ask for memory ahead (with fewer rows the processor's own prefetcher does better). Fewer rows are the
+same instructions on shorter registers: every row count sums in the same order.
 
 The registers belong to the thread and are released after each use, so that nobody has to save them.
 

@@ -336,6 +336,8 @@ class SimCluster:
         self.num_fetched = 0
         self.restarts = 0
         self.changes = 0
+        self.num_to_damage = 0
+        """Pieces of snapshots from now on that will not arrive as they were sent."""
         for index in range(num_stages + num_spares):
             at = 0.01 * index if index < num_stages else 0.4
             self.at(at, lambda index=index: self.start_worker(f"w{index}", ""))
@@ -431,6 +433,9 @@ class SimCluster:
     def transmit(self, to: str, message: ToWorker, tensors: list[torch.Tensor]) -> None:
         """One message: any delay, any order, sometimes twice."""
         raw = encode(message)
+        if isinstance(message, Pages) and self.num_to_damage:
+            self.num_to_damage -= 1
+            tensors = [tensor + 1 for tensor in tensors]
         copies = 2 if self.random.random() < 0.05 else 1
         for _ in range(copies):
             self.at(self._delay(), lambda: self._arrive(to, raw, tensors))

@@ -1,5 +1,6 @@
 """Weights from a peer: what arrives is what was sent, whatever goes wrong; and which source is chosen."""
 
+import itertools
 import random
 import threading
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from runtime.exchange import SLICE_BYTES, Export, FetchFailed, Importer, Sources
+from runtime.exchange import SLICE_BYTES, TRY_AGAIN_AFTER, Export, FetchFailed, Importer, Sources
 from runtime.messages import Fetch, Weights
 from runtime.model.builder import UnitBuilder
 from runtime.model.config import inspect_model
@@ -104,6 +105,15 @@ def test_the_slower_source_is_measured_again_now_and_then() -> None:
     sources.measured("peer", 1000, 0.1)
     sources.measured("peer", 1000, 0.1)
     assert sources.prefers("peer")
+
+
+def test_the_slower_source_is_measured_less_often_each_time() -> None:
+    sources = Sources()
+    sources.measured(None, 1000, 1.0)
+    sources.failed("peer")
+    tried = [at for at in range(200) if sources.prefers("peer")]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(tried)]
+    assert gaps == [2 * TRY_AGAIN_AFTER + 1, 4 * TRY_AGAIN_AFTER + 1]
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama_tied", "mixtral"])

@@ -1,0 +1,78 @@
+"""Whatever goes wrong before the first flip: the old layout has never stopped serving, the target is clean, the report says why."""
+
+import random
+import re
+from collections.abc import Callable
+
+import pytest
+
+from kvstore.ids import LayerRange
+from runtime.layout import Layout, Segment
+from runtime.messages import Sampling
+from scheduler.batching import BatchingConfig
+from scheduler.request import Request
+from tests.sim.cluster import NUM_LAYERS, VOCAB, SimCluster, reference
+
+TARGET = Layout(0, NUM_LAYERS, (Segment("w0", LayerRange(0, 2)), Segment("w2", LayerRange(2, NUM_LAYERS))))
+
+
+def damage(cluster: SimCluster) -> None:
+    cluster.num_to_damage = 1
+
+
+def take_memory(cluster: SimCluster) -> None:
+    cluster.workers["w2"].has_no_memory = True
+
+
+def fail_shadows(cluster: SimCluster) -> None:
+    cluster.shadow_failures = 1.0
+
+
+def kill_target(cluster: SimCluster) -> None:
+    cluster.at(0.05, lambda: cluster.crash("w2"))
+
+
+def delete(cluster: SimCluster) -> None:
+    cluster.at(0.05, lambda: cluster.abort_change(1))
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize(
+    ("cause", "deadline_s", "said"),
+    [
+        (damage, 1e9, "w2: pages of .* arrived damaged: checksum"),
+        (take_memory, 1e9, "w2: MemoryError: no page fits"),
+        (fail_shadows, 1e9, "RuntimeError: no memory"),
+        (kill_target, 1e9, "worker w2 was lost before anything had flipped"),
+        (delete, 1e9, "the operator aborted it"),
+        (lambda cluster: None, 0.01, "its deadline of 0.01 s has passed in phase"),
+    ],
+    ids=["checksum", "allocation", "load", "dead target", "DELETE", "deadline"],
+)
+def test_an_abort_leaves_no_trace(cause: Callable[[SimCluster], None], deadline_s: float, said: str, seed: int) -> None:
+    batching = BatchingConfig(prefix_cache=False)  # blocks that nobody uses may arrive after the first flip
+    cluster = SimCluster(seed, num_stages=2, batching=batching, num_blocks=64, num_spares=1)
+    rng = random.Random(seed)
+    for sequence in range(6):
+        prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(1, 30))]
+        request = Request("sim", prompt, Sampling(temperature=0.0), max_tokens=160)
+        cluster.at(0.5 + 0.02 * sequence, lambda s=sequence, r=request: cluster.submit(s, r))
+    cluster.at(0.6, lambda: cause(cluster))
+    cluster.at(0.65, lambda: cluster.change(TARGET, deadline_s=deadline_s))
+    for index in range(1, 60):
+        cluster.at(0.1 * index, cluster.tick)
+    cluster.run(until=20.0)
+
+    (report,) = cluster.head.reconfiguration.reports.values()
+    assert report.outcome == "aborted"
+    assert re.search(said, report.why), report.why
+    assert report.recomputed_tokens == 0
+    assert report.dropped_requests == 0
+    assert len(cluster.streams) == 6
+    for stream in cluster.streams.values():
+        assert stream.tokens == reference(stream.request)
+    layout = cluster.head.layout
+    assert layout is not None
+    assert layout.workers == ("w0", "w1"), "the old layout serves"
+    assert cluster.head.epoch == report.source_epoch
+    cluster.audit()
