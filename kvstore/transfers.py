@@ -50,15 +50,15 @@ class Outgoing:
 
         A block that never got a page here (nothing was ever written to it) reads as zeros.
         """
-        shape = (len(self._layers), len(blocks), *self._pool.data.shape[1:])
-        result = self._pool.data.new_zeros(shape)
-        for index, layer in enumerate(self._layers):
+        device = self._pool.data.device
+        pages = np.full((len(self._layers), len(blocks)), NO_PAGE, dtype=np.int32)
+        for row, layer in zip(pages, self._layers, strict=True):
             table = self._pool.page_of(layer)
-            known = np.flatnonzero(blocks < len(table))
-            pages = table[blocks[known]]
-            known, pages = known[pages != NO_PAGE], pages[pages != NO_PAGE]
-            device = self._pool.data.device
-            result[index, _index(known, device)] = self._pool.data[_index(pages, device)]
+            known = blocks < len(table)
+            row[known] = table[blocks[known]]
+        result = self._pool.data[_index(np.maximum(pages, 0), device)]
+        if (missing := pages == NO_PAGE).any():
+            result[torch.from_numpy(missing).to(device)] = 0
         return result
 
     def _pages_of(self, blocks: np.ndarray) -> torch.Tensor:
@@ -155,13 +155,15 @@ class Incoming:
         touched[known] = self._newer[blocks[known]].any(axis=1)
         device, num_bytes = self._pool.data.device, pages.nbytes
         pages = self._to_device(pages)
-        whole = _index(np.flatnonzero(~touched), device)
-        for index, layer in enumerate(self._layers):
-            mine = self._pool.page_of(layer)[blocks]
-            self._pool.data[_index(mine[~touched], device)] = pages[index, whole]
+        mine = np.stack([self._pool.page_of(layer)[blocks] for layer in self._layers])
+        if not touched.any():
+            self._pool.data[_index(mine, device)] = pages
+        else:
+            self._pool.data[_index(mine[:, ~touched], device)] = pages[:, _index(np.flatnonzero(~touched), device)]
             for position in np.flatnonzero(touched):
                 older = _index(np.flatnonzero(~self._newer[blocks[position]]), device)
-                self._pool.data[int(mine[position])][:, older] = pages[index, int(position)][:, older]
+                for index, page in enumerate(mine[:, position].tolist()):
+                    self._pool.data[page][:, older] = pages[index, int(position)][:, older]
         self.page_bytes += num_bytes
 
 
