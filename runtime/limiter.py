@@ -4,14 +4,12 @@ Two things take time from steps: a step that comes while background work runs wa
 without idle time has none to give. So background work gets a *share* of the time that follows from how busy the worker
 is: a fifth of the time that steps leave free, at least `MIN_SHARE` (or a saturated worker could never give
 its layers away), and all of it when no step came for a while. After a slice that took t seconds the next may begin
-t / share later. The snapshot of KV gets `COPY_SHARE` at least: while it is copied, every step mirrors what it writes, which soon costs
-more than the snapshot does. On top of that, `bytes_per_s` bounds what one change may put on the network.
+t / share later. On top of that, `bytes_per_s` bounds what one change may put on the network.
 """
 
 import math
 
 MIN_SHARE = 0.02
-COPY_SHARE = 0.1
 SHARE_OF_FREE = 0.2
 """Measured: what keeps mean TPOT within some 3 % on two cores that the workers, the head and the client share."""
 MEMORY_S = 0.5
@@ -43,11 +41,8 @@ class Limiter:
             return 1.0
         return max(MIN_SHARE, SHARE_OF_FREE * (1.0 - self._busy))
 
-    def rest_s(
-        self, now_s: float, worked_s: float, num_bytes: int = 0, bytes_per_s: float = math.inf, least_share: float = 0.0
-    ) -> float:
+    def rest_s(self, now_s: float, worked_s: float, num_bytes: int = 0, bytes_per_s: float = math.inf) -> float:
         """How long to rest after `worked_s` of background work that put `num_bytes` on the network."""
         if self.is_idle(now_s):
             return 0.0
-        share = max(least_share, self.share(now_s))
-        return max(worked_s * (1.0 / share - 1.0), num_bytes / bytes_per_s - worked_s, 0.0)
+        return max(worked_s * (1.0 / self.share(now_s) - 1.0), num_bytes / bytes_per_s - worked_s, 0.0)

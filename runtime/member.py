@@ -26,7 +26,7 @@ from runtime.exchange import Export
 from runtime.handover import Handover
 from runtime.kernels.clock import ATTENTION, LM_HEAD, NUM_PARTS, PRODUCTS
 from runtime.layout import Layout
-from runtime.limiter import COPY_SHARE, Limiter
+from runtime.limiter import Limiter
 from runtime.messages import (
     Audit,
     Audited,
@@ -527,7 +527,7 @@ class Member:
 
     def background(self) -> None:
         """Do one slice of what can be done between steps: weights that a peer asked for, then the snapshot."""
-        began_s, bytes_per_s, least_share = self._clock(), math.inf, 0.0
+        began_s, bytes_per_s = self._clock(), math.inf
         if began_s < self._background_due_s:
             return
         if self._copies is not None and self._copies.is_full:
@@ -537,13 +537,11 @@ class Member:
             what, num_bytes = "weights sent", self._send_weights()
         elif self._handover is not None and self._handover.has_slices:
             what, num_bytes = "snapshot slice", self._handover.send_slice(began_s, self._outbox.to_peer)
-            bytes_per_s, least_share = self._handover.bytes_per_s, COPY_SHARE
+            bytes_per_s = self._handover.bytes_per_s
         else:
             return
         now_s = self._clock()
-        self._background_due_s = now_s + self._limiter.rest_s(
-            now_s, now_s - began_s, num_bytes, bytes_per_s, least_share
-        )
+        self._background_due_s = now_s + self._limiter.rest_s(now_s, now_s - began_s, num_bytes, bytes_per_s)
         self._trace_kv(what, began_s, num_bytes)
 
     def _send_weights(self) -> int:
