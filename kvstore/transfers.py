@@ -62,7 +62,7 @@ class Outgoing:
         return result
 
     def _pages_of(self, blocks: np.ndarray) -> torch.Tensor:
-        pages = np.stack([self._pool.page_of(layer)[blocks] for layer in self._layers])
+        pages = _pages_of(self._pool, self._layers, blocks)
         assert (pages != NO_PAGE).all(), "a row was written to a block without a page"
         return _index(pages, self._pool.data.device)
 
@@ -123,7 +123,7 @@ class Incoming:
 
     def _write_rows(self, blocks: np.ndarray, offsets: np.ndarray, rows: torch.Tensor) -> None:
         self._pool.ensure(blocks, self._layers)
-        pages = np.stack([self._pool.page_of(layer)[blocks] for layer in self._layers])
+        pages = _pages_of(self._pool, self._layers, blocks)
         device = self._pool.data.device
         self._pool.data[_index(pages, device), :, _index(offsets, device)] = self._to_device(rows)
         self.mark_newer(blocks, offsets)
@@ -155,7 +155,7 @@ class Incoming:
         touched[known] = self._newer[blocks[known]].any(axis=1)
         device, num_bytes = self._pool.data.device, pages.nbytes
         pages = self._to_device(pages)
-        mine = np.stack([self._pool.page_of(layer)[blocks] for layer in self._layers])
+        mine = _pages_of(self._pool, self._layers, blocks)
         if not touched.any():
             self._pool.data[_index(mine, device)] = pages
         else:
@@ -171,6 +171,11 @@ def _verify(tensor: torch.Tensor, expected: int, what: str) -> None:
     found = checksum(tensor)
     if found != expected:
         raise TransferError(f"{what} arrived damaged: checksum {found:08x}, sent {expected:08x}")
+
+
+def _pages_of(pool: PagePool, layers: Sequence[int], blocks: np.ndarray) -> np.ndarray:
+    """The page of each block in each layer, ``[num_layers, num_blocks]``; the blocks are within the tables."""
+    return np.stack([pool.page_of(layer)[blocks] for layer in layers])
 
 
 def _index(values: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -128,6 +128,10 @@ def _put(parts: dict[str, torch.Tensor], message: Weights, raw: torch.Tensor, pe
 @dataclass(slots=True)
 class _Speed:
     s_per_byte: float | None = None
+    was_faster: bool | None = None
+    """Than the checkpoint, when it was last asked; of peers only, as the next two."""
+    since_tried: int = 0
+    patience: int = TRY_AGAIN_AFTER
 
     def add(self, num_bytes: int, seconds: float) -> None:
         new = seconds / max(1, num_bytes)
@@ -140,9 +144,6 @@ class Sources:
 
     _checkpoint: _Speed = field(default_factory=_Speed)
     _peers: dict[WorkerName, _Speed] = field(default_factory=dict)
-    _since_compared: int = 0
-    _patience: int = TRY_AGAIN_AFTER
-    _peer_was_faster: bool | None = None
 
     def prefers(self, peer: WorkerName) -> bool:
         """Whether the next unit should come from `peer`."""
@@ -151,12 +152,12 @@ class Sources:
         known = self._peers.get(peer)
         if known is None or known.s_per_byte is None:
             return True
-        self._since_compared += 1
+        known.since_tried += 1
         faster = known.s_per_byte < self._checkpoint.s_per_byte
-        if faster != self._peer_was_faster:
-            self._peer_was_faster, self._patience, self._since_compared = faster, TRY_AGAIN_AFTER, 0
-        if self._since_compared > self._patience:
-            self._since_compared, self._patience = 0, min(2 * self._patience, MOST_UNTIL_TRIED)
+        if faster != known.was_faster:
+            known.was_faster, known.since_tried, known.patience = faster, 0, TRY_AGAIN_AFTER
+        if known.since_tried > known.patience:
+            known.since_tried, known.patience = 0, min(2 * known.patience, MOST_UNTIL_TRIED)
             return not faster
         return faster
 
@@ -167,5 +168,5 @@ class Sources:
 
     def failed(self, peer: WorkerName) -> None:
         """`peer` could not give a unit: not soon again."""
-        self._peers[peer] = _Speed(s_per_byte=1.0)
-        self._since_compared = 0
+        known = self._peers.setdefault(peer, _Speed())
+        known.s_per_byte, known.since_tried = 1.0, 0

@@ -131,9 +131,7 @@ class LeanLayer:
         return sum(part.nbytes for part in self.parts.values())
 
     def __call__(self, hidden: torch.Tensor, batch: StepBatch, kv: LayerKV) -> torch.Tensor:
-        if self._has_kernels:
-            return self._run_kernel((self,), hidden, batch, (kv,))
-        return self._run_torch(hidden, batch, kv)
+        return self.run_together((self,), hidden, batch, (kv,))
 
     def run_together(
         self, layers: Sequence["LeanLayer"], hidden: torch.Tensor, batch: StepBatch, kvs: Sequence[LayerKV]

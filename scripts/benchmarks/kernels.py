@@ -91,7 +91,7 @@ def _run_arm(name: str) -> dict[str, float]:
 def _features(without: tuple[str, ...]) -> str:
     """As LLVM wants them, those that begin like one of `without` taken away."""
     return ",".join(
-        ("+" if present and not name.startswith(without or ("?",)) else "-") + name
+        ("+" if present and not name.startswith(without) else "-") + name
         for name, present in sorted(llvm.get_host_cpu_features().items())
     )
 

@@ -110,6 +110,7 @@ class Lean:
         else:
             for layer, kv in zip(self.layers, self.kvs, strict=True):
                 hidden = layer(hidden, batch, kv)
+                assert hidden.dtype == self.dtype
         assert hidden.dtype == self.dtype
         for (sequence, _), context in zip(rows, batch.context_lens, strict=True):
             self.lengths[sequence] = int(context)
