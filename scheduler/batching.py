@@ -21,8 +21,9 @@ That holds within one epoch. While a transition is under way two epochs run side
 
 - a step has rows of one epoch only; a sequence *flips* between two of its steps, never with one in flight, and only
   when the snapshot of its blocks has arrived;
-- a step of the next epoch carries a *fence*, the last step of the old epoch that it may depend on: a worker
-  that receives layers runs it only when the mirror is complete through there;
+- a step of the next epoch carries a *fence*, the last step of the old epoch that it may depend on, or whose rows it may
+  overwrite: a worker that receives layers runs it only when the mirror is complete through there. (Once the old epoch is
+  over that is its very last step: the blocks that it wrote may be anybody's now, and its rows still on their way.)
 - a cached block is a hit for the next epoch only when the step that wrote it has come back;
 - blocks of a sequence that ends with a step in flight go to *limbo* until that step has come back.
 """
@@ -234,6 +235,7 @@ class Batcher:
         """The old epoch is over; the one that was opened is the epoch now."""
         assert self._opening is not None
         assert self.is_vacated(), "the old epoch is still in use"
+        self._lanes[self._opening.epoch].fence = self.last_ordinal(self._epoch)
         del self._lanes[self._epoch], self._released[self._epoch]
         self._epoch, self._opening = self._opening.epoch, None
 
@@ -297,7 +299,8 @@ class Batcher:
             if sequence in step.rows:
                 self._flip(sequence, step)
         if self._opening is not None and step.epoch == self._opening.epoch:
-            step.fence = max(step.fence, self._lanes[self._epoch].completed)
+            lane.fence = self._lanes[self._epoch].newest_back
+        step.fence = max(step.fence, lane.fence)
         ordinal = lane.next_ordinal
         lane.next_ordinal += 1
         flight = Flight([], 0)
@@ -312,9 +315,10 @@ class Batcher:
         """Apply what a step brought. A stale result (older epoch, unknown step) is counted and dropped."""
         lane = self._lanes.get(result.epoch)
         flight = lane.in_flight.pop(result.ordinal, None) if lane is not None else None
-        if flight is None:
+        if lane is None or flight is None:
             self.counters.stale_results += 1
             return []
+        lane.newest_back = max(lane.newest_back, result.ordinal)
         self._num_in_flight -= 1
         assert len(result.tokens) == flight.num_samples, (
             f"step {result.ordinal} sampled {len(result.tokens)} tokens for {flight.num_samples} rows"

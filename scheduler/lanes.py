@@ -92,6 +92,10 @@ class Lane:
 
     next_ordinal: int = 0
     in_flight: dict[int, Flight] = field(default_factory=dict)
+    fence: int = -1
+    """What its steps must wait for, of the epoch before."""
+    newest_back: int = -1
+    """The newest step that has come back, which every hop has run, and therefore all before it, though their results may be late."""
 
     @property
     def completed(self) -> int:

@@ -7,7 +7,9 @@ from kvstore.directory import Directory
 from kvstore.ids import LayerRange
 from runtime.messages import Sampling, StepPlan, StepResult
 from scheduler.batching import MIN_CHUNK_TOKENS, Batcher, BatchingConfig, Output, StepPrices
+from scheduler.lanes import Opening
 from scheduler.request import AdmissionError, Request
+from scheduler.transition import Snapshot
 
 GREEDY = Sampling(temperature=0.0)
 
@@ -278,3 +280,23 @@ def test_not_finite_logits_end_only_that_sequence() -> None:
     outputs = batcher.complete(StepResult(1, plan.ordinal, 0, [-1, 9], [], [], [], failed=[1]))
     assert [(s, o.finish_reason) for s, o in outputs] == [(1, "error"), (2, None)]
     batcher.check_integrity()
+
+
+def test_steps_after_the_old_epoch_wait_for_all_of_its_rows() -> None:
+    """A block that the last old step wrote may be anybody's as soon as that step is back, while its rows are on their way."""
+    batcher = make_batcher()
+    batcher.submit(1, make_request(3, max_tokens=1), 0.0)
+    answer(batcher, step(batcher))
+    batcher.submit(2, make_request(3, max_tokens=1), 0.0)
+    last_old = step(batcher)
+    batcher.guard()
+    batcher._directory.open_epoch(2, (("w1", LayerRange(0, 2)),))
+    batcher.open_next(Opening(2, Snapshot([], 0)))
+    batcher.submit(3, make_request(3), 0.0)
+    early = step(batcher)
+    assert (early.epoch, early.fence) == (2, last_old.ordinal - 1)
+    answer(batcher, last_old)
+    assert batcher.is_vacated()
+    batcher.retire_old()
+    batcher.submit(4, make_request(3), 0.0)
+    assert step(batcher).fence == last_old.ordinal
