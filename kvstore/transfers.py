@@ -1,11 +1,12 @@
 """KV on its way from one worker to another: the two ends of one move of layers.
 
-KV is append-only, so two streams make an exact copy. The *mirror*: from some step on, every step sends the rows that
-it wrote. The *snapshot*: pages with everything that was written before that step, copied in the background, in any order.
+KV is append-only, so two streams make an exact copy. The *mirror*: from some step on, all rows that steps
+write, of several steps at once or of each as it ends. The *snapshot*: pages with everything that was written before that step, copied in the background, in any order.
 Where both carry a row the mirror's is the newer one, and what the target has itself written for later steps is newer still;
 `Incoming` therefore remembers which rows came by those ways and never lets a page of the snapshot overwrite them.
 
-Steps are known by their ordinals, and their rows are written in that order, whatever order they arrive in.
+Steps are known by their ordinals, and their rows are put in place in that order, whatever order they arrive in. Rows that were
+collected over some steps are read after the last of them: a row that two of them wrote is there twice, as the later one left it.
 `Incoming.is_complete_through` says whether the mirror is whole up to a step, which is all that a reader must check. Checksums (CRC-32 of the bytes) go with every message and are compared on arrival.
 
 Never true: a row changes after it was mirrored; a snapshot page replaces a mirrored row; the rows of a
@@ -39,6 +40,7 @@ class Outgoing:
         self._layers = tuple(layers)
         self.block_size = pool.block_size
         self.bytes_per_block = len(layers) * pool.page_bytes
+        self.bytes_per_row = self.bytes_per_block // pool.block_size
 
     def rows(self, blocks: np.ndarray, offsets: np.ndarray) -> torch.Tensor:
         """The KV rows at (``blocks[i]``, ``offsets[i]``): ``[num_layers, T, 2, num_kv_heads, head_dim]``, a copy."""
@@ -86,7 +88,7 @@ class Incoming:
         self._newer = np.zeros((0, pool.block_size), dtype=bool)
         self._start: int | None = None
         self._through = -1
-        self._early: dict[int, tuple[np.ndarray, np.ndarray, torch.Tensor]] = {}
+        self._early: dict[int, tuple[int, np.ndarray, np.ndarray, torch.Tensor]] = {}
         self.block_size = pool.block_size
         self.row_bytes = 0
         self.page_bytes = 0
@@ -103,8 +105,10 @@ class Incoming:
         """Whether the rows of all steps up to `ordinal` are here. False while the start is not known."""
         return self._start is not None and ordinal <= self._through
 
-    def take_rows(self, ordinal: int, blocks: np.ndarray, offsets: np.ndarray, rows: torch.Tensor, check: int) -> None:
-        """Take the rows of a step, shaped as `Outgoing.rows` gives them, once `begin` was called.
+    def take_rows(
+        self, first: int, last: int, blocks: np.ndarray, offsets: np.ndarray, rows: torch.Tensor, check: int
+    ) -> None:
+        """Take the rows of steps `first` to `last`, shaped as `Outgoing.rows` gives them, once `begin` was called.
 
         They are written in the order of the steps, because a block may have changed hands between two of them. What
         arrives again is ignored.
@@ -113,13 +117,13 @@ class Incoming:
             TransferError: the checksum differs.
         """
         assert self._start is not None, "begin first"
-        if ordinal in self._early or ordinal <= self._through:
+        if first in self._early or first <= self._through:
             return
-        _verify(rows, check, f"the rows of step {ordinal}")
-        self._early[ordinal] = (blocks, offsets, rows)
+        _verify(rows, check, f"the rows of steps {first} to {last}")
+        self._early[first] = (last, blocks, offsets, rows)
         while (due := self._early.pop(self._through + 1, None)) is not None:
-            self._through += 1
-            self._write_rows(*due)
+            self._through, blocks, offsets, rows = due
+            self._write_rows(blocks, offsets, rows)
 
     def _write_rows(self, blocks: np.ndarray, offsets: np.ndarray, rows: torch.Tensor) -> None:
         self._pool.ensure(blocks, self._layers)

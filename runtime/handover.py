@@ -1,7 +1,9 @@
 """A worker's part in one transition: what it sends away, what it receives, and when a step must wait.
 
 All of it is driven by `runtime.member.Member` on one thread. The snapshot is read in slices between steps, each of about a
-millisecond; the member asks for them at its limiter's pace. On CUDA what is sent is gathered between steps too, and then
+millisecond; the member asks for them at its limiter's pace. While more of it is to come than the flip waits for, the rows that steps
+write are collected and mirrored many steps at a time, since a message costs as much as the rows of several steps; then those of
+each step as it ends, so that the flip finds them there. On CUDA what is sent is gathered between steps too, and then
 copied to the host, checked and sent beside them (`runtime.cuda.copies`).
 """
 
@@ -17,7 +19,7 @@ from kvstore.page_pool import PagePool
 from kvstore.transfers import Incoming, Outgoing, checksum
 from runtime.cuda.copies import Copies
 from runtime.layout import Layout, Move
-from runtime.messages import Mirror, Pages, Prepare, StepPlan
+from runtime.messages import Copy, Mirror, Pages, Prepare, StepPlan
 from runtime.stage_state import PlannedBatch
 
 SLICE_BYTES = 1 << 20
@@ -26,7 +28,7 @@ MAX_PAUSES = 4096
 SendPeer = Callable[[WorkerName, Mirror | Pages, tuple[torch.Tensor, ...]], None]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Source:
     """One move away from here."""
 
@@ -35,9 +37,14 @@ class _Source:
     outgoing: Outgoing
     hop: int
     start: int
+    first: int
+    """The step with which the rows begin that were not mirrored yet."""
+    num_rows: int = 0
+    slots: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    """Where these rows are, a step each: blocks and offsets, int64 ``[T]``."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _CopyJob:
     """The snapshot that remains to be sent for one move."""
 
@@ -83,6 +90,8 @@ class Handover:
     """From the first slice of the snapshot to the last."""
     _leaving: list[tuple[int, Move]] = field(default_factory=list)
     _jobs: list[_CopyJob] = field(default_factory=list)
+    _num_awaited: int | None = None
+    """Of the snapshot's blocks, from the first on, those that the flip waits for; None until the snapshot begins."""
     _copy_began_s: float = 0.0
     _rhythms: dict[SequenceId, _Rhythm] = field(default_factory=dict)
     _counts: dict[int, int] = field(default_factory=dict)
@@ -102,15 +111,17 @@ class Handover:
         """Mirror what leaves, from the steps that are due now at each hop of `old`; each such move with its first step."""
         for index, move in self._leaving:
             hop = next(h for h, s in enumerate(old.segments) if move.layers.start in s.layers)
-            self.sources.append(_Source(index, move, Outgoing(pool, tuple(move.layers)), hop, starts[hop]))
+            first = starts[hop]
+            self.sources.append(_Source(index, move, Outgoing(pool, tuple(move.layers)), hop, first, first))
         self._leaving = []
         return [(source.index, source.start) for source in self.sources]
 
-    def open(self, starts: list[int]) -> None:
+    def open(self, starts: list[int], send: SendPeer) -> None:
         """The mirror's starts are known: the fence can be judged, steps of the next epoch may run."""
         for index, incoming in self.incoming.items():
             incoming.begin(starts[index])
         self.is_open = True
+        self._flush(send)
 
     # -- steps ----------------------------------------------------------------------------------------------
 
@@ -146,12 +157,32 @@ class Handover:
         if not due:
             return
         blocks, offsets = planned.slots(due[0].outgoing.block_size)
-        blocks_raw, offsets_raw = blocks.astype(np.int32).tobytes(), offsets.astype(np.int32).tobytes()
         for source in due:
-            head = (self.transition, source.index, source.start, plan.ordinal, blocks_raw, offsets_raw)
-            self._send(
-                source, source.outgoing.rows(blocks, offsets), lambda check, head=head: Mirror(*head, check), send
-            )
+            source.slots.append((blocks, offsets))
+            source.num_rows += len(blocks)
+            if self._flip_is_near() or source.num_rows * source.outgoing.bytes_per_row >= SLICE_BYTES:
+                self._mirror_collected(source, send)
+
+    def _flip_is_near(self) -> bool:
+        """Whether the flip has begun, or waits for nothing more from here than the rows of the steps that run."""
+        if self.is_open:
+            return True
+        awaited = self._num_awaited
+        return awaited is not None and all(job.next >= min(awaited, len(job.blocks)) for job in self._jobs)
+
+    def _flush(self, send: SendPeer) -> None:
+        for source in self.sources:
+            if source.slots:
+                self._mirror_collected(source, send)
+
+    def _mirror_collected(self, source: _Source, send: SendPeer) -> None:
+        """Send the rows of all steps since the last time."""
+        blocks, offsets = (np.concatenate(parts) for parts in zip(*source.slots, strict=True))
+        first, last = source.first, source.first + len(source.slots) - 1
+        source.first, source.num_rows, source.slots = last + 1, 0, []
+        head = (self.transition, source.index, source.start, first, last)
+        where = blocks.astype(np.int32).tobytes(), offsets.astype(np.int32).tobytes()
+        self._send(source, source.outgoing.rows(blocks, offsets), lambda check: Mirror(*head, *where, check), send)
 
     def _send(
         self,
@@ -180,7 +211,8 @@ class Handover:
         incoming = self.incoming[message.move]
         incoming.begin(message.start)
         incoming.take_rows(
-            message.ordinal,
+            message.first,
+            message.last,
             np.frombuffer(message.blocks, dtype=np.int32).astype(np.int64),
             np.frombuffer(message.offsets, dtype=np.int32).astype(np.int64),
             tensors[0],
@@ -207,24 +239,30 @@ class Handover:
         """Whether some of the snapshot remains to be sent."""
         return bool(self._jobs)
 
-    def copy(self, blocks: list[int], bytes_per_s: int, now_s: float) -> None:
-        """Begin to send the snapshot of `blocks` for every move away from here."""
-        self.bytes_per_s, self._copy_began_s = bytes_per_s, now_s
+    def copy(self, message: Copy, now_s: float, send: SendPeer) -> None:
+        """Begin to send the snapshot for every move away from here."""
+        self.bytes_per_s, self._copy_began_s, self._num_awaited = message.bytes_per_s, now_s, message.num_awaited
+        blocks = np.asarray(message.blocks, dtype=np.int64)
         for source in self.sources:
             per_slice = max(1, SLICE_BYTES // source.outgoing.bytes_per_block)
-            self._jobs.append(_CopyJob(source, np.asarray(blocks, dtype=np.int64), per_slice))
+            self._jobs.append(_CopyJob(source, blocks, per_slice))
+        if self._flip_is_near():
+            self._flush(send)
 
     def send_slice(self, now_s: float, send: SendPeer) -> int:
-        """Send the next slice of the snapshot; its bytes."""
-        job = self._jobs[0]
+        """Send the next slice of the snapshot, of what the flip waits for first; its bytes."""
+        awaited = self._num_awaited or 0
+        job = next((job for job in self._jobs if job.next < awaited), self._jobs[0])
         blocks = job.blocks[job.next : job.next + job.blocks_per_slice]
         pages = job.source.outgoing.pages(blocks)
         head = (self.transition, job.source.index, job.next, blocks.astype(np.int32).tobytes())
         self._send(job.source, pages, lambda check: Pages(*head, check), send)
         job.next += len(blocks)
         if job.next >= len(job.blocks):
-            self._jobs.pop(0)
+            self._jobs.remove(job)
         self.copy_s = now_s - self._copy_began_s
+        if self._flip_is_near():
+            self._flush(send)
         return pages.nbytes
 
     def totals(self) -> tuple[int, int]:

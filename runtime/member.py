@@ -174,6 +174,12 @@ class Member:
         return sorted(self._stages)
 
     @property
+    def is_only_preparing(self) -> bool:
+        """Whether this worker takes part in a transition and runs no steps before it opens: what it does can wait for others."""
+        handover = self._handover
+        return handover is not None and not handover.is_open and handover.source_epoch not in self._stages
+
+    @property
     def num_sequences(self) -> int:
         return sum(stage.state.num_sequences for stage in self._stages.values())
 
@@ -438,11 +444,11 @@ class Member:
 
     def copy(self, copy: Copy) -> None:
         if self._handover is not None and self._handover.transition == copy.transition:
-            self._handover.copy(copy.blocks, copy.bytes_per_s, self._clock())
+            self._handover.copy(copy, self._clock(), self._outbox.to_peer)
 
     def open(self, message: Open) -> None:
         if self._handover is not None and self._handover.transition == message.transition:
-            self._handover.open(message.starts)
+            self._handover.open(message.starts, self._outbox.to_peer)
             self._unblock()
 
     def arrive(self, message: Mirror | Pages, tensors: Tensors) -> None:

@@ -184,12 +184,14 @@ class Prepare(msgspec.Struct, frozen=True, array_like=True, tag=6):
 class Copy(msgspec.Struct, frozen=True, array_like=True, tag=7):
     """Send the snapshot of `blocks`, in this order, for every move of which you are the source.
 
-    `bytes_per_s` bounds it while steps run here, and so does the limiter; an idle worker copies as fast as it can.
+    `bytes_per_s` bounds it while steps run here, and so does the limiter; an idle worker copies as fast as it can. The flip
+    waits for the first `num_awaited` blocks of every move.
     """
 
     transition: int
     blocks: list[BlockId]
     bytes_per_s: int
+    num_awaited: int
 
 
 class Open(msgspec.Struct, frozen=True, array_like=True, tag=8):
@@ -216,16 +218,17 @@ class Cancel(msgspec.Struct, frozen=True, array_like=True, tag=10):
 
 
 class Mirror(msgspec.Struct, frozen=True, array_like=True, tag=11):
-    """From source to target: the rows that step `ordinal` wrote in the layers of move `move`.
+    """From source to target: the rows that steps `first` to `last` wrote in the layers of move `move`.
 
     `start` is the first step of this mirror. `blocks` and `offsets` are int32 arrays as bytes, one entry per row; beside it
-    travels ``[num_layers, T, 2, num_kv_heads, head_dim]``.
+    travels ``[num_layers, T, 2, num_kv_heads, head_dim]``: the rows as they were after step `last`.
     """
 
     transition: int
     move: int
     start: int
-    ordinal: int
+    first: int
+    last: int
     blocks: bytes
     offsets: bytes
     checksum: int

@@ -500,7 +500,7 @@ class Reconfiguration:
         rate = NO_LIMIT if now.change.strategy == "stop-copy" else now.change.bytes_per_s
         if blocks:
             for name in sorted({move.source for move in now.moves}):
-                head.send(name, Copy(now.new.epoch, blocks, rate))
+                head.send(name, Copy(now.new.epoch, blocks, rate, now.num_needed))
         return now.snapshot
 
     def _flip(self, now: _Transition) -> None:
