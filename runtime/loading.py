@@ -9,7 +9,6 @@ Its units stand beside the others as soon as they are built; nothing runs on the
 
 import contextlib
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,6 +31,7 @@ from runtime.messages import MIN_FREE_BYTES, Load, ProfilePoint
 from runtime.model.builder import UnitBuilder
 from runtime.model.config import inspect_model
 from runtime.model.spec import ModelSpec
+from runtime.priority import thread_gives_way
 from runtime.stage import Units
 from runtime.trace import Tracer
 
@@ -184,7 +184,7 @@ class Loader:
     def _load_shadow(self, load: Load, keys: Sequence[UnitKey], transition: int, pace: Pace, token: int) -> None:
         started_s = time.perf_counter()
         if pace.is_idle:
-            _give_way()
+            thread_gives_way()
         error: Exception | None = None
         peer_bytes: int | None = 0
         try:
@@ -405,12 +405,6 @@ def warm_up(
             if "lm_head" in keys and units.lm_head is not None:
                 units.lm_head(hidden[:count])
                 rest()
-
-
-def _give_way() -> None:
-    """Put this thread behind all others on this host. Only where no step can wait for it."""
-    with contextlib.suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def _unit_bytes(spec: ModelSpec, key: UnitKey) -> int:

@@ -53,6 +53,7 @@ from runtime.messages import (
     decode_to_worker,
     encode,
 )
+from runtime.priority import Priority
 from runtime.rpc import Door, Handler, PeerError, Reply
 from runtime.trace import Tracer
 
@@ -124,6 +125,7 @@ class Worker:
         loader.importer.name = name
         loader.importer.send = lambda peer, fetch: self.to_peer(peer, fetch, ())
         self._loader = loader
+        self._priority = Priority()
 
     def run(self, make_door: Callable[[Handler, Callable[[str], None]], Door]) -> str:
         """Join, serve until the head says `Shutdown`, and return its reason.
@@ -282,6 +284,7 @@ class Worker:
                 raise AssertionError("handled by the caller")
             case _:
                 assert_never(message)
+        self._priority.give_way(gives_way=member.is_only_preparing)
 
 
 def _warn_of_peer(error: Exception) -> None:
