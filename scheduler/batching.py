@@ -44,6 +44,8 @@ from scheduler.sequence import Sequence
 __all__ = ["Batcher", "BatchingConfig", "Output", "StepPrices"]
 
 MIN_CHUNK_TOKENS = 16
+FLIP_CHUNK_TOKENS = 64
+"""Of prompts, in a step around a flip: what goes over would stand behind more for longer than it usually waits."""
 """Prompts are never cut smaller for the sake of a goal, or they would not get anywhere."""
 
 _EPSILON = 1e-9
@@ -82,6 +84,8 @@ class Batcher:
         self.is_squeezed = False
         """While True the pool is smaller than the layout allows, because a change needs the room: what is preempted now is
         preempted for its sake."""
+        self.flip_is_near = False
+        """While True prompts are cut small, because sequences are about to flip."""
         self.num_stages = 1
         """Of the layout served; while one follows another, of the longer one."""
         self.prices = StepPrices()
@@ -185,6 +189,7 @@ class Batcher:
         self._lanes.clear()
         self._num_in_flight = 0
         self._opening, self._guarded, self.is_held, self.admits, self.is_squeezed = None, False, False, True, False
+        self.flip_is_near = False
         for _, _, blocks in self._limbo:
             self._pool.release(blocks)
         self._limbo.clear()
@@ -238,6 +243,7 @@ class Batcher:
         self._lanes[self._opening.epoch].fence = self.last_ordinal(self._epoch)
         del self._lanes[self._epoch], self._released[self._epoch]
         self._epoch, self._opening = self._opening.epoch, None
+        self.flip_is_near = False
 
     # -- requests -----------------------------------------------------------------------------------------
 
@@ -288,7 +294,7 @@ class Batcher:
             return None
         step = StepBuilder(config.max_step_tokens)
         decode_s = self._take_decodes(step)
-        step.budget = min(step.budget, self._prefill_budget(decode_s))
+        step.budget = min(step.budget, self._prefill_budget(step, decode_s))
         self._take_prefills(step)
         self._take_waiting(step, now_s)
         if not step.rows:
@@ -401,14 +407,18 @@ class Batcher:
         ready.extendleft(reversed(later))
         return cost
 
-    def _prefill_budget(self, decode_s: float) -> int:
+    def _prefill_budget(self, step: StepBuilder, decode_s: float) -> int:
         """Prompt tokens that may join a step whose decoding rows take `decode_s`: all the microbatches of a round take
-        a stream's time between two tokens."""
+        a stream's time between two tokens. None beside streams that flip with this step, few in the steps around it."""
+        if step.flips:
+            return 0
+        near = self.flip_is_near or self._opening is not None
+        most = FLIP_CHUNK_TOKENS if near and self._num_decoding else self._config.max_step_tokens
         goal_s, prices = self._config.tpot_goal_s, self.prices
         if not (goal_s and prices.prefill_s and self._num_decoding):
-            return self._config.max_step_tokens
+            return most
         left_s = goal_s / self.num_microbatches - prices.step_s - decode_s
-        return max(MIN_CHUNK_TOKENS, int(left_s / prices.prefill_s))
+        return min(most, max(MIN_CHUNK_TOKENS, int(left_s / prices.prefill_s)))
 
     def _take_prefills(self, step: StepBuilder) -> None:
         for sequence in self._prefilling:

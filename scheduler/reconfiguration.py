@@ -12,6 +12,7 @@ The strategies share all of it and differ in three places: what happens before `
 sequences at the flip (`recompute` preempts them).
 """
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -43,6 +44,8 @@ from scheduler.transition import ABORTABLE, NEXT_PHASES, Phase, Report, Snapshot
 MAX_QUEUED = 16
 MAX_REPORTS = 64
 NO_LIMIT = 1 << 62
+NEAR_S = 0.25
+"""A flip that is expected within so long is near: prompts are cut small, as one that is being read then would hold it up."""
 GROWTH_BLOCKS = 8
 """Blocks by which each running sequence may grow during a change without being preempted; smaller hops make the room."""
 
@@ -130,6 +133,11 @@ class _Transition:
     load_s: float = 0.0
     copy_s: float = 0.0
     """The longest that a worker loaded, and that one copied: one after the other."""
+
+    def flips_within_s(self, now_s: float) -> float:
+        """When what the flip waits for will have been copied if it goes on as it did; infinite while nothing has arrived."""
+        arrived = self.snapshot.num_arrived if self.snapshot is not None else 0
+        return (now_s - self.entered_s) * (self.num_needed / arrived - 1.0) if arrived else math.inf
 
     @property
     def copies(self) -> bool:
@@ -344,6 +352,7 @@ class Reconfiguration:
                     return False
                 snapshot = now.snapshot or self._copy(now)
                 if snapshot.num_arrived < now.num_needed:
+                    head.batcher.flip_is_near = now.flips_within_s(head.now_s) < NEAR_S
                     return False
                 self._flip(now)
             case "flip":
@@ -554,7 +563,7 @@ class Reconfiguration:
         before = now.phase
         now.enter("abort", head.now_s)
         now.why = why
-        head.batcher.is_held, head.batcher.admits = False, True
+        head.batcher.is_held, head.batcher.admits, head.batcher.flip_is_near = False, True, False
         now.awaiting = set(now.workers) if before != "reserve" else set()
         for name in now.awaiting:
             head.send(name, Cancel(now.new.epoch))

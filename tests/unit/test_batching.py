@@ -6,7 +6,7 @@ from kvstore.block_pool import BlockPool
 from kvstore.directory import Directory
 from kvstore.ids import LayerRange
 from runtime.messages import Sampling, StepPlan, StepResult
-from scheduler.batching import MIN_CHUNK_TOKENS, Batcher, BatchingConfig, Output, StepPrices
+from scheduler.batching import FLIP_CHUNK_TOKENS, MIN_CHUNK_TOKENS, Batcher, BatchingConfig, Output, StepPrices
 from scheduler.lanes import Opening
 from scheduler.request import AdmissionError, Request
 from scheduler.transition import Snapshot
@@ -300,3 +300,25 @@ def test_steps_after_the_old_epoch_wait_for_all_of_its_rows() -> None:
     batcher.retire_old()
     batcher.submit(4, make_request(3), 0.0)
     assert step(batcher).fence == last_old.ordinal
+
+
+def test_prompts_stay_out_of_the_way_of_a_flip() -> None:
+    batcher = make_batcher(num_blocks=200, max_step_tokens=200, num_microbatches=1)
+    batcher.submit(1, make_request(3, max_tokens=9), 0.0)
+    answer(batcher, step(batcher))
+    batcher.submit(2, make_request(100, first=500), 0.0)
+    batcher.flip_is_near = True
+    plan = step(batcher)
+    assert [len(row.tokens) for row in plan.rows] == [1, FLIP_CHUNK_TOKENS], "a small piece beside what decodes"
+    answer(batcher, plan)
+    batcher.guard()
+    batcher._directory.open_epoch(2, (("w1", LayerRange(0, 2)),))
+    batcher.open_next(Opening(2, Snapshot([], 0)))
+    batcher.submit(3, make_request(100, first=900), 0.0)
+    plan = step(batcher)
+    assert [(row.sequence, len(row.tokens)) for row in plan.rows] == [(1, 1)], "alone: it flips with this step"
+    answer(batcher, plan)
+    behind = [(row.sequence, len(row.tokens)) for row in step(batcher).rows]
+    assert behind == [(1, 1), (2, 100 - FLIP_CHUNK_TOKENS), (3, 2 * FLIP_CHUNK_TOKENS - 100)], (
+        "and prompts go on behind it"
+    )
