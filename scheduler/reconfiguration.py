@@ -335,7 +335,7 @@ class Reconfiguration:
             return True
         match now.phase:
             case "reserve":
-                if head.batcher.completed(now.old.epoch) < now.fly_through or self._must_wait(now):
+                if self._must_wait(now):
                     return False
                 self._prepare(now)
             case "prepare":
@@ -353,6 +353,8 @@ class Reconfiguration:
                 snapshot = now.snapshot or self._copy(now)
                 if snapshot.num_arrived < now.num_needed:
                     head.batcher.flip_is_near = now.flips_within_s(head.now_s) < NEAR_S
+                    return False
+                if self._has_unguarded_steps(now):
                     return False
                 self._flip(now)
             case "flip":
@@ -462,11 +464,18 @@ class Reconfiguration:
         self._head.batcher.is_squeezed = capacity < self._capacity(now.old, now.old)
 
     def _must_wait(self, now: _Transition) -> bool:
-        """Conditions of `reserve` beyond the steps in flight."""
-        batcher = self._head.batcher
+        """Whether the room is not there yet, or what holds it is not settled."""
+        batcher, pool = self._head.batcher, self._head.pool
         if now.change.strategy == "drain":
             return batcher.num_running > 0 or batcher.num_in_flight > 0
-        return self._head.pool.num_blocks > self._head.pool.target
+        if pool.num_blocks > pool.target:
+            return True
+        return bool(pool.retired() or batcher.is_held) and self._has_unguarded_steps(now)
+
+    def _has_unguarded_steps(self, now: _Transition) -> bool:
+        """Whether steps are in flight that were formed before blocks went to limbo: they may still write to blocks that are
+        anybody's by now, or retired."""
+        return self._head.batcher.completed(now.old.epoch) < now.fly_through
 
     def _prepare(self, now: _Transition) -> None:
         head = self._head

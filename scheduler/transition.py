@@ -2,7 +2,7 @@
 
 The phases, and what each waits for:
 
-    reserve   room: the block pool has shrunk to what both layouts can hold, and the steps that were in flight are back
+    reserve   room: the block pool has shrunk to what both layouts can hold; if it had to, the steps that were in flight are back
     prepare   every worker of both layouts has made room and begun to load what arrives
     shadow    the arriving units are loaded and warm
     copy      mirrors are on; what running sequences wrote before has been copied
