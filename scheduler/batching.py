@@ -129,7 +129,14 @@ class Batcher:
         )
 
     def live_sequences(self) -> list[SequenceId]:
-        return list(self._sequences)
+        """Who may still be named in a step that a worker has not run: what is unfinished, and what ended with a step in flight."""
+        flying = (
+            member[0].id
+            for lane in self._lanes.values()
+            for flight in lane.in_flight.values()
+            for member in flight.members
+        )
+        return list(dict.fromkeys((*self._sequences, *flying)))
 
     def growth(self, max_blocks: int) -> int:
         """Blocks that the running sequences may still need, counting at most `max_blocks` for each."""

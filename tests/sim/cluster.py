@@ -453,6 +453,18 @@ class SimCluster:
     def _delay(self) -> float:
         return self.random.choice((0.0005, 0.001, self.random.expovariate(300.0)))
 
+    def audit_at_work(self) -> None:
+        """An audit of every worker, which may overtake anything."""
+        newest = max(self.streams, default=0)
+        audit = Audit(self.head.batcher.live_sequences(), newest)
+        for worker in self.workers.values():
+            self.at(self._delay(), lambda worker=worker: self._audited(worker, audit))
+
+    def _audited(self, worker: SimWorker, audit: Audit) -> None:
+        if worker.alive:
+            found = worker.member.audit(audit)
+            assert not found.problems, f"{worker.name}: {found.problems}"
+
     # -- the end --------------------------------------------------------------------------------------------
 
     def audit(self) -> None:

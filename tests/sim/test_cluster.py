@@ -47,6 +47,8 @@ def scenario(seed: int, *, crashes: bool = False, changes: bool = False) -> SimC
             cluster.at(
                 rng.uniform(0.4, at + 0.3), lambda: cluster.crash(cluster.random.choice(sorted(cluster.workers)))
             )
+    for _ in range(rng.randint(0, 4)):
+        cluster.at(rng.uniform(0.6, at + 0.3), cluster.audit_at_work)
     for index in range(1, 60):
         cluster.at(0.5 * index, cluster.tick)
     return cluster
