@@ -1,0 +1,58 @@
+"""Memory for pages: what is given back is gone from the process, what stays is as it was, and nothing moves."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvstore.page_memory import HostMemory
+
+MIB = 1 << 20
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["VmRSS"].split()[0]) << 10
+
+
+def test_a_range_is_no_memory_until_it_is_touched() -> None:
+    before = resident()
+    memory = HostMemory(1 << 36)
+    assert memory.resize(1 << 35) == memory.num_bytes == 1 << 35
+    assert resident() - before < 4 * MIB
+
+
+def test_what_is_given_back_is_gone_and_what_stays_is_as_it_was() -> None:
+    before = resident()
+    memory = HostMemory(256 * MIB)
+    pointer = memory.data.data_ptr()
+    memory.resize(192 * MIB)
+    memory.data[: 192 * MIB].fill_(7)
+    assert resident() - before > 188 * MIB
+    memory.resize(64 * MIB + 100)
+    assert abs(resident() - before - 64 * MIB) < 4 * MIB
+    assert bool((memory.data[: 64 * MIB + 100] == 7).all())
+    memory.resize(256 * MIB)
+    assert abs(resident() - before - 64 * MIB) < 4 * MIB, "what is new is committed when it is touched"
+    memory.data[64 * MIB + 100 :].fill_(9)
+    assert bool((memory.data[: 64 * MIB + 100] == 7).all())
+    assert memory.data.data_ptr() == pointer
+    memory.resize(0)
+    assert resident() - before < 4 * MIB
+
+
+def test_tensors_keep_the_range_alive() -> None:
+    memory = HostMemory(MIB)
+    memory.resize(MIB)
+    view = memory.data[:100].view(torch.bfloat16)
+    view.fill_(1.5)
+    del memory
+    assert bool((view == 1.5).all())
+
+
+def test_a_range_that_the_system_refuses_is_an_error() -> None:
+    with pytest.raises((OSError, ValueError, OverflowError)):
+        HostMemory(1 << 62)
+    with pytest.raises(AssertionError, match="of a range of"):
+        HostMemory(MIB).resize(MIB + 1)
