@@ -80,6 +80,8 @@ class UnitStore(Protocol):
 
     units: Units
     weight_bytes: int
+    room_bytes: int
+    """What weights and pages share; 0 when the number of pages is fixed. Of the last pool that was made."""
     implementation: str
     profile: list[ProfilePoint]
     """What was measured when units were first loaded; the member sends it on and empties it."""
@@ -90,7 +92,17 @@ class UnitStore(Protocol):
         """Hold exactly `keys`, now, and make an empty pool for `num_layers` layers."""
         ...
 
-    def make_pool(self, load: Load, num_layers: int) -> PagePool: ...
+    def make_pool(self, load: Load, num_layers: int) -> PagePool:
+        """An empty pool for `num_layers` layers beside all units that the layout gives to this worker."""
+        ...
+
+    def fit_pool(self, pool: PagePool, keys: Iterable[UnitKey]) -> None:
+        """Give `pool` the pages that the units `keys` leave, if their number is not fixed.
+
+        Raises:
+            PoolExhausted: more are in use.
+        """
+        ...
 
     def shadow(self, load: Load, keys: Sequence[UnitKey], transition: int, pace: "Pace") -> None:
         """Load those of `keys` that are missing, in the background; `Member.shadow_built` is called in the end."""
@@ -227,6 +239,7 @@ class Member:
                 seconds=self._clock() - started_s,
                 implementation=self._store.implementation,
                 profile=profile,
+                room_bytes=self._store.room_bytes,
             )
         )
 
@@ -383,6 +396,7 @@ class Member:
                 self.pool = self._store.make_pool(load, max(1, len(mine)))
             if prepare.retired_blocks:
                 self.pool.release_blocks(prepare.retired_blocks)
+            self._store.fit_pool(self.pool, [*self._served_keys(), *unit_keys(layout, self._name)])
             self.pool.hold(mine)
         except Exception as error:
             log.exception("preparing transition %d failed", prepare.transition)
@@ -397,6 +411,7 @@ class Member:
                 transition=prepare.transition,
                 num_pages=self.pool.num_pages,
                 page_bytes=self.pool.page_bytes,
+                room_bytes=self._store.room_bytes,
             )
         )
         early, self._early = self._early, []
@@ -493,15 +508,15 @@ class Member:
         self._stages.pop(gone, None)
         for key in [key for key in self._order if key[0] == gone]:
             del self._order[key]
-        keys: list[UnitKey] = []
-        for stage in self._stages.values():
-            keys += unit_keys(stage.layout, self._name)
+        keys = self._served_keys()
         if self.pool is not None:
             self.pool.drop([layer for layer in self.pool.layers if layer not in keys])
         self._store.retain(keys)
         row_bytes, page_bytes = handover.totals()
         if not self._stages:
             self.pool = None
+        if self.pool is not None:
+            self._store.fit_pool(self.pool, keys)
         self._outbox.to_head(
             Retired(
                 worker=self._name,
@@ -514,8 +529,14 @@ class Member:
                 excesses_us=[int(1e6 * excess) for excess in handover.excesses_s],
                 weight_bytes=self._store.weight_bytes,
                 copy_us=int(1e6 * handover.copy_s),
+                num_pages=self.pool.num_pages if self.pool is not None else 0,
+                room_bytes=self._store.room_bytes if self.pool is not None else 0,
             )
         )
+
+    def _served_keys(self) -> list[UnitKey]:
+        """The units that the layouts served here give to this worker."""
+        return [key for stage in self._stages.values() for key in unit_keys(stage.layout, self._name)]
 
     # -- in the background ----------------------------------------------------------------------------------
 

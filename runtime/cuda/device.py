@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from kvstore.ids import LayerRange
+from kvstore.page_memory import PageMemory
 from kvstore.page_pool import PagePool
 from runtime.cuda.attention import Shape, choose
 from runtime.cuda.copies import Copies
@@ -18,6 +19,7 @@ from runtime.cuda.graphs import Graphs, capture_streams
 from runtime.cuda.memory import kv_budget, reserve_for
 from runtime.cuda.runner import Runner
 from runtime.cuda.spans import MAX_ROWS, Buckets, make_buckets
+from runtime.cuda.virtual import DeviceMemory
 from runtime.model.spec import ModelSpec
 
 log = logging.getLogger("midflight.worker")
@@ -62,6 +64,14 @@ class Queued:
         reserve = reserve_for(spec, buckets, block_size)
         log.info("left free of the KV pages: %d MiB", reserve.total >> 20)
         return kv_budget(free + cached, share, reserve)
+
+    def memory(self, capacity: int) -> PageMemory:
+        """Memory for up to `capacity` bytes of pages.
+
+        Raises:
+            DriverError: the device cannot grow and shrink it.
+        """
+        return DeviceMemory(self._device, capacity)
 
     def drop_pool(self) -> None:
         """Let go of the pool, so that its memory is free for another."""
