@@ -111,6 +111,7 @@ def test_layout_changes_change_nothing_else(block: int) -> None:
         for report in cluster.head.reconfiguration.reports.values():
             assert report.outcome in ("committed", "aborted", "refused"), report
             assert report.dropped_requests == 0
+            assert "KV pages are needed" not in report.why, "more blocks were handed out than fit beside the weights"
         assert all(stream.finish_reason != "error" for stream in cluster.streams.values())
     assert num_fetched, "no unit ever came from a peer"
     assert num_resized, "no pool ever changed its size"

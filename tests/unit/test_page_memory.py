@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kvstore.page_memory import HostMemory
+from kvstore.page_pool import PagePool
 
 MIB = 1 << 20
 
@@ -40,6 +41,21 @@ def test_what_is_given_back_is_gone_and_what_stays_is_as_it_was() -> None:
     assert memory.data.data_ptr() == pointer
     memory.resize(0)
     assert resident() - before < 4 * MIB
+
+
+def test_pages_move_out_of_the_end_and_its_memory_is_the_systems_again() -> None:
+    before = resident()
+    pool = PagePool(1536, 64, 4, 64, torch.bfloat16, "cpu", HostMemory(128 * MIB))
+    pool.hold([0])
+    pool.ensure(range(1536))
+    assert resident() - before > 92 * MIB
+    pool.release_blocks(range(0, 1536, 2))
+    for block in range(1, 1536, 2):
+        pool.read_page(0, block).fill_(block % 100)
+    assert pool.resize(800) == 800
+    assert abs(resident() - before - 50 * MIB) < 6 * MIB
+    assert all(bool((pool.read_page(0, block) == block % 100).all()) for block in range(1, 1536, 2))
+    pool.check_integrity()
 
 
 def test_tensors_keep_the_range_alive() -> None:
