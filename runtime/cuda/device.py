@@ -58,7 +58,7 @@ class Queued:
 
     def budget(self, spec: ModelSpec, block_size: int, share: float, implementation: str) -> int:
         """Bytes for a page pool, the weights being loaded."""
-        buckets = self._buckets(spec, block_size) if implementation == "lean" else None
+        buckets = self._buckets(spec, block_size, implementation)
         free, _ = torch.cuda.mem_get_info(self._device)
         cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
         reserve = reserve_for(spec, buckets, block_size)
@@ -84,11 +84,10 @@ class Queued:
         """Graphs from now on are over `pool`, the one before having been dropped."""
         assert self._pool is None, "a worker has one pool"
         self._pool = pool
-        if implementation == "lean":
-            buckets = self._buckets(spec, pool.block_size)
-            sizes = (spec.num_layers, spec.hidden_size, pool.block_size, pool.data.dtype, self._device)
-            page_shape = tuple(pool.data.shape[1:])
-            self.runner.graphs = Graphs(buckets, *sizes, page_shape=page_shape, streams=self._capture_streams)
+        buckets = self._buckets(spec, pool.block_size, implementation)
+        sizes = (spec.num_layers, spec.hidden_size, pool.block_size, pool.data.dtype, self._device)
+        page_shape = tuple(pool.data.shape[1:])
+        self.runner.graphs = Graphs(buckets, *sizes, page_shape=page_shape, streams=self._capture_streams)
 
     def capture(
         self,
@@ -115,7 +114,7 @@ class Queued:
             self.runner.graphs.retain(kept)
         torch.cuda.empty_cache()
 
-    def _buckets(self, spec: ModelSpec, block_size: int) -> Buckets:
+    def _buckets(self, spec: ModelSpec, block_size: int, implementation: str) -> Buckets:
         dtype = getattr(torch, spec.dtype)
         windows = set(spec.layer_windows) or {spec.sliding_window}
         backends = [
@@ -136,6 +135,7 @@ class Queued:
             for window in windows
         ]
         most = None
-        if any(backend.reads_all for backend in backends):
+        # Generic layers may attend with a softcap or a scale of their own, for which another back end may be chosen.
+        if implementation != "lean" or any(backend.reads_all for backend in backends):
             most = GATHER_BYTES // spec.kv_bytes_per_token_layer()
         return make_buckets(MAX_ROWS, spec.max_context, block_size, most)

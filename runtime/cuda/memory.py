@@ -42,7 +42,7 @@ def reserve_for(spec: ModelSpec, buckets: Buckets | None, block_size: int) -> Re
     element = 4 if spec.dtype == "float32" else 2
     graphs = 0
     if buckets is not None:
-        num_spans = spec.num_layers // LONGEST_SPAN + 4
+        num_spans = spec.num_layers // LONGEST_SPAN + 4 + LONGEST_SPAN  # cut at both ends, and what `cover` allows
         graphs = num_spans * len(buckets.all()) * GRAPH_BYTES
         graphs += static_bytes(buckets, spec.num_layers, spec.hidden_size * element, block_size)
         graphs += 2 * (buckets.most_positions or 0) * spec.kv_bytes_per_token_layer()
