@@ -25,8 +25,11 @@ from kvstore.page_memory import PageMemory
 
 NO_PAGE = -1
 """What `PagePool.page_of` holds for a block without a page."""
-_MOVED_BYTES = 32 << 20
-"""Pages that move are copied in pieces of about this size."""
+_MOVED_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
+"""Pages that move are copied in pieces of about this size: on the host one that stays in a cache, on a device one that is worth
+its launch."""
+GIVEN_BACK = 32
+"""A resize in pieces gives back so many times what it may move."""
 
 
 class PoolExhausted(Exception):
@@ -144,11 +147,12 @@ class PagePool:
 
     # -- size -----------------------------------------------------------------------------------------------
 
-    def resize(self, num_pages: int) -> int:
+    def resize(self, num_pages: int, *, in_pieces: bool = False) -> int:
         """Have `num_pages` pages, or as many as there is memory for; how many there are. A fixed pool stays as it is.
 
         Pages in use beyond the new end move into free ones before it, so call it between steps: what `page_of` said
-        before, and what was derived from it, is not true afterwards. New pages are taken last.
+        before, and what was derived from it, is not true afterwards. New pages are taken last. With `in_pieces` it may
+        stop on its way down, after about a millisecond's work on the host; call it again.
 
         Raises:
             PoolExhausted: more are in use; then nothing has changed.
@@ -157,7 +161,7 @@ class PagePool:
             return self.num_pages
         num_pages, before = min(num_pages, len(self.data)), self.num_pages
         if num_pages < before:
-            self._vacate(num_pages)
+            num_pages = self._vacate(num_pages, in_pieces=in_pieces)
             self._memory.resize(num_pages * self.page_bytes)
         else:
             num_pages = min(num_pages, self._memory.resize(num_pages * self.page_bytes) // self.page_bytes)
@@ -264,16 +268,21 @@ class PagePool:
         table[:old_rows, :old_blocks] = self._table
         self._table = table
 
-    def _vacate(self, num_pages: int) -> None:
-        """Leave no page in use, nor free, from `num_pages` on."""
+    def _vacate(self, num_pages: int, *, in_pieces: bool) -> int:
+        """Leave no page in use, nor free, from `num_pages` on, or from the number on that a piece gets to; which."""
         if self.num_used > num_pages:
             raise PoolExhausted(self.num_used, num_pages, num_pages, len(self._row_of))
+        step = max(1, _MOVED_BYTES[self.data.device.type] // self.page_bytes)
+        if in_pieces:
+            num_pages = max(num_pages, self.num_pages - GIVEN_BACK * step)
+            beyond = self._table[self._table >= num_pages]
+            if len(beyond) > step:
+                num_pages = int(np.partition(beyond, -step - 1)[-step - 1]) + 1
         free = self._free[: self._num_free]
         free = free[free < num_pages]
         rows, blocks = np.nonzero(self._table >= num_pages)
         left = len(free) - len(rows)
         sources, targets = self._table[rows, blocks], free[left:]
-        step = max(1, _MOVED_BYTES // self.page_bytes)
         for start in range(0, len(sources), step):
             source, target = (
                 torch.from_numpy(pages[start : start + step].astype(np.int64)).to(self.data.device)
@@ -283,6 +292,7 @@ class PagePool:
         self._table[rows, blocks] = targets
         self._free[:left] = free[:left]
         self._num_free = left
+        return num_pages
 
     def _take(self, count: int) -> np.ndarray:
         if count > self._num_free:

@@ -158,26 +158,27 @@ class Loader:
             self.queued.pool_made(pool, spec, self._builder.implementation)
         return pool
 
-    def fit_pool(self, pool: PagePool, keys: Iterable[UnitKey]) -> None:
+    def fit_pool(self, pool: PagePool, keys: Iterable[UnitKey], *, in_pieces: bool = False) -> bool:
         """Give `pool` the pages that the units `keys` leave of the room that there was at first, or what the system has.
 
         Raises:
             PoolExhausted: more are in use; nothing has changed.
         """
         if not self._most_bytes:
-            return
+            return True
         assert self._spec is not None, "a pool is made for a model"
         weights = _weight_bytes(self._spec, keys)
         wanted = max(0, self._most_bytes - weights) // pool.page_bytes
         before = pool.num_pages
         self.room_bytes = self._most_bytes
-        if pool.resize(wanted) < wanted:
+        if pool.resize(wanted, in_pieces=in_pieces) < wanted:
             log.warning(
                 "only %d of %d KV pages are there: memory that weights left is not free", pool.num_pages, wanted
             )
             self.room_bytes = pool.num_pages * pool.page_bytes + weights
         if pool.num_pages != before:
-            log.info("%d KV pages beside %d MiB of weights, %d before", pool.num_pages, weights >> 20, before)
+            log.debug("%d KV pages beside %d MiB of weights, %d before", pool.num_pages, weights >> 20, before)
+        return pool.num_pages <= wanted
 
     def retain(self, keys: Iterable[UnitKey]) -> None:
         keep = set(keys)

@@ -96,8 +96,10 @@ class UnitStore(Protocol):
         """An empty pool for `num_layers` layers beside all units that the layout gives to this worker."""
         ...
 
-    def fit_pool(self, pool: PagePool, keys: Iterable[UnitKey]) -> None:
-        """Give `pool` the pages that the units `keys` leave, if their number is not fixed.
+    def fit_pool(self, pool: PagePool, keys: Iterable[UnitKey], *, in_pieces: bool = False) -> bool:
+        """Give `pool` the pages that the units `keys` leave, if their number is not fixed; whether that is done.
+
+        Only `in_pieces` it may not be done: then call it again.
 
         Raises:
             PoolExhausted: more are in use.
@@ -174,6 +176,8 @@ class Member:
         self._early: list[tuple[Mirror | Pages, Tensors]] = []
         self._last_transition = 0
         self._retire_due: Retire | None = None
+        self._room_due: tuple[list[UnitKey], Callable[[], None]] | None = None
+        """Units for which the pool has yet to make room, and what is to be done then."""
         self._blocked_since_s: float | None = None
         self._idle_since_s = clock()
         self._limiter = Limiter()
@@ -207,7 +211,7 @@ class Member:
         self._store.cancel_shadow()
         self._stages.clear()
         self._order.clear()
-        self._handover, self._retire_due, self.pool = None, None, None
+        self._handover, self._retire_due, self._room_due, self.pool = None, None, None, None
         self._early.clear()
         self._exports.clear()
         if self._name not in layout.workers:
@@ -396,7 +400,8 @@ class Member:
                 self.pool = self._store.make_pool(load, max(1, len(mine)))
             if prepare.retired_blocks:
                 self.pool.release_blocks(prepare.retired_blocks)
-            self._store.fit_pool(self.pool, [*self._served_keys(), *unit_keys(layout, self._name)])
+            keys = [*self._served_keys(), *unit_keys(layout, self._name)]
+            has_room = self._store.fit_pool(self.pool, keys, in_pieces=True)
             self.pool.hold(mine)
         except Exception as error:
             log.exception("preparing transition %d failed", prepare.transition)
@@ -420,7 +425,14 @@ class Member:
         holders: dict[UnitKey, WorkerName] = {"embedding": prepare.ends[0], "lm_head": prepare.ends[1]}
         holders |= {layer: move.source for move in prepare.moves for layer in move.layers}
         pace = Pace(lambda: self._limiter.share(self._clock()), is_idle=old is None, holders=holders)
-        self._store.shadow(load, unit_keys(layout, self._name), prepare.transition, pace)
+
+        def begin() -> None:
+            self._store.shadow(load, unit_keys(layout, self._name), prepare.transition, pace)
+
+        if has_room:
+            begin()
+        else:
+            self._room_due = keys, begin
 
     def shadow_built(self, transition: int, seconds: float, peer_bytes: int, error: Exception | None) -> None:
         """The store has loaded the shadow of `transition`, or failed to."""
@@ -503,7 +515,7 @@ class Member:
 
     def _end_transition(self, handover: Handover, *, committed: bool) -> None:
         gone = handover.source_epoch if committed else handover.layout.epoch
-        self._handover, self._blocked_since_s, self._retire_due = None, None, None
+        self._handover, self._blocked_since_s, self._retire_due, self._room_due = None, None, None, None
         self._store.cancel_shadow()
         self._stages.pop(gone, None)
         for key in [key for key in self._order if key[0] == gone]:
@@ -542,19 +554,22 @@ class Member:
 
     def background_wait_s(self) -> float | None:
         """Seconds until `background` has something to do, negative when it is overdue; None when it has nothing."""
-        if self._exports or (self._handover is not None and self._handover.has_slices):
+        has_slices = self._handover is not None and self._handover.has_slices
+        if self._exports or has_slices or self._room_due is not None:
             return self._background_due_s - self._clock()
         return None
 
     def background(self) -> None:
-        """Do one slice of what can be done between steps: weights that a peer asked for, then the snapshot."""
+        """Do one slice of what can be done between steps: room for units, weights that a peer asked for, then the snapshot."""
         began_s, bytes_per_s = self._clock(), math.inf
         if began_s < self._background_due_s:
             return
         if self._copies is not None and self._copies.is_full:
             self._background_due_s = began_s + COPIES_POLL_S
             return
-        if self._exports:
+        if self._room_due is not None:
+            what, num_bytes = "room made", self._make_room(*self._room_due)
+        elif self._exports:
             what, num_bytes = "weights sent", self._send_weights()
         elif self._handover is not None and self._handover.has_slices:
             what, num_bytes = "snapshot slice", self._handover.send_slice(began_s, self._outbox.to_peer)
@@ -564,6 +579,15 @@ class Member:
         now_s = self._clock()
         self._background_due_s = now_s + self._limiter.rest_s(now_s, now_s - began_s, num_bytes, bytes_per_s)
         self._trace_kv(what, began_s, num_bytes)
+
+    def _make_room(self, keys: list[UnitKey], then: Callable[[], None]) -> int:
+        """Bytes that pages have given up in this slice; when there is room, `then` is called."""
+        assert self.pool is not None, "a pool makes room"
+        before = self.pool.num_pages
+        if self._store.fit_pool(self.pool, keys, in_pieces=True):
+            self._room_due = None
+            then()
+        return (before - self.pool.num_pages) * self.pool.page_bytes
 
     def _send_weights(self) -> int:
         export = self._exports[0]

@@ -12,8 +12,10 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 
+from kvstore import page_pool
 from kvstore.ids import LayerRange
 from kvstore.page_memory import HostMemory
 from kvstore.page_pool import PagePool
@@ -176,16 +178,20 @@ class _Store:
         memory = _SimMemory(self.room_bytes, self._cluster)
         return PagePool(num_pages, load.block_size, 1, 1, torch.float32, "cpu", memory)
 
-    def fit_pool(self, pool: PagePool, keys: Iterable[UnitKey]) -> None:
+    def fit_pool(self, pool: PagePool, keys: Iterable[UnitKey], *, in_pieces: bool = False) -> bool:
         """As `runtime.loading.Loader` does; sometimes the system has less than weights should have left."""
-        if self.room_bytes:
-            weights = _weight_bytes(keys)
-            wanted = max(0, self._most_bytes - weights) // pool.page_bytes
-            self._cluster.num_resized += wanted != pool.num_pages
-            self.room_bytes = self._most_bytes
-            if pool.resize(wanted) < wanted:
+        if not self.room_bytes:
+            return True
+        weights = _weight_bytes(keys)
+        wanted = max(0, self._most_bytes - weights) // pool.page_bytes
+        self._cluster.num_resized += wanted != pool.num_pages
+        self.room_bytes = self._most_bytes
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(page_pool._MOVED_BYTES, "cpu", 2 * pool.page_bytes)
+            if pool.resize(wanted, in_pieces=in_pieces) < wanted:
                 self.room_bytes = pool.num_pages * pool.page_bytes + weights
-            pool.data[pool.num_pages :].fill_(torch.nan)
+        pool.data[pool.num_pages :].fill_(torch.nan)
+        return pool.num_pages <= wanted
 
     def parts(self, key: UnitKey, form: str) -> dict[str, torch.Tensor] | None:
         return {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor(3)} if form == "sim" and key in self.held() else None

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvstore import page_pool
 from kvstore.page_memory import HostMemory
 from kvstore.page_pool import NO_PAGE, PagePool, PoolExhausted
 
@@ -307,6 +308,28 @@ def test_a_pool_cannot_become_smaller_than_what_is_used() -> None:
     pool.check_integrity()
     with pytest.raises(MemoryError):
         PagePool(3, 4, 2, 8, torch.float32, "cpu", HostMemory(PAGE_BYTES - 1))
+
+
+def test_a_pool_shrinks_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(page_pool._MOVED_BYTES, "cpu", 3 * PAGE_BYTES)
+    monkeypatch.setattr(page_pool, "GIVEN_BACK", 6)
+    pool = make_elastic(num_pages=60)
+    pool.hold([0])
+    pool.ensure(range(50))
+    pool.release_blocks([block for block in range(50) if block % 5])
+    mark(pool)
+    sizes = [pool.num_pages]
+    while pool.num_pages > 12:
+        before = mapping(pool)
+        sizes.append(pool.resize(12, in_pieces=True))
+        moved = [pair for pair, page in mapping(pool).items() if before[pair] != page]
+        assert len(moved) <= 3
+        assert 0 < sizes[-2] - sizes[-1] <= 18
+        check_marks(pool)
+        pool.check_integrity()
+    assert len(sizes) > 3
+    with pytest.raises(PoolExhausted):
+        pool.resize(9, in_pieces=True)
 
 
 def test_a_system_without_more_memory_gives_fewer_pages() -> None:
