@@ -7,8 +7,8 @@ copied into them on the compute stream, and then its spans are replayed there on
 Capturing happens in the loader's thread, on a stream of its own that runs nothing else, in mode `thread_local`, which
 leaves the serving thread free to allocate and to launch. It does not go through `torch.cuda.graph`, which waits for the
 whole device and empties the allocator's cache. Before it, the span runs once for real on another stream with inputs and
-pages of its own, so that every kernel is loaded and every workspace exists, and the first time once more to see that nothing in it depends
-on values that only the device knows (`runtime.cuda.guard`). All graphs share one memory pool: nothing in it
+pages of its own, so that every kernel is loaded and every workspace exists; layers that are not our own run once more, to see that nothing in
+them depends on values that only the device knows (`runtime.cuda.guard`). All graphs share one memory pool: nothing in it
 outlives a replay, and replays never overlap.
 
 What is never true: a graph outlives its layers' weights or its pool (it holds both); warming up or capturing writes to an
@@ -251,7 +251,8 @@ class Graphs:
             # Of one position each, at the first place of the one page.
             page = torch.zeros((1, *self._page_shape), dtype=data.dtype, device=self._device)
             trial.run(pairs, page)
-            if not any(held == span for held, _ in self._captured):
+            is_foreign = any(getattr(layer, "is_foreign", False) for layer in layers)
+            if is_foreign and not any(held == span for held, _ in self._captured):
                 with StaticOnly():
                     trial.run(pairs, page)
             warm.synchronize()

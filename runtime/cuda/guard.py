@@ -38,7 +38,7 @@ class StaticOnly(TorchDispatchMode):
         elif func in _COPYING:
             target = kwargs.get("device") if func is _COPYING[0] else args[0].device
             source = args[0].device if func is _COPYING[0] else args[1].device
-            by_value = target is not None and torch.device(target) != source
+            by_value = target is not None and _is_other(torch.device(target), source)
         else:
             by_value = any(tag in func.tags for tag in _BY_VALUE)
         if by_value:
@@ -48,3 +48,7 @@ class StaticOnly(TorchDispatchMode):
         if parts is not NotImplemented:
             return parts
         return func(*args, **kwargs)
+
+
+def _is_other(target: torch.device, source: torch.device) -> bool:
+    return target.type != source.type or target.index not in (None, source.index)
