@@ -136,11 +136,15 @@ class Loader:
         if not load.kv_bytes:
             budget -= sum(_unit_bytes(spec, key) for key in keys if self._get(key) is None)
         num_pages = budget // page_bytes
-        if num_pages < max(1, num_layers):
-            raise MemoryError(
-                f"{budget:,} bytes of KV memory hold {max(0, num_pages)} pages of {page_bytes:,} bytes; one block of "
-                f"{num_layers} layers needs {num_layers}. Raise --kv-memory or free memory on this host."
-            )
+
+        def check(num_pages: int) -> None:
+            if num_pages < max(1, num_layers):
+                raise MemoryError(
+                    f"{budget:,} bytes of KV memory hold {max(0, num_pages)} pages of {page_bytes:,} bytes; one block of "
+                    f"{num_layers} layers needs {num_layers}. Raise --kv-memory or free memory on this host."
+                )
+
+        check(num_pages)
         weights = _weight_bytes(spec, keys)
         memory = None if load.kv_bytes else self._memory(num_pages * page_bytes + weights)
         pool = PagePool(
@@ -152,6 +156,7 @@ class Loader:
             self._device.device,
             memory,
         )
+        check(pool.num_pages)  # the system may have had less after all
         self._most_bytes = self.room_bytes = pool.num_pages * page_bytes + weights if memory is not None else 0
         if self.queued is not None:
             assert self._builder is not None

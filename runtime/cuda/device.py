@@ -74,7 +74,8 @@ class Queued:
         return DeviceMemory(self._device, capacity)
 
     def drop_pool(self) -> None:
-        """Let go of the pool, so that its memory is free for another."""
+        """Let go of the pool, so that its memory is free for another. What was queued for it is waited for."""
+        torch.cuda.current_stream(self._device).synchronize()
         if self.runner.graphs is not None:
             self.runner.graphs.clear()
         self.runner.graphs, self._pool = None, None
