@@ -1,15 +1,17 @@
 """One worker's memory for KV: a pool of equal pages, any of which can hold any block of any layer.
 
-The pages are one tensor that is allocated once and never moves. A table maps (held layer, block id) to a page;
+The pages are one tensor that never moves. A table maps (held layer, block id) to a page;
 layers that arrive or leave just take and return pages, so the KV cache is resized live by construction. Pages are
 taken when a block is first needed and zeroed then, so that whatever a padded kernel reads is finite; on a CPU the
-memory of a page that was never taken is not even committed.
+memory of a page that was never taken is not even committed. The number of pages is fixed, or follows what else needs
+memory: then the tensor spans a range of addresses for the most there may be (`kvstore.page_memory`), `resize` says how many are there,
+and pages beyond them move before they go.
 
 The head counts blocks for every worker, so the pool never runs dry unless the head is wrong; `PoolExhausted` says by
 how much. The pool has one owner, the thread that runs the worker's stage; it takes no locks.
 
 Never true: a page that two (layer, block) pairs share, or that is both free and mapped; a page for a layer that
-is not held.
+is not held; a free or mapped page that is not there.
 """
 
 import zlib
@@ -19,9 +21,15 @@ import numpy as np
 import torch
 
 from kvstore.ids import BlockId, PageId
+from kvstore.page_memory import PageMemory
 
 NO_PAGE = -1
 """What `PagePool.page_of` holds for a block without a page."""
+_MOVED_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
+"""Pages that move are copied in pieces of about this size: on the host one that stays in a cache, on a device one that is worth
+its launch."""
+GIVEN_BACK = 32
+"""A resize in pieces gives back so many times what it may move."""
 
 
 class PoolExhausted(Exception):
@@ -41,8 +49,11 @@ class PoolExhausted(Exception):
 class PagePool:
     """`num_pages` pages of K and V for `block_size` positions of one layer.
 
+    With `memory`, which is empty and of the same `device`, they lie there, and `resize` changes their number.
+
     Raises:
         ValueError: when a size is not positive, or more pages are wanted than an int32 can number.
+        MemoryError: `memory` has not got a single page.
     """
 
     def __init__(
@@ -53,20 +64,34 @@ class PagePool:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        memory: PageMemory | None = None,
     ):
         if min(num_pages, block_size, num_kv_heads, head_dim) < 1 or num_pages > np.iinfo(np.int32).max:
             raise ValueError(
                 f"cannot build {num_pages} pages of {block_size} positions, {num_kv_heads} heads and head size {head_dim}: "
                 f"every size must be positive and there can be at most {np.iinfo(np.int32).max} pages"
             )
-        self.num_pages = num_pages
         self.block_size = block_size
-        self.data = torch.empty((num_pages, 2, block_size, num_kv_heads, head_dim), dtype=dtype, device=device)
-        """``[num_pages, 2, block_size, num_kv_heads, head_dim]``, 0 is K and 1 is V. The base pointer never moves."""
         self.page_bytes = 2 * block_size * num_kv_heads * head_dim * dtype.itemsize
+        shape = (2, block_size, num_kv_heads, head_dim)
+        if memory is None:
+            data = torch.empty((num_pages, *shape), dtype=dtype, device=device)
+        else:
+            capacity = min(len(memory.data) // self.page_bytes, np.iinfo(np.int32).max)
+            data = memory.data[: capacity * self.page_bytes].view(dtype).view(capacity, *shape)
+            num_pages = memory.resize(min(num_pages, capacity) * self.page_bytes) // self.page_bytes
+            if num_pages < 1:
+                raise MemoryError(f"there is no memory for a single page of {self.page_bytes:,} bytes")
+        self.num_pages = num_pages
+        """The pages that are there, from 0 on."""
+        self.data = data
+        """``[capacity, 2, block_size, num_kv_heads, head_dim]``, 0 is K and 1 is V; only the first `num_pages` may be touched.
+        The base pointer never moves."""
+        self._memory = memory
         # On the host, clearing pages through a numpy view of the bytes skips torch's indexing machinery.
-        self._bytes = self.data.view(torch.uint8).reshape(num_pages, -1).numpy() if self.data.is_cpu else None
-        self._free = np.arange(num_pages - 1, -1, -1, dtype=np.int32)
+        self._bytes = data.view(torch.uint8).reshape(len(data), -1).numpy() if data.is_cpu else None
+        self._free = np.empty(len(data), dtype=np.int32)
+        self._free[:num_pages] = np.arange(num_pages - 1, -1, -1, dtype=np.int32)
         self._num_free = num_pages
         self._row_of: dict[int, int] = {}
         self._table = np.empty((0, 0), dtype=np.int32)
@@ -119,6 +144,33 @@ class PagePool:
         pages = self._table[rows, block_ids]
         assert (pages != NO_PAGE).all(), "some of the blocks have no page"
         return pages
+
+    # -- size -----------------------------------------------------------------------------------------------
+
+    def resize(self, num_pages: int, *, in_pieces: bool = False) -> int:
+        """Have `num_pages` pages, or as many as there is memory for; how many there are. A fixed pool stays as it is.
+
+        Pages in use beyond the new end move into free ones before it, so call it between steps: what `page_of` said
+        before, and what was derived from it, is not true afterwards. New pages are taken last. With `in_pieces` it may
+        stop on its way down, after about a millisecond's work on the host; call it again.
+
+        Raises:
+            PoolExhausted: more are in use; then nothing has changed.
+        """
+        if self._memory is None:
+            return self.num_pages
+        num_pages, before = min(num_pages, len(self.data)), self.num_pages
+        if num_pages < before:
+            num_pages = self._vacate(num_pages, in_pieces=in_pieces)
+            self._memory.resize(num_pages * self.page_bytes)
+        else:
+            num_pages = min(num_pages, self._memory.resize(num_pages * self.page_bytes) // self.page_bytes)
+            count = num_pages - before
+            self._free[count : count + self._num_free] = self._free[: self._num_free].copy()
+            self._free[:count] = np.arange(num_pages - 1, before - 1, -1, dtype=np.int32)
+            self._num_free += count
+        self.num_pages = num_pages
+        return num_pages
 
     # -- blocks ---------------------------------------------------------------------------------------------
 
@@ -215,6 +267,32 @@ class PagePool:
         table = np.full((max(num_rows, old_rows), max(num_blocks, old_blocks)), NO_PAGE, dtype=np.int32)
         table[:old_rows, :old_blocks] = self._table
         self._table = table
+
+    def _vacate(self, num_pages: int, *, in_pieces: bool) -> int:
+        """Leave no page in use, nor free, from `num_pages` on, or from the number on that a piece gets to; which."""
+        if self.num_used > num_pages:
+            raise PoolExhausted(self.num_used, num_pages, num_pages, len(self._row_of))
+        step = max(1, _MOVED_BYTES[self.data.device.type] // self.page_bytes)
+        if in_pieces:
+            num_pages = max(num_pages, self.num_pages - GIVEN_BACK * step)
+            beyond = self._table[self._table >= num_pages]
+            if len(beyond) > step:
+                num_pages = int(np.partition(beyond, -step - 1)[-step - 1]) + 1
+        free = self._free[: self._num_free]
+        free = free[free < num_pages]
+        rows, blocks = np.nonzero(self._table >= num_pages)
+        left = len(free) - len(rows)
+        sources, targets = self._table[rows, blocks], free[left:]
+        for start in range(0, len(sources), step):
+            source, target = (
+                torch.from_numpy(pages[start : start + step].astype(np.int64)).to(self.data.device)
+                for pages in (sources, targets)
+            )
+            self.data.index_copy_(0, target, self.data.index_select(0, source))
+        self._table[rows, blocks] = targets
+        self._free[:left] = free[:left]
+        self._num_free = left
+        return num_pages
 
     def _take(self, count: int) -> np.ndarray:
         if count > self._num_free:

@@ -53,7 +53,7 @@ class StepBatch:
 class LayerKV:
     """The KV pages of one layer on one worker.
 
-    `data` is the worker's whole page pool, ``[num_pages, 2, block_size, num_kv_heads, head_dim]`` (0 is K, 1 is V);
+    `data` is the worker's whole page pool, ``[capacity, 2, block_size, num_kv_heads, head_dim]`` (0 is K, 1 is V);
     `page_of_block` maps a block id to its page for this layer, int32 ``[num_blocks]``, -1 where there is none.
     """
 

@@ -19,6 +19,7 @@ import psutil
 import torch
 
 from kvstore.ids import LayerRange, WorkerName
+from kvstore.page_memory import HostMemory, PageMemory
 from kvstore.page_pool import PagePool
 from runtime import attention, profile, sampling
 from runtime.batch import LayerKV, StepBatch
@@ -26,7 +27,7 @@ from runtime.cuda.device import Queued
 from runtime.cuda.step import attach
 from runtime.device import DeviceInfo
 from runtime.exchange import FetchFailed, Importer, Sources
-from runtime.member import Pace, UnitKey
+from runtime.member import Pace, UnitKey, unit_keys
 from runtime.messages import MIN_FREE_BYTES, Load, ProfilePoint
 from runtime.model.builder import UnitBuilder
 from runtime.model.config import inspect_model
@@ -55,12 +56,14 @@ class Loader:
         """The device's own part of loading, where its work is queued."""
         self.units = Units({}, runner=self.queued.runner if self.queued is not None else None)
         self.weight_bytes = 0
+        self.room_bytes = 0
         self.implementation = ""
         self.tracer = Tracer()
         self.profile: list[ProfilePoint] = []
         self._is_profiled = False
         self.on_shadow: OnShadow = lambda transition, seconds, peer_bytes, error: None
         self.importer = Importer()
+        self._most_bytes = 0
         self._device = device
         self._builder: UnitBuilder | None = None
         self._source: tuple[str, str, str, str, str] | None = None
@@ -111,7 +114,9 @@ class Loader:
         return pool
 
     def make_pool(self, load: Load, num_layers: int) -> PagePool:
-        """A pool as large as was asked for, or as the free memory allows.
+        """A pool as large as was asked for, or as the free memory allows beside the weights that are yet to come.
+
+        What was asked for is fixed. What the free memory allows, pages and weights share from then on (`fit_pool`).
 
         Raises:
             MemoryError: when not even one block of `num_layers` layers fits.
@@ -120,6 +125,7 @@ class Loader:
         if self.queued is not None:
             self.queued.drop_pool()
         page_bytes = load.block_size * spec.kv_bytes_per_token_layer()
+        keys = unit_keys(load.layout, self.importer.name)
         budget = load.kv_bytes
         if not budget and self.queued is not None:
             assert self._builder is not None
@@ -127,18 +133,57 @@ class Loader:
         elif not budget:
             _, free = self._device.memory()
             budget = int((free - MIN_FREE_BYTES) * load.memory_share)
+        if not load.kv_bytes:
+            budget -= sum(_unit_bytes(spec, key) for key in keys if self._get(key) is None)
         num_pages = budget // page_bytes
-        if num_pages < max(1, num_layers):
-            raise MemoryError(
-                f"{budget:,} bytes of KV memory hold {max(0, num_pages)} pages of {page_bytes:,} bytes; one block of "
-                f"{num_layers} layers needs {num_layers}. Raise --kv-memory or free memory on this host."
-            )
-        dtype = getattr(torch, spec.dtype)
-        pool = PagePool(num_pages, load.block_size, spec.num_kv_heads, spec.head_dim, dtype, self._device.device)
+
+        def check(num_pages: int) -> None:
+            if num_pages < max(1, num_layers):
+                raise MemoryError(
+                    f"{budget:,} bytes of KV memory hold {max(0, num_pages)} pages of {page_bytes:,} bytes; one block of "
+                    f"{num_layers} layers needs {num_layers}. Raise --kv-memory or free memory on this host."
+                )
+
+        check(num_pages)
+        weights = _weight_bytes(spec, keys)
+        memory = None if load.kv_bytes else self._memory(num_pages * page_bytes + weights)
+        pool = PagePool(
+            num_pages,
+            load.block_size,
+            spec.num_kv_heads,
+            spec.head_dim,
+            getattr(torch, spec.dtype),
+            self._device.device,
+            memory,
+        )
+        check(pool.num_pages)  # the system may have had less after all
+        self._most_bytes = self.room_bytes = pool.num_pages * page_bytes + weights if memory is not None else 0
         if self.queued is not None:
             assert self._builder is not None
             self.queued.pool_made(pool, spec, self._builder.implementation)
         return pool
+
+    def fit_pool(self, pool: PagePool, keys: Iterable[UnitKey], *, in_pieces: bool = False) -> bool:
+        """Give `pool` the pages that the units `keys` leave of the room that there was at first, or what the system has.
+
+        Raises:
+            PoolExhausted: more are in use; nothing has changed.
+        """
+        if not self._most_bytes:
+            return True
+        assert self._spec is not None, "a pool is made for a model"
+        weights = _weight_bytes(self._spec, keys)
+        wanted = max(0, self._most_bytes - weights) // pool.page_bytes
+        before = pool.num_pages
+        self.room_bytes = self._most_bytes
+        if pool.resize(wanted, in_pieces=in_pieces) < wanted:
+            log.warning(
+                "only %d of %d KV pages are there: memory that weights left is not free", pool.num_pages, wanted
+            )
+            self.room_bytes = pool.num_pages * pool.page_bytes + weights
+        if pool.num_pages != before:
+            log.debug("%d KV pages beside %d MiB of weights, %d before", pool.num_pages, weights >> 20, before)
+        return pool.num_pages <= wanted
 
     def retain(self, keys: Iterable[UnitKey]) -> None:
         keep = set(keys)
@@ -155,6 +200,14 @@ class Loader:
 
     def rss(self) -> int:
         return self._process.memory_info().rss
+
+    def _memory(self, capacity: int) -> PageMemory | None:
+        """Memory for up to `capacity` bytes of pages; None when this machine has none that grows and shrinks."""
+        try:
+            return HostMemory(capacity) if self.queued is None else self.queued.memory(capacity)
+        except (OSError, ValueError, RuntimeError) as error:
+            log.warning("the number of KV pages is fixed: %s", error)
+            return None
 
     # -- in the background ----------------------------------------------------------------------------------
 
@@ -405,6 +458,12 @@ def warm_up(
             if "lm_head" in keys and units.lm_head is not None:
                 units.lm_head(hidden[:count])
                 rest()
+
+
+def _weight_bytes(spec: ModelSpec, keys: Iterable[UnitKey]) -> int:
+    held = set(keys)
+    layers = [key for key in held if isinstance(key, int)]
+    return spec.weight_bytes(layers, embedding="embedding" in held, lm_head="lm_head" in held)
 
 
 def _unit_bytes(spec: ModelSpec, key: UnitKey) -> int:

@@ -80,6 +80,8 @@ class UnitStore(Protocol):
 
     units: Units
     weight_bytes: int
+    room_bytes: int
+    """What weights and pages share; 0 when the number of pages is fixed. Of the last pool that was made."""
     implementation: str
     profile: list[ProfilePoint]
     """What was measured when units were first loaded; the member sends it on and empties it."""
@@ -90,7 +92,19 @@ class UnitStore(Protocol):
         """Hold exactly `keys`, now, and make an empty pool for `num_layers` layers."""
         ...
 
-    def make_pool(self, load: Load, num_layers: int) -> PagePool: ...
+    def make_pool(self, load: Load, num_layers: int) -> PagePool:
+        """An empty pool for `num_layers` layers beside all units that the layout gives to this worker."""
+        ...
+
+    def fit_pool(self, pool: PagePool, keys: Iterable[UnitKey], *, in_pieces: bool = False) -> bool:
+        """Give `pool` the pages that the units `keys` leave, if their number is not fixed; whether that is done.
+
+        Only `in_pieces` it may not be done: then call it again.
+
+        Raises:
+            PoolExhausted: more are in use.
+        """
+        ...
 
     def shadow(self, load: Load, keys: Sequence[UnitKey], transition: int, pace: "Pace") -> None:
         """Load those of `keys` that are missing, in the background; `Member.shadow_built` is called in the end."""
@@ -162,6 +176,8 @@ class Member:
         self._early: list[tuple[Mirror | Pages, Tensors]] = []
         self._last_transition = 0
         self._retire_due: Retire | None = None
+        self._room_due: tuple[list[UnitKey], Callable[[], None]] | None = None
+        """Units for which the pool has yet to make room, and what is to be done then."""
         self._blocked_since_s: float | None = None
         self._idle_since_s = clock()
         self._limiter = Limiter()
@@ -201,7 +217,7 @@ class Member:
         self._store.cancel_shadow()
         self._stages.clear()
         self._order.clear()
-        self._handover, self._retire_due, self.pool = None, None, None
+        self._handover, self._retire_due, self._room_due, self.pool = None, None, None, None
         self._early.clear()
         self._exports.clear()
         if self._name not in layout.workers:
@@ -233,6 +249,7 @@ class Member:
                 seconds=self._clock() - started_s,
                 implementation=self._store.implementation,
                 profile=profile,
+                room_bytes=self._store.room_bytes,
             )
         )
 
@@ -389,6 +406,8 @@ class Member:
                 self.pool = self._store.make_pool(load, max(1, len(mine)))
             if prepare.retired_blocks:
                 self.pool.release_blocks(prepare.retired_blocks)
+            keys = [*self._served_keys(), *unit_keys(layout, self._name)]
+            has_room = self._store.fit_pool(self.pool, keys, in_pieces=True)
             self.pool.hold(mine)
         except Exception as error:
             log.exception("preparing transition %d failed", prepare.transition)
@@ -403,6 +422,7 @@ class Member:
                 transition=prepare.transition,
                 num_pages=self.pool.num_pages,
                 page_bytes=self.pool.page_bytes,
+                room_bytes=self._store.room_bytes,
             )
         )
         early, self._early = self._early, []
@@ -411,7 +431,14 @@ class Member:
         holders: dict[UnitKey, WorkerName] = {"embedding": prepare.ends[0], "lm_head": prepare.ends[1]}
         holders |= {layer: move.source for move in prepare.moves for layer in move.layers}
         pace = Pace(lambda: self._limiter.share(self._clock()), is_idle=old is None, holders=holders)
-        self._store.shadow(load, unit_keys(layout, self._name), prepare.transition, pace)
+
+        def begin() -> None:
+            self._store.shadow(load, unit_keys(layout, self._name), prepare.transition, pace)
+
+        if has_room:
+            begin()
+        else:
+            self._room_due = keys, begin
 
     def shadow_built(self, transition: int, seconds: float, peer_bytes: int, error: Exception | None) -> None:
         """The store has loaded the shadow of `transition`, or failed to."""
@@ -494,20 +521,20 @@ class Member:
 
     def _end_transition(self, handover: Handover, *, committed: bool) -> None:
         gone = handover.source_epoch if committed else handover.layout.epoch
-        self._handover, self._blocked_since_s, self._retire_due = None, None, None
+        self._handover, self._blocked_since_s, self._retire_due, self._room_due = None, None, None, None
         self._store.cancel_shadow()
         self._stages.pop(gone, None)
         for key in [key for key in self._order if key[0] == gone]:
             del self._order[key]
-        keys: list[UnitKey] = []
-        for stage in self._stages.values():
-            keys += unit_keys(stage.layout, self._name)
+        keys = self._served_keys()
         if self.pool is not None:
             self.pool.drop([layer for layer in self.pool.layers if layer not in keys])
         self._store.retain(keys)
         row_bytes, page_bytes = handover.totals()
         if not self._stages:
             self.pool = None
+        if self.pool is not None:
+            self._store.fit_pool(self.pool, keys)
         self._outbox.to_head(
             Retired(
                 worker=self._name,
@@ -520,26 +547,35 @@ class Member:
                 excesses_us=[int(1e6 * excess) for excess in handover.excesses_s],
                 weight_bytes=self._store.weight_bytes,
                 copy_us=int(1e6 * handover.copy_s),
+                num_pages=self.pool.num_pages if self.pool is not None else 0,
+                room_bytes=self._store.room_bytes if self.pool is not None else 0,
             )
         )
+
+    def _served_keys(self) -> list[UnitKey]:
+        """The units that the layouts served here give to this worker."""
+        return [key for stage in self._stages.values() for key in unit_keys(stage.layout, self._name)]
 
     # -- in the background ----------------------------------------------------------------------------------
 
     def background_wait_s(self) -> float | None:
         """Seconds until `background` has something to do, negative when it is overdue; None when it has nothing."""
-        if self._exports or (self._handover is not None and self._handover.has_slices):
+        has_slices = self._handover is not None and self._handover.has_slices
+        if self._exports or has_slices or self._room_due is not None:
             return self._background_due_s - self._clock()
         return None
 
     def background(self) -> None:
-        """Do one slice of what can be done between steps: weights that a peer asked for, then the snapshot."""
+        """Do one slice of what can be done between steps: room for units, weights that a peer asked for, then the snapshot."""
         began_s, bytes_per_s = self._clock(), math.inf
         if began_s < self._background_due_s:
             return
         if self._copies is not None and self._copies.is_full:
             self._background_due_s = began_s + COPIES_POLL_S
             return
-        if self._exports:
+        if self._room_due is not None:
+            what, num_bytes = "room made", self._make_room(*self._room_due)
+        elif self._exports:
             what, num_bytes = "weights sent", self._send_weights()
         elif self._handover is not None and self._handover.has_slices:
             what, num_bytes = "snapshot slice", self._handover.send_slice(began_s, self._outbox.to_peer)
@@ -549,6 +585,15 @@ class Member:
         now_s = self._clock()
         self._background_due_s = now_s + self._limiter.rest_s(now_s, now_s - began_s, num_bytes, bytes_per_s)
         self._trace_kv(what, began_s, num_bytes)
+
+    def _make_room(self, keys: list[UnitKey], then: Callable[[], None]) -> int:
+        """Bytes that pages have given up in this slice; when there is room, `then` is called."""
+        assert self.pool is not None, "a pool makes room"
+        before = self.pool.num_pages
+        if self._store.fit_pool(self.pool, keys, in_pieces=True):
+            self._room_due = None
+            then()
+        return (before - self.pool.num_pages) * self.pool.page_bytes
 
     def _send_weights(self) -> int:
         export = self._exports[0]

@@ -363,7 +363,9 @@ class ProfilePoint(msgspec.Struct, frozen=True, array_like=True):
 class Loaded(msgspec.Struct, frozen=True, array_like=True, tag=35):
     """The units of `epoch` are up and warm. `num_pages` is the size of the page pool, `page_bytes` that of a page.
 
-    `profile` is there the first time that the worker loads this model.
+    `room_bytes` is what weights and pages share: the pool has as many pages as fit beside the units that the worker holds
+    (`ModelSpec.weight_bytes`); 0 when their number is fixed. `profile` is there the first time that the worker loads
+    this model.
     """
 
     worker: WorkerName
@@ -374,6 +376,7 @@ class Loaded(msgspec.Struct, frozen=True, array_like=True, tag=35):
     seconds: float
     implementation: str
     profile: list[ProfilePoint] = []
+    room_bytes: int = 0
 
 
 class LoadFailed(msgspec.Struct, frozen=True, array_like=True, tag=36):
@@ -440,12 +443,16 @@ class Audited(msgspec.Struct, frozen=True, array_like=True, tag=40):
 
 
 class Prepared(msgspec.Struct, frozen=True, array_like=True, tag=41):
-    """There is room for the arriving layers, and they are being loaded. `num_pages` is the size of the pool."""
+    """There is room for the arriving layers, and they are being loaded. `num_pages` is the size of the pool from now on.
+
+    `room_bytes` is as in `Loaded`.
+    """
 
     worker: WorkerName
     transition: int
     num_pages: int
     page_bytes: int
+    room_bytes: int = 0
 
 
 class ShadowReady(msgspec.Struct, frozen=True, array_like=True, tag=42):
@@ -484,7 +491,8 @@ class Retired(msgspec.Struct, frozen=True, array_like=True, tag=45):
     `pauses_us` has, for each flipped sequence, the time between its last forward in the old epoch and its first in
     the new one on this worker, where it had both; `excesses_us` the same less the sequence's mean gap between steps,
     for those that had run here at least twice before. `weight_bytes` is what it holds now; -1 when nothing changed.
-    `copy_us` is how long it sent the snapshot, the limiter's rests included.
+    `copy_us` is how long it sent the snapshot, the limiter's rests included. `num_pages` is the size of the pool from now
+    on, 0 when it has none any more; `room_bytes` is as in `Loaded`.
     """
 
     worker: WorkerName
@@ -497,6 +505,8 @@ class Retired(msgspec.Struct, frozen=True, array_like=True, tag=45):
     weight_bytes: int = -1
     excesses_us: list[int] = []
     copy_us: int = 0
+    num_pages: int = 0
+    room_bytes: int = 0
 
 
 class Mirroring(msgspec.Struct, frozen=True, array_like=True, tag=47):

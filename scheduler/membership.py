@@ -40,6 +40,8 @@ class Worker:
     num_pages: int = 0
     """Of its page pool, or of the last one it had; 0 before the first."""
     page_bytes: int = 0
+    room_bytes: int = 0
+    """What its weights and pages share; 0 when the number of pages is fixed."""
     implementation: str = ""
     rss: int = 0
     pages_used: int = 0

@@ -36,6 +36,7 @@ from runtime.messages import (
     StartMirror,
     ToWorker,
 )
+from runtime.model.spec import ModelSpec
 from scheduler.batching import Batcher
 from scheduler.lanes import Opening
 from scheduler.membership import Membership
@@ -75,6 +76,9 @@ class Head(Protocol):
     directory: Directory
     layout: Layout | None
     now_s: float
+
+    @property
+    def spec(self) -> ModelSpec: ...
 
     def new_epoch(self) -> Epoch: ...
 
@@ -119,7 +123,7 @@ class _Transition:
     awaiting: set[WorkerName] = field(default_factory=set)
     not_warm: set[WorkerName] = field(default_factory=set)
     starts: dict[int, int] = field(default_factory=dict)
-    num_pages: dict[WorkerName, int] = field(default_factory=dict)
+    prepared: list[Prepared] = field(default_factory=list)
     snapshot: Snapshot | None = None
     num_needed: int = 0
     """Blocks of the snapshot, from the first on, without which nothing flips."""
@@ -236,7 +240,7 @@ class Reconfiguration:
         if now is None or message.worker not in now.awaiting or now.phase != "prepare":
             return
         now.awaiting.discard(message.worker)
-        now.num_pages[message.worker] = message.num_pages
+        now.prepared.append(message)
 
     def mirroring(self, message: Mirroring) -> None:
         now = self._current(message.transition)
@@ -275,6 +279,8 @@ class Reconfiguration:
         worker = self._head.members.workers.get(message.worker)
         if worker is not None and message.weight_bytes >= 0:
             worker.weight_bytes = message.weight_bytes
+        if worker is not None and message.num_pages:
+            worker.num_pages, worker.room_bytes = message.num_pages, message.room_bytes
         report = now.report
         report.mirror_bytes += message.row_bytes
         report.snapshot_bytes += message.page_bytes
@@ -494,8 +500,10 @@ class Reconfiguration:
     def _has_room(self, now: _Transition) -> bool:
         """Now that the size of every pool is known: is there room? If not, begin again, knowing it."""
         head = self._head
-        for name, num_pages in now.num_pages.items():
-            head.members.workers[name].num_pages = num_pages
+        for message in now.prepared:
+            worker = head.members.workers[message.worker]
+            worker.num_pages, worker.page_bytes = message.num_pages, message.page_bytes
+            worker.room_bytes = message.room_bytes
         if head.pool.num_blocks <= self._capacity(now.old, now.new):
             return True
         now.again = True
@@ -601,10 +609,16 @@ class Reconfiguration:
         capacity = NO_LIMIT
         for name in dict.fromkeys((*a.workers, *b.workers)):
             worker = self._head.members.workers.get(name)
-            num_pages = worker.num_pages if worker is not None else 0
-            num_layers = len({*a.layers_of(name), *b.layers_of(name)})
-            if num_pages and num_layers:
-                capacity = min(capacity, num_pages // num_layers)
+            layers = {*a.layers_of(name), *b.layers_of(name)}
+            if worker is None or not worker.num_pages or not layers:
+                continue
+            num_pages = worker.num_pages
+            if worker.room_bytes:  # they are what the weights leave
+                embedding = name in (a.embedding_worker, b.embedding_worker)
+                lm_head = name in (a.lm_head_worker, b.lm_head_worker)
+                weights = self._head.spec.weight_bytes(layers, embedding=embedding, lm_head=lm_head)
+                num_pages = max(0, worker.room_bytes - weights) // worker.page_bytes
+            capacity = min(capacity, num_pages // len(layers))
         return capacity
 
     def _blocks_needed(self) -> int:

@@ -365,6 +365,7 @@ class SchedulerState:
             case Loaded():
                 if message.epoch == worker.epoch and worker.status == "loading":
                     worker.weight_bytes, worker.num_pages = message.weight_bytes, message.num_pages
+                    worker.page_bytes, worker.room_bytes = message.page_bytes, message.room_bytes
                     worker.implementation = message.implementation
                     self.pilot.loaded(message.worker, message.profile)
                     worker.units_loaded = worker.units_total
@@ -565,6 +566,10 @@ class SchedulerState:
                 raise Refused(f"there is no worker {name}; there are {', '.join(self.members.in_order())}")
         self.reconfiguration.request(change, queue=event.queue)
         self.next_change = max(self.next_change, change.id + 1)
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.cluster.spec
 
     def new_epoch(self) -> int:
         self._last_epoch += 1

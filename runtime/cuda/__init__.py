@@ -3,7 +3,8 @@
 How it works: `step` turns a planned batch into the tensors that kernels read, in one upload; `attention` attends over
 pages with what this machine has, tried against plain torch before it is used; `spans` decides which graphs there should
 be and `graphs` captures and replays them; `runner` runs a stage's layers, by graphs where it can; `copies` moves tensors
-between the device and the host beside the steps; `memory` says how large the page pool may be.
+between the device and the host beside the steps; `memory` says how large the page pool may be, `virtual` is where it lies when its
+size follows the weights; `guard` asks whether a layer can be captured.
 
 All of it but the capture itself is plain torch on any device, and the tests run it on the CPU. The streams:
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from kvstore.ids import LayerRange
+from kvstore.page_memory import PageMemory
 from kvstore.page_pool import PagePool
 from runtime.cuda.attention import Shape, choose
 from runtime.cuda.copies import Copies
@@ -18,6 +19,7 @@ from runtime.cuda.graphs import Graphs, capture_streams
 from runtime.cuda.memory import kv_budget, reserve_for
 from runtime.cuda.runner import Runner
 from runtime.cuda.spans import MAX_ROWS, Buckets, make_buckets
+from runtime.cuda.virtual import DeviceMemory
 from runtime.model.spec import ModelSpec
 
 log = logging.getLogger("midflight.worker")
@@ -56,15 +58,24 @@ class Queued:
 
     def budget(self, spec: ModelSpec, block_size: int, share: float, implementation: str) -> int:
         """Bytes for a page pool, the weights being loaded."""
-        buckets = self._buckets(spec, block_size) if implementation == "lean" else None
+        buckets = self._buckets(spec, block_size, implementation)
         free, _ = torch.cuda.mem_get_info(self._device)
         cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
         reserve = reserve_for(spec, buckets, block_size)
         log.info("left free of the KV pages: %d MiB", reserve.total >> 20)
         return kv_budget(free + cached, share, reserve)
 
+    def memory(self, capacity: int) -> PageMemory:
+        """Memory for up to `capacity` bytes of pages.
+
+        Raises:
+            DriverError: the device cannot grow and shrink it.
+        """
+        return DeviceMemory(self._device, capacity)
+
     def drop_pool(self) -> None:
-        """Let go of the pool, so that its memory is free for another."""
+        """Let go of the pool, so that its memory is free for another. What was queued for it is waited for."""
+        torch.cuda.current_stream(self._device).synchronize()
         if self.runner.graphs is not None:
             self.runner.graphs.clear()
         self.runner.graphs, self._pool = None, None
@@ -74,11 +85,10 @@ class Queued:
         """Graphs from now on are over `pool`, the one before having been dropped."""
         assert self._pool is None, "a worker has one pool"
         self._pool = pool
-        if implementation == "lean":
-            buckets = self._buckets(spec, pool.block_size)
-            sizes = (spec.num_layers, spec.hidden_size, pool.block_size, pool.data.dtype, self._device)
-            page_shape = tuple(pool.data.shape[1:])
-            self.runner.graphs = Graphs(buckets, *sizes, page_shape=page_shape, streams=self._capture_streams)
+        buckets = self._buckets(spec, pool.block_size, implementation)
+        sizes = (spec.num_layers, spec.hidden_size, pool.block_size, pool.data.dtype, self._device)
+        page_shape = tuple(pool.data.shape[1:])
+        self.runner.graphs = Graphs(buckets, *sizes, page_shape=page_shape, streams=self._capture_streams)
 
     def capture(
         self,
@@ -105,7 +115,7 @@ class Queued:
             self.runner.graphs.retain(kept)
         torch.cuda.empty_cache()
 
-    def _buckets(self, spec: ModelSpec, block_size: int) -> Buckets:
+    def _buckets(self, spec: ModelSpec, block_size: int, implementation: str) -> Buckets:
         dtype = getattr(torch, spec.dtype)
         windows = set(spec.layer_windows) or {spec.sliding_window}
         backends = [
@@ -126,6 +136,7 @@ class Queued:
             for window in windows
         ]
         most = None
-        if any(backend.reads_all for backend in backends):
+        # Generic layers may attend with a softcap or a scale of their own, for which another back end may be chosen.
+        if implementation != "lean" or any(backend.reads_all for backend in backends):
             most = GATHER_BYTES // spec.kv_bytes_per_token_layer()
         return make_buckets(MAX_ROWS, spec.max_context, block_size, most)

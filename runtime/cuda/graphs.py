@@ -7,7 +7,8 @@ copied into them on the compute stream, and then its spans are replayed there on
 Capturing happens in the loader's thread, on a stream of its own that runs nothing else, in mode `thread_local`, which
 leaves the serving thread free to allocate and to launch. It does not go through `torch.cuda.graph`, which waits for the
 whole device and empties the allocator's cache. Before it, the span runs once for real on another stream with inputs and
-pages of its own, so that every kernel is loaded and every workspace exists. All graphs share one memory pool: nothing in it
+pages of its own, so that every kernel is loaded and every workspace exists; layers that are not our own run once more, to see that nothing in
+them depends on values that only the device knows (`runtime.cuda.guard`). All graphs share one memory pool: nothing in it
 outlives a replay, and replays never overlap.
 
 What is never true: a graph outlives its layers' weights or its pool (it holds both); warming up or capturing writes to an
@@ -24,7 +25,8 @@ import torch
 
 from kvstore.ids import LayerRange
 from runtime.batch import LayerKV, StepBatch
-from runtime.cuda.spans import Bucket, Buckets, missing, spans_of
+from runtime.cuda.guard import StaticOnly
+from runtime.cuda.spans import Bucket, Buckets, cover
 from runtime.cuda.step import HostStep, PagedStep, Upload, pad_decode
 
 log = logging.getLogger("midflight.worker")
@@ -142,6 +144,7 @@ class Graphs:
         self._page_shape = page_shape
         self._inputs: dict[Bucket, StaticInputs] = {}
         self._captured: dict[tuple[LayerRange, Bucket], _Captured] = {}
+        self._covers: dict[LayerRange, list[LayerRange]] = {}
         self._broken: str = ""
         self._pool: Any = None
         self._streams = streams
@@ -160,10 +163,10 @@ class Graphs:
         self, layers: LayerRange, rows: int, context: int, units: Mapping[int, Any], data: torch.Tensor
     ) -> Bucket | None:
         """The bucket in which such a decode step can be replayed over these layers and pages now; else None."""
-        bucket = self.buckets.fit(rows, context)
-        if bucket is None:
+        bucket, spans = self.buckets.fit(rows, context), self._covers.get(layers)
+        if bucket is None or spans is None:
             return None
-        for span in spans_of(layers):
+        for span in spans:
             found = self._captured.get((span, bucket))
             if found is None or found.data is not data:
                 return None
@@ -177,7 +180,7 @@ class Graphs:
 
     def replay(self, layers: LayerRange, bucket: Bucket) -> torch.Tensor:
         """Run what was put into the inputs of `bucket`; its hidden state, ``[bucket.rows, hidden]``, until the next step."""
-        for span in spans_of(layers):
+        for span in self._covers[layers]:
             self._captured[span, bucket].graph.replay()
         return self._inputs[bucket].hidden
 
@@ -186,6 +189,7 @@ class Graphs:
         keep = set(layers)
         for key in [key for key in self._captured if not keep.issuperset(key[0])]:
             del self._captured[key]
+        self._covers = {layers: spans for layers, spans in self._covers.items() if keep.issuperset(layers)}
         if not self._captured:
             self._inputs.clear()
             self._pool = None  # the allocator takes no more captures into a pool that no graph uses
@@ -209,10 +213,15 @@ class Graphs:
         A capture that fails ends the use of graphs on this worker: the reason is logged, and steps run eagerly.
         """
         assert self._device.type == "cuda", "only CUDA has graphs"
-        num_captured = 0
-        for bucket in self.buckets.all():
-            held = [span for span, other in self._captured if other == bucket]
-            for span in missing(held, segments):
+        num_captured, buckets = 0, self.buckets.all()
+        held = {span for span, _ in self._captured}
+        held = {span for span in held if all((span, bucket) in self._captured for bucket in buckets)}
+        covers = {segment: cover(segment, held) for segment in segments}
+        wanted = dict.fromkeys(span for spans in covers.values() for span in spans)
+        for bucket in buckets:
+            for span in wanted:
+                if (span, bucket) in self._captured:
+                    continue
                 if self._broken or is_cancelled():
                     return num_captured
                 layers = [units.get(index) for index in span]
@@ -226,6 +235,7 @@ class Graphs:
                     return num_captured
                 num_captured += 1
                 rest()
+        self._covers |= covers
         return num_captured
 
     def _capture(self, span: LayerRange, bucket: Bucket, layers: Sequence[Any], data: torch.Tensor) -> None:
@@ -239,7 +249,12 @@ class Graphs:
                 inputs = StaticInputs(bucket, *self._sizes)
             trial = StaticInputs(bucket, *self._sizes)
             # Of one position each, at the first place of the one page.
-            trial.run(pairs, torch.zeros((1, *self._page_shape), dtype=data.dtype, device=self._device))
+            page = torch.zeros((1, *self._page_shape), dtype=data.dtype, device=self._device)
+            trial.run(pairs, page)
+            is_foreign = any(getattr(layer, "is_foreign", False) for layer in layers)
+            if is_foreign and not any(held == span for held, _ in self._captured):
+                with StaticOnly():
+                    trial.run(pairs, page)
             warm.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.inference_mode(), torch.cuda.stream(capturing):

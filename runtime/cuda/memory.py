@@ -1,9 +1,9 @@
 """How a device's memory is shared out between the page pool and everything else. Pure.
 
-The pool is allocated once and never moves, so what will be needed beside it is left free from the start: room for the layers
-that a change of layout brings, graphs with their inputs, the largest step's activations, and the sampler's tables. Within
-the pool, layers that come and go take and return pages, so what a worker holds per layer grows and shrinks with
-the number of its layers.
+The pool never moves, and may have a fixed size, so what will be needed beside it is left free from the start: room for the layers
+that a change of layout brings (or, where the pool shrinks for those, for what building them takes), graphs with their inputs, the
+largest step's activations, and the sampler's tables. Within the pool, layers that come and go take and return pages, so
+what a worker holds per layer grows and shrinks with the number of its layers.
 """
 
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ def reserve_for(spec: ModelSpec, buckets: Buckets | None, block_size: int) -> Re
     element = 4 if spec.dtype == "float32" else 2
     graphs = 0
     if buckets is not None:
-        num_spans = spec.num_layers // LONGEST_SPAN + 4
+        num_spans = spec.num_layers // LONGEST_SPAN + 4 + LONGEST_SPAN  # cut at both ends, and what `cover` allows
         graphs = num_spans * len(buckets.all()) * GRAPH_BYTES
         graphs += static_bytes(buckets, spec.num_layers, spec.hidden_size * element, block_size)
         graphs += 2 * (buckets.most_positions or 0) * spec.kv_bytes_per_token_layer()

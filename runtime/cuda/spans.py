@@ -1,9 +1,9 @@
 """Which graphs there should be: of which layers, for how many rows, up to which context. Pure.
 
 A graph runs a *span* of layers for a *bucket* of decode steps. A bucket has a number of rows, to which steps are padded, and a
-context, up to which it can attend. Spans are cut on a grid of powers of two, as a buddy allocator cuts memory, so
-that two layouts share most of theirs: when a boundary moves, the spans of the arriving layers are new, and those of at most
-`longest - 1` layers beside each new boundary.
+context, up to which it can attend. Spans are cut on a grid of powers of two, as a buddy allocator cuts memory, and a layout
+uses those that are there already: when a boundary moves, the spans of the arriving layers are new. Where layers leave, so
+are those of at most `longest - 1` layers that stay, whose span the new boundary cuts.
 
 What is never true: a span crosses the boundary of a segment; a step runs in a bucket with fewer rows or less context.
 """
@@ -86,13 +86,27 @@ def spans_of(layers: LayerRange, longest: int = LONGEST_SPAN) -> list[LayerRange
     return pieces
 
 
-def missing(
-    held: Iterable[LayerRange], segments: Iterable[LayerRange], longest: int = LONGEST_SPAN
-) -> list[LayerRange]:
-    """The spans that `segments` need and that are not held, in the order of the layers."""
-    have = set(held)
-    wanted = {span for segment in segments for span in spans_of(segment, longest)}
-    return sorted(wanted - have, key=lambda span: span.start)
+def cover(layers: LayerRange, held: Iterable[LayerRange], longest: int = LONGEST_SPAN) -> list[LayerRange]:
+    """`layers` by spans of `held` where they fit in, the longest first, and by the grid in the gaps between them.
+
+    So a layer that stays where it is keeps its span, unless that crosses a boundary. Where this would make more than `longest`
+    pieces more than the grid alone, as many small moves do, it is the grid.
+    """
+    longest_at: dict[int, LayerRange] = {}
+    for span in held:
+        if layers.start <= span.start and span.stop <= layers.stop:
+            longest_at[span.start] = max(span, longest_at.get(span.start, span), key=len)
+    pieces, gap, start = [], layers.start, layers.start
+    while start < layers.stop:
+        span = longest_at.get(start)
+        if span is None:
+            start += 1
+            continue
+        pieces += [*spans_of(LayerRange(gap, start), longest), span]
+        gap = start = span.stop
+    pieces += spans_of(LayerRange(gap, layers.stop), longest)
+    grid = spans_of(layers, longest)
+    return pieces if len(pieces) <= len(grid) + longest else grid
 
 
 def static_bytes(buckets: Buckets, num_layers: int, hidden_bytes: int, block_size: int) -> int:

@@ -163,6 +163,11 @@ class GenericModel:
 class GenericLayer:
     """One decoder layer of `transformers`. Call: hidden ``[T, hidden]`` to ``[T, hidden]``; K and V go to `kv`."""
 
+    captures = True
+    """A graph of a decode step may be tried: all inputs are the step's tensors."""
+    is_foreign = True
+    """What the architecture does with them is not known here, and is looked at before (`runtime.cuda.guard`)."""
+
     def __init__(self, module: nn.Module, rotary: "_Rotary", layer_type: str) -> None:
         self.module = module
         self._rotary = rotary

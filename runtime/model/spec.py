@@ -1,5 +1,7 @@
 """What the head and the planner must know of a model, read from its folder without building it."""
 
+from collections.abc import Iterable
+
 import msgspec
 
 
@@ -36,6 +38,11 @@ class ModelSpec(msgspec.Struct, frozen=True):
     layer_expert_bytes: tuple[int, ...] = ()
     """The part of `layer_bytes` that is routed experts, of which a token meets `experts_per_token`; empty: none."""
     quantize: str = ""
+
+    def weight_bytes(self, layers: Iterable[int], *, embedding: bool, lm_head: bool) -> int:
+        """Bytes of some layers and perhaps ends on one worker. Of tied ends that share a matrix, the larger counts."""
+        ends = (self.embedding_bytes * embedding, self.lm_head_bytes * lm_head)
+        return sum(self.layer_bytes[layer] for layer in layers) + (max(ends) if self.tied_embeddings else sum(ends))
 
     def kv_bytes_per_token_layer(self) -> int:
         """K and V of one position in one layer, in bytes."""

@@ -22,11 +22,14 @@ from runtime.cuda.graphs import Graphs, capture_streams
 from runtime.cuda.runner import Runner
 from runtime.cuda.spans import Buckets
 from runtime.messages import Row, Sampling, SequenceStart, StepPlan
+from runtime.model.builder import UnitBuilder
+from runtime.model.config import inspect_model
 from runtime.model.lean import LeanEmbedding, LeanLayer
 from runtime.sampling import SamplingRow, sample
 from runtime.stage_state import StageState
 from tests.integration.server import Server
 from tests.integration.test_equality import generate, load_reference, make_prompts
+from tests.integration.test_room import check_pages_follow
 from tests.tiny_models import write_tiny
 
 pytestmark = [
@@ -77,14 +80,18 @@ def test_sampling_equals_the_hosts() -> None:
 # -- layers and graphs --------------------------------------------------------------------------------------
 
 
-class Side:
-    """A stage of four lean layers on one device."""
+def lean_units(model: Any, device: torch.device, dtype: torch.dtype) -> tuple[dict[int, Any], Any]:
+    states = enumerate(model.model.layers)
+    layers = {i: LeanLayer(model.config, i, layer.state_dict(), device, dtype) for i, layer in states}
+    return layers, LeanEmbedding(model.model.embed_tokens.weight, device, dtype)
 
-    def __init__(self, model: Any, device: torch.device, dtype: torch.dtype, graphs: bool) -> None:
+
+class Side:
+    """A stage of four layers on one device, lean ones if no others are given."""
+
+    def __init__(self, model: Any, device: torch.device, dtype: torch.dtype, graphs: bool, units: Any = None) -> None:
         config, self.device = model.config, device
-        states = enumerate(model.model.layers)
-        self.layers = {i: LeanLayer(config, i, layer.state_dict(), device, dtype) for i, layer in states}
-        self.embedding = LeanEmbedding(model.model.embed_tokens.weight, device, dtype)
+        self.layers, self.embedding = units or lean_units(model, device, dtype)
         self.pool = PagePool(400, 16, config.num_key_value_heads, config.head_dim, dtype, device)
         self.pool.hold(self.layers)
         self.state = StageState(16, 1)
@@ -148,6 +155,24 @@ def test_graphs_say_what_eager_steps_say(tiny: Path, dtype: torch.dtype) -> None
     for plan in make_plans():
         torch.testing.assert_close(graphed.run(plan), eager.run(plan), atol=tolerance, rtol=tolerance)
     assert graphed.runner.num_replayed == 12
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral_sliding", "gemma2", "gemma3", "qwen3_moe", "mixtral"])
+def test_graphs_of_generic_layers_say_what_eager_steps_say(kind: str, tmp_path: Path) -> None:
+    """Where the architecture's code cannot be captured, steps stay eager and the reason is told."""
+    folder = write_tiny(kind, tmp_path / kind)
+    spec, model = inspect_model(str(folder), dtype="float32"), load_reference(folder)
+    builder = UnitBuilder(spec, device=str(DEVICE), implementation="transformers")
+    layers = {index: builder.layer(index) for index in range(spec.num_layers)}
+    units = layers, builder.embedding()
+    eager, graphed = (Side(model, DEVICE, torch.float32, graphs, units) for graphs in (False, True))
+    graphs = graphed.runner.graphs
+    assert graphs is not None
+    graphs.capture(layers, [LayerRange(0, 4)], graphed.pool.data)
+    assert len(graphs) or "depends on values" in graphs.why_not, graphs.why_not
+    for plan in make_plans():
+        torch.testing.assert_close(graphed.run(plan), eager.run(plan), atol=1e-4, rtol=1e-4)
+    assert graphed.runner.num_replayed == (12 if len(graphs) else 0)
 
 
 def test_capturing_in_another_thread_disturbs_no_step(tiny: Path) -> None:
@@ -242,3 +267,11 @@ async def test_a_change_under_load_changes_no_token(extra: tuple[str, ...], tiny
         assert server.audit()["problems"] == []
     for found in (answers, again):
         assert [a["choices"][0]["token_ids"] for a in found] == [a["choices"][0]["token_ids"] for a in expected]
+
+
+async def test_pages_go_where_weights_leave(tiny: Path, tmp_path: Path) -> None:
+    """Without a size for the pool; the layers are tiny, so that the number of pages tells it, not the device's memory."""
+    options = ("--layers", "2,2", "--local-workers", "3", "--device", "cuda:0", "--dtype", "float32")
+    with Server(tiny, *options, log=tmp_path / "log") as server:
+        await check_pages_follow(server)
+        assert "the number of KV pages is fixed" not in server.log_text()

@@ -12,9 +12,12 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 
+from kvstore import page_pool
 from kvstore.ids import LayerRange
+from kvstore.page_memory import HostMemory
 from kvstore.page_pool import PagePool
 from runtime.batch import LayerKV, StepBatch
 from runtime.layout import Layout, Segment
@@ -148,6 +151,7 @@ class _Store:
     def __init__(self, worker: "SimWorker", cluster: "SimCluster") -> None:
         self.units = Units({})
         self.weight_bytes = 0
+        self.room_bytes = 0
         self.implementation = "sim"
         self.profile: list[ProfilePoint] = []
         self._worker = worker
@@ -166,7 +170,28 @@ class _Store:
     def make_pool(self, load: Load, num_layers: int) -> PagePool:
         if self._worker.name in load.layout.workers and self._worker.has_no_memory:
             raise MemoryError("no page fits")
-        return PagePool(self._worker.num_pages, load.block_size, 1, 1, torch.float32, "cpu")
+        num_pages, page_bytes = self._worker.num_pages, 8 * load.block_size
+        if not self._cluster.is_elastic:
+            return PagePool(num_pages, load.block_size, 1, 1, torch.float32, "cpu")
+        weights = _weight_bytes(unit_keys(load.layout, self._worker.name))
+        self._most_bytes = self.room_bytes = num_pages * page_bytes + weights
+        memory = _SimMemory(self.room_bytes, self._cluster)
+        return PagePool(num_pages, load.block_size, 1, 1, torch.float32, "cpu", memory)
+
+    def fit_pool(self, pool: PagePool, keys: Iterable[UnitKey], *, in_pieces: bool = False) -> bool:
+        """As `runtime.loading.Loader` does; sometimes the system has less than weights should have left."""
+        if not self.room_bytes:
+            return True
+        weights = _weight_bytes(keys)
+        wanted = max(0, self._most_bytes - weights) // pool.page_bytes
+        self._cluster.num_resized += wanted != pool.num_pages
+        self.room_bytes = self._most_bytes
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(page_pool._MOVED_BYTES, "cpu", 2 * pool.page_bytes)
+            if pool.resize(wanted, in_pieces=in_pieces) < wanted:
+                self.room_bytes = pool.num_pages * pool.page_bytes + weights
+        pool.data[pool.num_pages :].fill_(torch.nan)
+        return pool.num_pages <= wanted
 
     def parts(self, key: UnitKey, form: str) -> dict[str, torch.Tensor] | None:
         return {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor(3)} if form == "sim" and key in self.held() else None
@@ -235,6 +260,25 @@ class _Store:
                 self.units.embedding = _embed
             else:
                 self.units.lm_head = _head
+
+
+class _SimMemory(HostMemory):
+    """Grows by less than was asked for now and then, as a device with fragmented memory does."""
+
+    def __init__(self, capacity: int, cluster: "SimCluster") -> None:
+        super().__init__(capacity)
+        self._cluster = cluster
+
+    def resize(self, num_bytes: int) -> int:
+        if 0 < self.num_bytes < num_bytes and self._cluster.random.random() < 0.2:
+            num_bytes = self._cluster.random.randint(self.num_bytes, num_bytes)
+        return super().resize(num_bytes)
+
+
+def _weight_bytes(keys: Iterable[UnitKey]) -> int:
+    held = set(keys)
+    layers = [key for key in held if isinstance(key, int)]
+    return make_spec(NUM_LAYERS).weight_bytes(layers, embedding="embedding" in held, lm_head="lm_head" in held)
 
 
 class SimWorker:
@@ -318,12 +362,16 @@ class SimCluster:
         num_spares: int = 0,
         shadow_failures: float = 0.0,
         spares_without_memory: bool = False,
+        is_elastic: bool = False,
     ) -> None:
         self.random = random.Random(seed)
         self.now = 0.0
         self.num_stages = num_stages
         self.shadow_failures = shadow_failures
         self.spares_without_memory = spares_without_memory
+        self.is_elastic = is_elastic
+        """Whether pages and weights of a worker share its memory."""
+        self.num_resized = 0
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._num_events = 0
         cluster = ClusterConfig(spec=make_spec(NUM_LAYERS), num_stages=num_stages, rejoin_timeout_s=3.0)

@@ -30,6 +30,7 @@ def scenario(seed: int, *, crashes: bool = False, changes: bool = False) -> SimC
         num_spares=rng.randint(0, 2) if changes else 0,
         shadow_failures=rng.choice((0.0, 0.1)) if changes else 0.0,
         spares_without_memory=changes and not crashes and rng.random() < 0.1,
+        is_elastic=changes and rng.random() < 0.5,
     )
     prompts: list[list[int]] = []
     at = 0.6
@@ -103,16 +104,19 @@ def test_streams_outlive_crashes(block: int) -> None:
 
 
 def test_layout_changes_change_nothing_else(block: int) -> None:
-    num_fetched = 0
+    num_fetched = num_resized = 0
     for seed in seeds_of(2, block):
         cluster = scenario(seed, changes=True)
         check(cluster)
         num_fetched += cluster.num_fetched
+        num_resized += cluster.num_resized
         for report in cluster.head.reconfiguration.reports.values():
             assert report.outcome in ("committed", "aborted", "refused"), report
             assert report.dropped_requests == 0
+            assert "KV pages are needed" not in report.why, "more blocks were handed out than fit beside the weights"
         assert all(stream.finish_reason != "error" for stream in cluster.streams.values())
     assert num_fetched, "no unit ever came from a peer"
+    assert num_resized, "no pool ever changed its size"
 
 
 def test_layout_changes_and_crashes(block: int) -> None:

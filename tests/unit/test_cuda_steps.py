@@ -1,6 +1,7 @@
 """Steps of the device back end on the CPU: the runner eagerly, and padded through the inputs that graphs read, equal the kernels."""
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from kvstore.ids import LayerRange
 from kvstore.page_pool import PagePool
 from runtime import attention
+from runtime.cuda import graphs
 from runtime.cuda.graphs import Graphs, StaticInputs
 from runtime.cuda.runner import Runner
-from runtime.cuda.spans import Bucket, Buckets, make_buckets, missing, spans_of, static_bytes
+from runtime.cuda.spans import LONGEST_SPAN, Bucket, Buckets, cover, make_buckets, spans_of, static_bytes
 from runtime.cuda.step import host_step, pad_decode
 from runtime.layout import Layout, Segment
 from runtime.messages import Row, Sampling, SequenceStart, StepPlan
@@ -190,17 +192,44 @@ def test_spans_cover_a_segment_once_on_the_grid(start, length, longest):
     assert all(len(a) < longest or len(b) < longest or a.stop % longest == 0 for a, b in pairwise(spans))
 
 
-@given(st.lists(st.integers(0, 48), min_size=4, max_size=4).map(sorted), st.sampled_from([1, 2, 4, 8]))
-def test_a_change_captures_what_arrives_and_a_little_at_the_cuts(bounds, longest):
-    """A worker keeps [b, c), had [a, c) and gets [b, d)."""
+BOUNDS = st.lists(st.integers(0, 48), min_size=4, max_size=4).map(sorted)
+
+
+@given(BOUNDS, st.sampled_from([1, 2, 4, 8]))
+def test_layers_that_stay_keep_their_spans_where_others_arrive(bounds, longest):
+    """A worker has [b, c) and gets [a, d)."""
+    a, b, c, d = bounds
+    held = spans_of(LayerRange(b, c), longest)
+    pieces = cover(LayerRange(a, d), held, longest)
+    assert [layer for span in pieces for layer in span] == list(range(a, d))
+    new = [layer for span in pieces if span not in held for layer in span]
+    assert sorted([*new, *range(b, c)]) == list(range(a, d)), "what stays is captured again, or what arrives is not"
+
+
+@given(BOUNDS, st.sampled_from([1, 2, 4, 8]))
+def test_where_layers_leave_only_a_cut_span_is_captured_again(bounds, longest):
+    """A worker has [a, c) and gets [b, d)."""
     a, b, c, d = bounds
     held = spans_of(LayerRange(a, c), longest)
-    new = missing(held, [LayerRange(b, d)], longest)
-    staying = [layer for span in new for layer in span if b <= layer < c]
-    assert len(staying) <= 2 * (longest - 1)
-    assert missing([*held, *new], [LayerRange(b, d), LayerRange(a, c)], longest) == []
-    if longest == 1:
-        assert [layer for span in new for layer in span] == list(range(c, d))
+    pieces = cover(LayerRange(b, d), held, longest)
+    assert [layer for span in pieces for layer in span] == list(range(b, d))
+    again = [layer for span in pieces if span not in held for layer in span if layer < c]
+    cut = [layer for span in held if span.start < b < span.stop for layer in span if layer >= b]
+    assert again == cut
+    assert len(again) < longest
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)).map(sorted), min_size=1, max_size=12))
+def test_however_often_it_changes_there_are_few_pieces(segments):
+    held: set[LayerRange] = set()
+    for start, stop in segments:
+        layers = LayerRange(start, stop)
+        held = {span for span in held if start <= span.start and span.stop <= stop}
+        pieces = cover(layers, held)
+        assert [layer for span in pieces for layer in span] == list(layers)
+        assert len(pieces) <= len(spans_of(layers)) + LONGEST_SPAN
+        assert all(len(span) <= LONGEST_SPAN and span.start % len(span) == 0 for span in pieces)
+        held |= set(pieces)
 
 
 @given(st.integers(1, 300), st.integers(1, 9000), st.sampled_from([16, 256]), st.sampled_from([None, 1 << 16]))
@@ -231,12 +260,74 @@ def test_the_bytes_of_the_inputs_are_what_they_take():
 
 def test_without_a_capture_nothing_is_replayed(model, monkeypatch):
     side = Side(model, monkeypatch, plain=True)
-    graphs = Graphs(
+    unused = Graphs(
         Buckets((4,), (64,)), 3, 48, BLOCK_SIZE, torch.float32, CPU, tuple(side.pool.data.shape[1:]), (None, None)
     )
-    runner = Runner(CPU, graphs)
+    runner = Runner(CPU, unused)
     for plan in make_plans():
         runner.run(LayerRange(0, 3), side.layers, side.plan(plan), side.pool, None, side.embedding)
     assert (runner.num_replayed, runner.num_eager) == (0, 10)
     with pytest.raises(AssertionError, match="only CUDA"):
-        graphs.capture(side.layers, [LayerRange(0, 3)], side.pool.data)
+        unused.capture(side.layers, [LayerRange(0, 3)], side.pool.data)
+
+
+class Book:
+    """Graphs whose captures are only written down: (span, bucket) in the order in which they were made."""
+
+    def __init__(self, monkeypatch):
+        self.captured = []
+        sizes = (16, 8, BLOCK_SIZE, torch.float32, torch.device("cuda", 0), (2, BLOCK_SIZE, 1, 8))
+        self.graphs = Graphs(Buckets((2, 4), (64,)), *sizes, (None, None))
+        self.units = {index: SimpleNamespace(captures=True) for index in range(16)}
+        self.data = torch.empty(0)
+        self.replayed = []
+        monkeypatch.setattr(self.graphs, "_capture", self._capture)
+
+    def _capture(self, span, bucket, layers, data):
+        self.captured.append((span, bucket.rows))
+        graph = SimpleNamespace(replay=lambda: self.replayed.append(span))
+        self.graphs._captured[span, bucket] = graphs._Captured(graph, tuple(layers), data)
+        self.graphs._inputs[bucket] = SimpleNamespace(hidden=None)
+
+    def capture(self, *segments, is_cancelled=lambda: False):
+        self.captured.clear()
+        self.graphs.capture(self.units, segments, self.data, is_cancelled=is_cancelled)
+        return {layer for span, _ in self.captured for layer in span}
+
+    def find(self, layers):
+        return self.graphs.find(layers, 3, 10, self.units, self.data)
+
+
+def test_a_change_of_layout_captures_only_what_arrives(monkeypatch):
+    book = Book(monkeypatch)
+    before, after = LayerRange(3, 9), LayerRange(1, 14)
+    assert book.capture(before) == set(before)
+    assert len(book.captured) == 2 * len(spans_of(before))
+    assert book.capture(after) == set(after) - set(before)
+    assert book.find(before) == book.find(after) == Bucket(4, 64), "both layouts serve while it changes"
+    book.graphs.replay(after, Bucket(4, 64))
+    assert [layer for span in book.replayed for layer in span] == list(after)
+    assert book.capture(before, after) == set()
+    left = LayerRange(6, 14)
+    assert book.capture(left) == {6, 7}, "of the span that is cut, what stays"
+    book.graphs.retain(left)
+    assert book.find(left) == Bucket(4, 64)
+    assert book.find(before) is book.find(after) is None
+    assert book.capture(left) == set()
+
+
+def test_a_cancelled_capture_is_begun_again(monkeypatch):
+    book, layers = Book(monkeypatch), LayerRange(0, 10)
+    book.capture(layers, is_cancelled=lambda: len(book.captured) == 4)
+    assert book.find(layers) is None
+    assert [*book.captured] == [
+        (LayerRange(0, 4), 4),
+        (LayerRange(4, 8), 4),
+        (LayerRange(8, 10), 4),
+        (LayerRange(0, 4), 2),
+    ]
+    book.capture(layers)
+    assert [*book.captured] == [(LayerRange(4, 8), 2), (LayerRange(8, 10), 2)]
+    assert book.find(layers) == Bucket(4, 64)
+    book.units[5] = SimpleNamespace(captures=True)
+    assert book.find(layers) is None, "another layer of that number has come"

@@ -9,6 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvstore import page_pool
+from kvstore.page_memory import HostMemory
 from kvstore.page_pool import NO_PAGE, PagePool, PoolExhausted
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -18,6 +20,27 @@ def make_pool(num_pages: int = 24, dtype: torch.dtype = torch.float32, device: s
     pool = PagePool(num_pages, block_size=4, num_kv_heads=2, head_dim=8, dtype=dtype, device=device)
     pool.data.fill_(torch.nan)  # memory as bad as it can be
     return pool
+
+
+PAGE_BYTES = 2 * 4 * 2 * 8 * 4
+
+
+def make_elastic(num_pages: int = 24, capacity: int = 60) -> PagePool:
+    memory = HostMemory(capacity * PAGE_BYTES)
+    pool = PagePool(num_pages, 4, 2, 8, torch.float32, "cpu", memory)
+    pool.data.fill_(torch.nan)
+    return pool
+
+
+def mark(pool: PagePool) -> None:
+    """Write into each page which (layer, block) it is of."""
+    for layer, block in mapping(pool):
+        pool.read_page(layer, block).fill_(100 * layer + block)
+
+
+def check_marks(pool: PagePool) -> None:
+    for layer, block in mapping(pool):
+        assert (pool.read_page(layer, block) == 100 * layer + block).all(), f"page of {(layer, block)} changed"
 
 
 def mapping(pool: PagePool) -> dict[tuple[int, int], int]:
@@ -225,17 +248,113 @@ def test_without_layers_there_is_nothing_to_give() -> None:
     pool.check_integrity()
 
 
+def test_a_fixed_pool_stays_as_it_is() -> None:
+    pool = make_pool()
+    assert pool.resize(5) == 24
+    assert pool.resize(50) == 24
+    pool.check_integrity()
+
+
+def test_a_pool_grows_where_it_is() -> None:
+    pool = make_elastic(num_pages=4)
+    pointer = pool.data.data_ptr()
+    pool.hold([0, 1])
+    pool.ensure([0, 1])
+    mark(pool)
+    with pytest.raises(PoolExhausted):
+        pool.ensure([2])
+    assert pool.resize(6) == 6
+    assert (pool.num_pages, pool.num_free, pool.num_used) == (6, 2, 4)
+    assert pool.ensure([2]) == 2
+    assert not pool.read_page(1, 2).any(), "a new page is zeroed too"
+    pool.read_page(0, 2).fill_(2)
+    pool.read_page(1, 2).fill_(102)
+    check_marks(pool)
+    assert pool.resize(1000) == 60, "the range was reserved for so many"
+    assert pool.data.data_ptr() == pointer
+    pool.check_integrity()
+
+
+def test_pages_beyond_the_new_end_move_before_it() -> None:
+    pool = make_elastic(num_pages=12)
+    pool.hold([0, 1, 2])
+    pool.ensure([0, 1, 2, 3])
+    pool.drop([0])
+    mark(pool)
+    before = mapping(pool)
+    assert max(before.values()) >= 9
+    assert pool.resize(9) == 9
+    after = mapping(pool)
+    assert max(after.values()) < 9
+    assert all(after[pair] == page for pair, page in before.items() if page < 9), "what could stay has moved"
+    check_marks(pool)
+    pool.check_integrity()
+    pool.data[9:].fill_(torch.nan)
+    check_marks(pool)
+    assert pool.ensure([7], layers=[1]) == 1
+    with pytest.raises(PoolExhausted):
+        pool.ensure([8], layers=[1])
+
+
+def test_a_pool_cannot_become_smaller_than_what_is_used() -> None:
+    pool = make_elastic(num_pages=10)
+    pool.hold([0])
+    pool.ensure(range(7))
+    before = mapping(pool)
+    with pytest.raises(PoolExhausted, match=r"7 KV pages are needed but only 6 of 6"):
+        pool.resize(6)
+    assert (pool.num_pages, mapping(pool)) == (10, before)
+    assert pool.resize(7) == 7
+    pool.check_integrity()
+    with pytest.raises(MemoryError):
+        PagePool(3, 4, 2, 8, torch.float32, "cpu", HostMemory(PAGE_BYTES - 1))
+
+
+def test_a_pool_shrinks_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(page_pool._MOVED_BYTES, "cpu", 3 * PAGE_BYTES)
+    monkeypatch.setattr(page_pool, "GIVEN_BACK", 6)
+    pool = make_elastic(num_pages=60)
+    pool.hold([0])
+    pool.ensure(range(50))
+    pool.release_blocks([block for block in range(50) if block % 5])
+    mark(pool)
+    sizes = [pool.num_pages]
+    while pool.num_pages > 12:
+        before = mapping(pool)
+        sizes.append(pool.resize(12, in_pieces=True))
+        moved = [pair for pair, page in mapping(pool).items() if before[pair] != page]
+        assert len(moved) <= 3
+        assert 0 < sizes[-2] - sizes[-1] <= 18
+        check_marks(pool)
+        pool.check_integrity()
+    assert len(sizes) > 3
+    with pytest.raises(PoolExhausted):
+        pool.resize(9, in_pieces=True)
+
+
+def test_a_system_without_more_memory_gives_fewer_pages() -> None:
+    class Short(HostMemory):
+        def resize(self, num_bytes: int) -> int:
+            return super().resize(min(num_bytes, 13 * PAGE_BYTES + 5))
+
+    pool = PagePool(8, 4, 2, 8, torch.float32, "cpu", Short(60 * PAGE_BYTES))
+    assert pool.resize(20) == 13
+    assert (pool.num_pages, pool.num_free) == (13, 13)
+    pool.check_integrity()
+
+
 OPERATIONS = st.one_of(
     st.tuples(st.just("hold"), st.lists(st.integers(0, 5), max_size=3)),
     st.tuples(st.just("drop"), st.lists(st.integers(0, 5), max_size=3, unique=True)),
     st.tuples(st.sampled_from(["ensure", "release_blocks", "retain_only"]), st.lists(st.integers(0, 90), max_size=6)),
+    st.tuples(st.just("resize"), st.lists(st.integers(1, 70), min_size=1, max_size=1)),
 )
 
 
-@settings(deadline=None, max_examples=200)
-@given(operations=st.lists(OPERATIONS, max_size=25))
-def test_any_history_agrees_with_a_set_of_pairs(operations: list[tuple[str, list[int]]]) -> None:
-    pool = make_pool()
+@settings(deadline=None, max_examples=300)
+@given(is_elastic=st.booleans(), operations=st.lists(OPERATIONS, max_size=25))
+def test_any_history_agrees_with_a_set_of_pairs(is_elastic: bool, operations: list[tuple[str, list[int]]]) -> None:
+    pool = make_elastic() if is_elastic else make_pool()
     held: set[int] = set()
     pairs: set[tuple[int, int]] = set()
     for name, ids in operations:
@@ -248,6 +367,16 @@ def test_any_history_agrees_with_a_set_of_pairs(operations: list[tuple[str, list
             pool.drop(present)
             held -= set(present)
             pairs = {pair for pair in pairs if pair[0] in held}
+        elif name == "resize":
+            size = min(ids[0], 60) if is_elastic else 24
+            if size < len(pairs):
+                with pytest.raises(PoolExhausted):
+                    pool.resize(ids[0])
+                size = pool.num_pages
+            else:
+                assert pool.resize(ids[0]) == size
+                pool.data[size:].fill_(torch.nan)
+            assert pool.num_pages == size
         elif name == "ensure":
             wanted = pairs | {(layer, block) for layer in held for block in ids}
             if len(wanted) > pool.num_pages:
@@ -255,6 +384,8 @@ def test_any_history_agrees_with_a_set_of_pairs(operations: list[tuple[str, list
                     pool.ensure(ids)
             else:
                 assert pool.ensure(ids) == len(wanted - pairs)
+                for layer, block in wanted - pairs:
+                    assert not pool.read_page(layer, block).any()
                 pairs = wanted
         else:
             keep = set(ids) if name == "retain_only" else set(range(91)) - set(ids)
@@ -264,8 +395,11 @@ def test_any_history_agrees_with_a_set_of_pairs(operations: list[tuple[str, list
         pool.check_integrity()
         after = mapping(pool)
         assert set(after) == pairs
-        assert all(after[pair] == before[pair] for pair in before.keys() & after.keys()), "a page moved"
-        assert all(not pool.read_page(*pair).any() for pair in pairs)
+        if name != "ensure":
+            check_marks(pool)
+        if name != "resize":
+            assert all(after[pair] == before[pair] for pair in before.keys() & after.keys()), "a page moved"
+        mark(pool)
         assert pool.layers == tuple(sorted(held))
 
 
@@ -280,6 +414,7 @@ def test_any_history_agrees_with_a_set_of_pairs(operations: list[tuple[str, list
         lambda pool: pool._row_of.__setitem__(9, pool._row_of[0]),
         lambda pool: setattr(pool, "_num_free", pool._num_free - 1),
         lambda pool: pool._free.__setitem__(0, pool._free[1]),
+        lambda pool: setattr(pool, "num_pages", pool.num_pages - 1),
     ],
 )
 def test_the_audit_notices_damage(damage: Callable[[PagePool], None]) -> None:

@@ -1,0 +1,122 @@
+"""The page pool beside the weights: what the units of a layout leave of a worker's memory."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kvstore.ids import LayerRange
+from kvstore.page_pool import PagePool, PoolExhausted
+from runtime.layout import Layout, Segment
+from runtime.loading import Loader
+from runtime.member import unit_keys
+from runtime.messages import MIN_FREE_BYTES, Load
+from runtime.model.config import inspect_model
+from tests.tiny_models import NUM_LAYERS, write_tiny
+
+BUDGET = 96 << 20
+BLOCK_SIZE = 256
+"""Large pages, so that few of them fill the budget; a layer's weights are about two and a half."""
+
+
+@dataclass
+class Host:
+    """A device with as much memory as the test says."""
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    emulation: None = None
+    free: int = BUDGET + MIN_FREE_BYTES
+
+    def memory(self) -> tuple[int, int]:
+        return self.free, self.free
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny("llama", tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+def split(*numbers: int) -> Layout:
+    stops = np.cumsum(numbers).tolist()
+    ranges = zip([0, *stops], stops, strict=False)
+    segments = tuple(Segment(f"w{i}", LayerRange(start, stop)) for i, (start, stop) in enumerate(ranges))
+    return Layout(1, NUM_LAYERS, segments)
+
+
+def load_message(folder: Path, layout: Layout, kv_bytes: int = 0, share: float = 1.0) -> Load:
+    return Load(layout, str(folder), "safetensors", "float32", BLOCK_SIZE, kv_bytes, share, 0)
+
+
+def loader_of(worker: str = "w0") -> Loader:
+    loader = Loader(Host())  # type: ignore[arg-type]
+    loader.importer.name = worker
+    return loader
+
+
+def load(loader: Loader, message: Load) -> PagePool:
+    keys = unit_keys(message.layout, loader.importer.name)
+    return loader.load(message, keys, len(message.layout.layers_of(loader.importer.name)), lambda count, phase: None)
+
+
+def test_pages_have_what_the_weights_leave(tiny: Path) -> None:
+    loader, spec = loader_of(), inspect_model(str(tiny), dtype="float32")
+    narrow, wide = split(2, 2), split(3, 1)
+    pool = load(loader, load_message(tiny, narrow))
+    assert pool.num_pages == BUDGET // pool.page_bytes
+    weights = spec.weight_bytes((0, 1), embedding=True, lm_head=False)
+    assert loader.room_bytes == pool.num_pages * pool.page_bytes + weights
+    pointer = pool.data.data_ptr()
+    loader.fit_pool(pool, unit_keys(wide, "w0"))
+    left = loader.room_bytes - weights - spec.layer_bytes[2]
+    assert pool.num_pages == left // pool.page_bytes < BUDGET // pool.page_bytes
+    loader.fit_pool(pool, [0])
+    assert pool.num_pages == (loader.room_bytes - spec.layer_bytes[0]) // pool.page_bytes > BUDGET // pool.page_bytes
+    loader.fit_pool(pool, unit_keys(narrow, "w0"))
+    assert pool.num_pages == BUDGET // pool.page_bytes, "there and back is where it began"
+    assert pool.data.data_ptr() == pointer
+    pool.check_integrity()
+
+
+def test_pages_that_were_asked_for_are_fixed(tiny: Path) -> None:
+    loader = loader_of()
+    pool = load(loader, load_message(tiny, split(2, 2), kv_bytes=8 << 20))
+    assert pool.num_pages == (8 << 20) // pool.page_bytes
+    assert loader.room_bytes == 0
+    loader.fit_pool(pool, range(NUM_LAYERS))
+    assert pool.num_pages == (8 << 20) // pool.page_bytes
+
+
+def test_a_worker_that_joins_leaves_room_for_its_weights(tiny: Path) -> None:
+    loader, spec = loader_of("w1"), inspect_model(str(tiny), dtype="float32")
+    message = load_message(tiny, split(1, 3))
+    pool = loader.make_pool(message, 3)
+    weights = spec.weight_bytes((1, 2, 3), embedding=False, lm_head=True)
+    assert pool.num_pages == (BUDGET - weights) // pool.page_bytes
+    assert BUDGET - pool.page_bytes < loader.room_bytes <= BUDGET
+    loader.fit_pool(pool, unit_keys(message.layout, "w1"))
+    assert pool.num_pages == (BUDGET - weights) // pool.page_bytes
+
+
+def test_too_much_in_use_is_refused_and_changes_nothing(tiny: Path) -> None:
+    loader = loader_of()
+    pool = load(loader, load_message(tiny, split(2, 2)))
+    pool.hold([0])
+    pool.ensure(range(pool.num_pages))
+    before = pool.num_pages
+    with pytest.raises(PoolExhausted):
+        loader.fit_pool(pool, range(NUM_LAYERS))
+    assert pool.num_pages == pool.num_used == before
+    pool.check_integrity()
+
+
+def test_a_machine_without_such_memory_has_a_fixed_pool(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(capacity: int) -> None:
+        raise OSError("no addresses left")
+
+    monkeypatch.setattr("runtime.loading.HostMemory", refuse)
+    loader = loader_of()
+    pool = load(loader, load_message(tiny, split(2, 2)))
+    loader.fit_pool(pool, range(NUM_LAYERS))
+    assert (loader.room_bytes, pool.num_pages) == (0, BUDGET // pool.page_bytes)
