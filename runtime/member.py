@@ -121,10 +121,11 @@ class Outbox(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """What a shadow's loading must know: `share` of the time it may take (asked again and again, from any thread),
-    whether this worker serves nothing yet, and which peers hold the arriving units."""
+    """What a shadow's loading must know: the `share` of the time that it may compute, and that it may load (both asked again
+    and again, from any thread), whether this worker serves nothing yet, and which peers hold the arriving units."""
 
     share: Callable[[], float]
+    loading_share: Callable[[], float]
     is_idle: bool
     holders: Mapping[UnitKey, WorkerName]
 
@@ -164,7 +165,7 @@ class Member:
         self._retire_due: Retire | None = None
         self._blocked_since_s: float | None = None
         self._idle_since_s = clock()
-        self._limiter = Limiter()
+        self._limiter = Limiter(copies.measure() if copies is not None else None)
         self._exports: deque[Export] = deque()
         self._background_due_s = 0.0
         self.num_stale = 0
@@ -404,7 +405,9 @@ class Member:
             self.arrive(message, tensors)
         holders: dict[UnitKey, WorkerName] = {"embedding": prepare.ends[0], "lm_head": prepare.ends[1]}
         holders |= {layer: move.source for move in prepare.moves for layer in move.layers}
-        pace = Pace(lambda: self._limiter.share(self._clock()), is_idle=old is None, holders=holders)
+        limiter, clock = self._limiter, self._clock
+        shares = (lambda: limiter.share(clock()), lambda: limiter.loading_share(clock()))
+        pace = Pace(*shares, is_idle=old is None, holders=holders)
         self._store.shadow(load, unit_keys(layout, self._name), prepare.transition, pace)
 
     def shadow_built(self, transition: int, seconds: float, peer_bytes: int, error: Exception | None) -> None:
