@@ -11,6 +11,8 @@ accelerator bytes move by copy engines and on streams of their own; steps lose w
 bandwidth of the memory that the bytes pass through, `PASSES` times. That is a percent or two of what the link takes to bring them, so
 there it is mostly the link that sets the pace: (share * memory bandwidth / `PASSES`) bytes/s at most.
 
+A slice that had to wait for a long step is not followed by a full rest there: what it is late by is made up for, up to `CREDIT_S`.
+
 Assumed, not measured: that steps are bound by memory bandwidth, that it is divided fairly, and that a loader's thread takes nothing
 else from steps.
 """
@@ -24,6 +26,7 @@ SHARE_OF_FREE = 0.2
 MEMORY_S = 0.5
 """Time constant of the average of how busy the worker is."""
 IDLE_AFTER_S = 0.1
+CREDIT_S = 0.25
 PASSES = 3
 """How often a byte passes through an accelerator's memory: gathered from pages (read, written), then sent (read); or the same the
 other way round. Weights pass it once, or thrice when they are put into another form."""
@@ -84,3 +87,12 @@ class Limiter:
             return 0.0
         taken_s = self.taken_s(worked_s, num_bytes)
         return max(taken_s * (1.0 / self.share(now_s) - 1.0), num_bytes / bytes_per_s - worked_s, 0.0)
+
+    def due_s(
+        self, now_s: float, was_due_s: float, worked_s: float, num_bytes: int = 0, bytes_per_s: float = math.inf
+    ) -> float:
+        """When the next slice may begin, after one that was due at `was_due_s` and ended now."""
+        rest_s = self.rest_s(now_s, worked_s, num_bytes, bytes_per_s)
+        if self._accelerator is None:
+            return now_s + rest_s
+        return max(was_due_s, now_s - worked_s - CREDIT_S) + worked_s + rest_s

@@ -544,7 +544,8 @@ class Member:
         else:
             return
         now_s = self._clock()
-        self._background_due_s = now_s + self._limiter.rest_s(now_s, now_s - began_s, num_bytes, bytes_per_s)
+        due_s, worked_s = self._background_due_s, now_s - began_s
+        self._background_due_s = self._limiter.due_s(now_s, due_s, worked_s, num_bytes, bytes_per_s)
         self._trace_kv(what, began_s, num_bytes)
 
     def _send_weights(self) -> int:

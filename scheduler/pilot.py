@@ -34,7 +34,7 @@ from scheduler.prices import step_prices
 from scheduler.reconfiguration import Reconfiguration
 from scheduler.request import PilotStats
 
-SNAPSHOT_BYTES_PER_S = 200_000_000
+SNAPSHOT_BYTES_PER_S = Settings().snapshot_bytes_per_s
 """The rate of a change's snapshot while its source serves, unless the change asks for another."""
 NOTE_INTERVAL_S, SETTLED_INTERVAL_S = 0.1, 0.5
 """Steps that are learned from are at least so far apart: to learn from one takes as long as to schedule a dozen."""

@@ -302,6 +302,7 @@ class SimWorker:
         handover = self._under_way(copy.transition)
         if handover is not None:
             handover.bytes_per_s, handover.copy_began_s = copy.bytes_per_s, self._world.now_s
+            handover.due_s = self._world.now_s
             handover.jobs.extend(CopyJob(source, len(copy.blocks)) for source in handover.sources)
             self._slice(handover)
 
@@ -324,8 +325,10 @@ class SimWorker:
             handover.jobs.popleft()
         handover.copy_s = sent_s - handover.copy_began_s
         rate = math.inf if world.rates.free_changes else handover.bytes_per_s
-        rest_s = self._limiter.rest_s(world.now_s, worked_s, num_bytes, rate)
-        world.at(max(self.free_at_s + max(0.0, rest_s), sent_s), self._slice, handover)
+        limiter, due_s = self._limiter, handover.due_s
+        handover.due_s = limiter.due_s(self.free_at_s, due_s, worked_s, num_bytes, rate)
+        following_s = sent_s if limiter.is_idle(world.now_s) else world.now_s
+        world.at(max(handover.due_s, following_s), self._slice, handover)
 
     def _send(self, begun_s: float, num_bytes: int) -> tuple[float, float]:
         """Send KV from `begun_s` on: when the last byte has left, and for how long this thread was kept.
