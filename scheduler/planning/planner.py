@@ -27,7 +27,6 @@ import numpy as np
 
 from kvstore.ids import WorkerName
 from runtime.layout import Layout, layout_from_counts
-from scheduler.planning.convoy import slow_weight
 from scheduler.planning.cost import Facts, unit_times
 from scheduler.planning.forecast import Device, Forecast, Pipeline
 from scheduler.planning.rounds import FEW, Rounds
@@ -410,21 +409,17 @@ class _Planning:
         steps = [mean_steps(traffic, serving, serving.microbatches(k), n) for k, n in zip(ks, in_service, strict=True)]
         times = unit_times(facts, self.speeds, [s.decode for s in steps] + [s.prefill for s in steps])
         half, share = len(steps), np.array([s.prefill_share for s in steps])
-        in_flight = np.array([s.in_flight for s in steps])
         tokens = np.array([work.num_tokens for s in steps for work in (s.decode, s.prefill)]).reshape(half, 2, 1)
         stage = times.fixed + self.hop_latency + tokens * self.hop_per_token
         kinds, last = (np.stack([part[:half], part[half:]], axis=1) for part in (times.layers, times.last))
-        weight = slow_weight(share, in_flight, np.minimum(1.0, in_flight / np.array(ks)))[:, None, None]
-        mixed_stage, mixed_last = (
-            (1 - weight[..., 0]) * part[:, 0] + weight[..., 0] * part[:, 1] for part in (stage, last)
-        )
-        mixed = (1 - weight) * kinds[:, 0] + weight * kinds[:, 1]
+        mean_stage, mean_last = (_weighted(share[:, None], part[:, 0], part[:, 1]) for part in (stage, last))
+        mean = _weighted(share[:, None, None], kinds[:, 0], kinds[:, 1])
         posed = []
         for row, (k, step) in enumerate(zip(ks, steps, strict=True)):
             problem = Problem(
-                stage=mixed_stage[row],
-                layers=mixed[row][:, facts.kind_of_layer],
-                last=mixed_last[row],
+                stage=mean_stage[row],
+                layers=mean[row][:, facts.kind_of_layer],
+                last=mean_last[row],
                 room=self.rooms,
                 layer_bytes=facts.layer_bytes + self._kv_bytes(in_service[row]),
                 first_bytes=float(spec.embedding_bytes),
@@ -502,6 +497,10 @@ class _Planning:
             f" ({', '.join(f'{name} {bytes_ / 1e9:.1f}' for name, bytes_ in zip(self.names, self.rooms, strict=True))})."
             " Add devices, or lower the headroom"
         )
+
+
+def _weighted(share: np.ndarray, fast: np.ndarray, slow: np.ndarray) -> np.ndarray:
+    return (1.0 - share) * fast + share * slow
 
 
 def _gain(objective: Objective, before: float, after: float) -> float:

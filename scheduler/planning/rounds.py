@@ -1,9 +1,8 @@
 """The round of whole splits by the forecast's law, many splits at a time, and small improvements by it. Pure.
 
-The search (`planning.search`) cuts layers for one time per layer and device, in which slow and fast steps are weighted as a pipeline of
-even stages weighs them (`planning.convoy`). Pipelines that are not even take `Rounds.seconds`: sums over the stages count
-for more there than the busiest stage, so that a layer is better off on a device that is busier but faster with a prompt.
-`Rounds.improve` moves single layers and exchanges devices while that shortens the round.
+The search (`planning.search`) cuts layers so that the busiest stage has as little to do as can be in mean. The round is that of
+`planning.convoy`, in which the sum of a slow step counts, too: then a layer may be better off on a device that is busier but faster with a
+prompt. `Rounds.improve` moves single layers and exchanges devices while that shortens the round.
 
 Never true: the result is worse than the split it began with.
 """
@@ -78,19 +77,19 @@ class Rounds:
         return float(self.seconds(np.array([split.order]), np.array([split.counts]))[0])
 
     def bound_s(self, problem: Problem, k: int) -> float:
-        """A round that no split over k devices is expected to go below; 0 where nothing cheap is known.
+        """A round that no split over k devices is expected to go below, `problem` being that of mean steps; 0 where nothing cheap is known.
 
         Of `FEW` devices none does: neither the busiest stage nor the sum of a slow step can be less. Of more, it is what even stages
         would take, less a tenth.
         """
         if self._kinds.shape[2] > 1:
             return 0.0
+        bound = self._in_flight * relaxed_bottleneck(problem, k)
         if problem.num_devices > FEW:
-            return _EVEN * self._in_flight * relaxed_bottleneck(problem, k)
-        mean = [
-            (1.0 - self._share) * part[0] + self._share * part[1] for part in (self._stage, self._kinds, self._last)
-        ]
-        bound = self._in_flight * relaxed_bottleneck(replace(problem, stage=mean[0], layers=mean[1], last=mean[2]), k)
+            weight = float(slow_weight(self._share, self._in_flight, min(1.0, self._in_flight / k)))
+            even = [(1.0 - weight) * part[0] + weight * part[1] for part in (self._stage, self._kinds, self._last)]
+            evenly = replace(problem, stage=even[0], layers=even[1], last=even[2])
+            return max(bound, _EVEN * self._in_flight * relaxed_bottleneck(evenly, k))
         stage, layer, last = self._stage[1], float(self._kinds[1].min()), float(self._last[1].min())
         slow_sum = float(np.sort(stage)[:k].sum()) + problem.num_layers * layer + last
         return max(bound, float(slow_weight(self._share, self._in_flight, 0.0)) * slow_sum)

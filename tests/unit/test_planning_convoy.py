@@ -82,10 +82,12 @@ def rounds_of(facts: Facts, devices: list[Device], traffic: Traffic, k: int) -> 
     stage = np.stack([times.fixed + latency + work.num_tokens * per_token for work in works])
     rounds = Rounds(stage, times.layers, times.last, facts.kind_of_layer, steps.prefill_share, steps.in_flight)
     n, num_layers = len(devices), facts.num_layers
+    share = steps.prefill_share
+    mean = [(1 - share) * part[0] + share * part[1] for part in (stage, times.layers, times.last)]
     problem = Problem(
-        stage[0],
-        np.repeat(times.layers[0], num_layers, axis=1),
-        times.last[0],
+        mean[0],
+        np.repeat(mean[1], num_layers, axis=1),
+        mean[2],
         np.full(n, np.inf),
         np.ones(num_layers),
         0.0,
