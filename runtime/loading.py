@@ -8,6 +8,7 @@ Its units stand beside the others as soon as they are built; nothing runs on the
 """
 
 import contextlib
+import functools
 import logging
 import threading
 import time
@@ -262,16 +263,16 @@ class Loader:
         self._count_bytes()
         if pace.is_idle:
             self._compile(spec)
-            self._warm_shadow(load, keys, spec, _WARM_UP_ROWS, self._rests(pace))
+            self._warm_shadow(load, keys, spec, _WARM_UP_ROWS, _rests(pace.share)[0])
         if self.queued is not None:
-            segments, rest = self._segments(load), self._rests(pace)
+            segments, (rest,) = self._segments(load), _rests(pace.share)
             self.queued.capture(self.units.layers, segments, rest, lambda: token != self._shadow_token)
         return peer_bytes
 
     def _add_to_shadow(self, key: UnitKey, load: Load, spec: ModelSpec, pace: Pace, token: int) -> int | None:
         """Bytes of the unit that came from a peer; None when the shadow was cancelled meanwhile."""
         assert self._builder is not None
-        rest = self._builder.rest = self._rests(pace)
+        self._builder.rest, rest = _rests(pace.loading_share, pace.share)
         began_s = time.perf_counter()
         holder = pace.holders.get(key)
         unit = self._import(key, holder, token)
@@ -288,19 +289,6 @@ class Loader:
         if not pace.is_idle:
             self._warm_shadow(load, [key], spec, (1, 4), rest)
         return unit.nbytes if holder is not None else 0
-
-    def _rests(self, pace: Pace) -> Callable[[], None]:
-        """To be called between pieces of work on this thread: rests as long as the share of the time wants it."""
-        mark_s = time.thread_time()
-
-        def rest() -> None:
-            nonlocal mark_s
-            worked_s = time.thread_time() - mark_s
-            if worked_s >= PIECE_S:
-                time.sleep(worked_s * (1.0 / pace.share() - 1.0))
-                mark_s = time.thread_time()
-
-        return rest
 
     def _warm_shadow(
         self, load: Load, keys: Sequence[UnitKey], spec: ModelSpec, rows: Sequence[int], rest: Callable[[], None]
@@ -458,6 +446,21 @@ def warm_up(
             if "lm_head" in keys and units.lm_head is not None:
                 units.lm_head(hidden[:count])
                 rest()
+
+
+def _rests(*shares: Callable[[], float]) -> list[Callable[[], None]]:
+    """To be called between pieces of work on this thread, one for each kind of work: each rests for what was done since any of
+    them did, as long as its share of the time wants it."""
+    mark_s = time.thread_time()
+
+    def rest(share: Callable[[], float]) -> None:
+        nonlocal mark_s
+        worked_s = time.thread_time() - mark_s
+        if worked_s >= PIECE_S:
+            time.sleep(worked_s * (1.0 / share() - 1.0))
+            mark_s = time.thread_time()
+
+    return [functools.partial(rest, share) for share in shares]
 
 
 def _weight_bytes(spec: ModelSpec, keys: Iterable[UnitKey]) -> int:

@@ -135,10 +135,11 @@ class Outbox(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """What a shadow's loading must know: `share` of the time it may take (asked again and again, from any thread),
-    whether this worker serves nothing yet, and which peers hold the arriving units."""
+    """What a shadow's loading must know: the `share` of the time that it may compute, and that it may load (both asked again
+    and again, from any thread), whether this worker serves nothing yet, and which peers hold the arriving units."""
 
     share: Callable[[], float]
+    loading_share: Callable[[], float]
     is_idle: bool
     holders: Mapping[UnitKey, WorkerName]
 
@@ -180,7 +181,7 @@ class Member:
         """Units for which the pool has yet to make room, and what is to be done then."""
         self._blocked_since_s: float | None = None
         self._idle_since_s = clock()
-        self._limiter = Limiter()
+        self._limiter = Limiter(copies.measure() if copies is not None else None)
         self._exports: deque[Export] = deque()
         self._background_due_s = 0.0
         self.num_stale = 0
@@ -430,7 +431,9 @@ class Member:
             self.arrive(message, tensors)
         holders: dict[UnitKey, WorkerName] = {"embedding": prepare.ends[0], "lm_head": prepare.ends[1]}
         holders |= {layer: move.source for move in prepare.moves for layer in move.layers}
-        pace = Pace(lambda: self._limiter.share(self._clock()), is_idle=old is None, holders=holders)
+        limiter, clock = self._limiter, self._clock
+        shares = (lambda: limiter.share(clock()), lambda: limiter.loading_share(clock()))
+        pace = Pace(*shares, is_idle=old is None, holders=holders)
 
         def begin() -> None:
             self._store.shadow(load, unit_keys(layout, self._name), prepare.transition, pace)
@@ -583,7 +586,8 @@ class Member:
         else:
             return
         now_s = self._clock()
-        self._background_due_s = now_s + self._limiter.rest_s(now_s, now_s - began_s, num_bytes, bytes_per_s)
+        due_s, worked_s = self._background_due_s, now_s - began_s
+        self._background_due_s = self._limiter.due_s(now_s, due_s, worked_s, num_bytes, bytes_per_s)
         self._trace_kv(what, began_s, num_bytes)
 
     def _make_room(self, keys: list[UnitKey], then: Callable[[], None]) -> int:

@@ -8,6 +8,8 @@ then.
 Never true: the head waits for this, or a change is begun here; `tick` returns what the head may ask for.
 """
 
+import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -34,7 +36,7 @@ from scheduler.prices import step_prices
 from scheduler.reconfiguration import Reconfiguration
 from scheduler.request import PilotStats
 
-SNAPSHOT_BYTES_PER_S = 200_000_000
+SNAPSHOT_BYTES_PER_S = Settings().snapshot_bytes_per_s
 """The rate of a change's snapshot while its source serves, unless the change asks for another."""
 NOTE_INTERVAL_S, SETTLED_INTERVAL_S = 0.1, 0.5
 """Steps that are learned from are at least so far apart: to learn from one takes as long as to schedule a dozen."""
@@ -81,6 +83,8 @@ class Pilot:
         self._spec, self._block_size = spec, batching.block_size
         self._kv_bytes, self._fraction = kv_bytes, fraction
         self._requests: dict[SequenceId, _Request] = {}
+        self._started: dict[SequenceId, _Request] = {}
+        """Those of them that have a token."""
         self._noted: dict[tuple[int, int], Work] = {}
         self._noted_s = -1.0
         self._num_learned = 0
@@ -109,6 +113,7 @@ class Pilot:
     def cancelled(self, sequence: SequenceId, *, is_end: bool, now_s: float) -> None:
         """`is_end`: the request has all it wanted; otherwise its client went away, and it counts for nothing."""
         request = self._requests.pop(sequence, None)
+        self._started.pop(sequence, None)
         if request is not None and is_end and request.tokens:
             self._ended(request, now_s)
 
@@ -135,8 +140,11 @@ class Pilot:
             if not request.tokens:
                 request.first_s, request.cached_tokens = now_s, output.num_cached_tokens
             request.tokens += len(output.tokens)
+            if request.tokens:
+                self._started[sequence] = request
             if output.finish_reason is not None:
                 del self._requests[sequence]
+                self._started.pop(sequence, None)
                 if output.finish_reason in ("stop", "length") and request.tokens:
                     self._ended(request, now_s)
 
@@ -194,22 +202,22 @@ class Pilot:
     def devices(self, head: Head) -> list[Device]:
         """Every worker that is there, and what it may use for weights and KV."""
         found = []
+        on_host = Counter((w.info.host, w.info.device) for w in head.members.workers.values())
         for name in head.members.in_order():
             worker = head.members.workers[name]
-            share = self._fraction / head.members.same_host(name)
+            num_sharing = on_host[worker.info.host, worker.info.device]
+            share = self._fraction / num_sharing
             pages = worker.num_pages * self._block_size * self._spec.kv_bytes_per_token_layer()
             kv_bytes = pages or self._kv_bytes or round(worker.info.memory_available * share)
-            usable = worker.info.memory_available // head.members.same_host(name) - MIN_FREE_BYTES
+            usable = worker.info.memory_available // num_sharing - MIN_FREE_BYTES
             found.append(Device(name, self.fleet.speed(name), max(usable, kv_bytes + worker.weight_bytes), kv_bytes))
         return found
 
     def _running(self, num_running: int) -> list[tuple[float, int]]:
         """Arrival and tokens of the requests in service: those with a token, and the first that have none yet."""
-        running = [(r.arrived_s, r.tokens) for r in self._requests.values() if r.tokens]
-        if len(running) < num_running:
-            reading = [(r.arrived_s, 0) for r in self._requests.values() if not r.tokens]
-            running += reading[: num_running - len(running)]
-        return running
+        running = [(r.arrived_s, r.tokens) for r in self._started.values()]
+        reading = ((r.arrived_s, 0) for r in self._requests.values() if not r.tokens)
+        return running + list(itertools.islice(reading, max(0, num_running - len(running))))
 
     def _learn(self) -> None:
         timed, self._timed = self._timed, []

@@ -48,7 +48,7 @@ from runtime.messages import (
 from runtime.model.spec import ModelSpec
 from scheduler.batching import Batcher, BatchingConfig
 from scheduler.membership import Membership
-from scheduler.pilot import SNAPSHOT_BYTES_PER_S, Pilot
+from scheduler.pilot import Pilot
 from scheduler.planning.autopilot import Mode, Settings
 from scheduler.planning.cost import Facts
 from scheduler.planning.emulation import speed_of_worker
@@ -446,7 +446,8 @@ class SchedulerState:
         pilot = self.pilot
         decision = pilot.heard(self, event.question, event.answer)
         if decision is not None and self.status == "serving" and not self.draining:
-            change = Change(self.next_change, decision.layout, "live", PILOT_DEADLINE_S, SNAPSHOT_BYTES_PER_S)
+            rate = pilot.autopilot.settings.snapshot_bytes_per_s
+            change = Change(self.next_change, decision.layout, "live", PILOT_DEADLINE_S, rate)
             try:
                 self._change_layout(ChangeLayout(change, False, self.now_s))
                 pilot.asked(change.id, decision.layout)

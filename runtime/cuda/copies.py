@@ -16,7 +16,10 @@ from typing import Any
 
 import torch
 
+from runtime.limiter import Accelerator
+
 LIMIT_BYTES = 64 << 20
+_PROBE_BYTES = 64 << 20
 
 
 class Copies:
@@ -64,6 +67,27 @@ class Copies:
         current.wait_stream(self._in)
         there.record_stream(current)
         return there
+
+    def measure(self) -> Accelerator:
+        """What the device's memory and the way there from the host can do, by copies of some milliseconds."""
+        host = torch.empty(_PROBE_BYTES, dtype=torch.uint8, pin_memory=True)
+        there = torch.empty(_PROBE_BYTES, dtype=torch.uint8, device=self._device)
+        within = 2.0 * _PROBE_BYTES / self._seconds(lambda: there.copy_(there.clone()), copies=2)
+        brought = _PROBE_BYTES / self._seconds(lambda: there.copy_(host, non_blocking=True))
+        return Accelerator(memory_bytes_per_s=within, link_bytes_per_s=brought)
+
+    def _seconds(self, copy: Callable[[], object], copies: int = 1) -> float:
+        """The shortest of some runs of `copy`, over the copies that it makes."""
+        taken = []
+        for _ in range(4):
+            begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            with torch.cuda.stream(self._in):
+                begun.record(self._in)
+                copy()
+                ended.record(self._in)
+            ended.synchronize()
+            taken.append(1e-3 * begun.elapsed_time(ended))
+        return max(min(taken), 1e-9) / copies
 
     def _hand_on(self) -> None:
         while True:

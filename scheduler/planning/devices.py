@@ -39,6 +39,11 @@ class DeviceKind(msgspec.Struct, frozen=True):
     link_latency_s: float = 300e-6
     link_bytes_per_s: float = 10e9
 
+    @property
+    def is_accelerator(self) -> bool:
+        """Whether bytes move beside the steps, by copy engines, and not by what computes them."""
+        return self.name != CPU_CORE.name
+
 
 _GB = 10**9
 _SHEET = "NVIDIA data sheet, "

@@ -3,9 +3,9 @@
 `Pipeline` puts the cost model and the mean steps together. For N sequences in service it has the mean time of every
 stage, hence the *round*, in which every microbatch goes once through the pipeline,
 
-    round = head + max(sum of stages, steps in flight * busiest worker)
+    round = head + max(sum of stages, steps in flight * busiest worker, the convoy behind a slow step)
 
-which is also the time per output token; and the requests finished per second, requests per step * steps in flight / round
+(`planning.convoy`), which is also the time per output token; and the requests finished per second, requests per step * steps in flight / round
 (the asymptotic bounds of a closed queueing network: Denning and Buzen, 1978). An open loop at a rate below what the
 pipeline can take settles at the N whose rate it is. A request's first token takes
 
@@ -27,6 +27,7 @@ import numpy as np
 
 from kvstore.ids import WorkerName
 from runtime.layout import Layout
+from scheduler.planning.convoy import round_seconds
 from scheduler.planning.cost import Facts, Speed, UnitTimes, unit_times
 from scheduler.planning.traffic import Serving, Slo, Steps, Traffic, mean_steps
 
@@ -230,19 +231,29 @@ class Pipeline:
         share = np.array([step.prefill_share for step in steps])[:, None]
         mean = (1 - share) * decode + share * prefill
         mean_hops = (1 - share) * hops[:g] + share * hops[g:]
-        busy, busy_prefill = self._per_worker(mean + mean_hops), self._per_worker(prefill + hops[g:])
+        busy = self._per_worker(mean + mean_hops)
+        fast, slow = self._per_worker(decode + hops[:g]), self._per_worker(prefill + hops[g:])
         in_flight = np.array([step.in_flight for step in steps])
         requests = np.array([step.requests for step in steps])
-        period = busy.max(axis=1)
-        round_s = serving.head_s + np.maximum((mean + mean_hops).sum(axis=1), in_flight * period)
         alone = in_flight >= np.array([step.num_sequences for step in steps])
-        only_decode = serving.head_s + np.maximum((decode + hops[:g]).sum(axis=1), in_flight * period)
-        one_pass = np.maximum((prefill + hops[g:]).sum(axis=1), np.where(alone, 0.0, in_flight * period))
+        ends = {
+            "mean_busiest": busy.max(axis=1),
+            "slow_sum": slow.sum(axis=1),
+            "fast_sum": fast.sum(axis=1),
+            "fast_busiest": fast.max(axis=1),
+        }
+        cycle = round_seconds(share[:, 0], in_flight, mean_sum=busy.sum(axis=1), **ends)
+        # a sequence that has its steps to itself and decodes is held up by the chunks of the others only
+        others = share[:, 0] * (1.0 - 1.0 / in_flight)
+        only_decode = round_seconds(others, in_flight, mean_sum=ends["fast_sum"], **ends)
+        period = cycle / in_flight
+        round_s = serving.head_s + cycle
+        one_pass = np.where(alone, ends["slow_sum"], np.maximum(ends["slow_sum"], cycle))
         chunks = np.array([step.prefill_steps for step in steps])
         chunk = np.array([step.prefill.prefill_tokens for step in steps])
-        prompt_s = busy_prefill.max(axis=1) * traffic.new_tokens / chunk
-        ttft_s = serving.head_s + one_pass + (chunks - 1) * busy_prefill.max(axis=1) + np.where(alone, 0.0, period / 2)
-        tpot_s = np.where(alone, only_decode, round_s)
+        prompt_s = slow.max(axis=1) * traffic.new_tokens / chunk
+        ttft_s = serving.head_s + one_pass + (chunks - 1) * slow.max(axis=1) + np.where(alone, 0.0, period / 2)
+        tpot_s = np.where(alone, serving.head_s + only_decode, round_s)
         rate = requests * in_flight / round_s
         return _Sweep(steps, grid, rate, tpot_s, ttft_s, prompt_s, mean, decode, prefill, mean_hops, busy)
 

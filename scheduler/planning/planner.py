@@ -29,6 +29,7 @@ from kvstore.ids import WorkerName
 from runtime.layout import Layout, layout_from_counts
 from scheduler.planning.cost import Facts, unit_times
 from scheduler.planning.forecast import Device, Forecast, Pipeline
+from scheduler.planning.rounds import FEW, Rounds
 from scheduler.planning.search import Solver
 from scheduler.planning.splits import Problem, Split, split_near, split_order
 from scheduler.planning.traffic import Objective, Serving, Slo, Steps, Traffic, mean_steps
@@ -178,6 +179,7 @@ class _Option:
     num_sequences: float = 1.0
     layout: Layout | None = None
     forecast: Forecast | None = None
+    posed: "_Posed | None" = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +191,7 @@ class _Posed:
     steps: Steps
     problem: Problem
     solver: Solver
+    rounds: Rounds
     bound_s: float
 
 
@@ -247,7 +250,7 @@ class _Planning:
         k, best = max(options.items(), key=lambda item: (item[1].score, -item[0]))
         if best.split is None:
             raise NoPlan(self._why_nothing_fits(most))
-        best = self._shown(best)
+        best = self._shown(self._improved(best))
         steady = self._in_present_order(k, best)
         return self._result(k, steady or best, options, best if steady else None)
 
@@ -279,8 +282,8 @@ class _Planning:
         highest = self._rate(one.steps, one.bound_s) if one.bound_s else math.inf
         if highest < best * (1 + _TIE):
             return _Option(None, highest)
-        one, split = self._solve(one)
-        return _Option(split, self._rate(one.steps, split.cycle_s(one.problem)) if split else -math.inf)
+        one, split, round_s = self._solve(one)
+        return _Option(split, self._rate(one.steps, round_s) if split else -math.inf, posed=one)
 
     def _highest(self, one: _Posed) -> float:
         """No split scores better at this operating point; inf where nothing cheap is known."""
@@ -292,17 +295,38 @@ class _Planning:
 
     def _weighed(self, one: _Posed) -> _Option:
         """The best split at this operating point, with its forecast and score."""
-        _, split = self._solve(one)
-        return _Option(None, -math.inf) if split is None else self._shown(_Option(split, 0.0), in_full=False)
+        one, split, _ = self._solve(one)
+        if split is None:
+            return _Option(None, -math.inf)
+        option = self._shown(_Option(split, 0.0), in_full=False)
+        option.posed = one
+        return option
 
-    def _solve(self, one: _Posed) -> tuple[_Posed, Split | None]:
-        """The best split; where memory allows none, with fewer sequences until it does."""
+    def _solve(self, one: _Posed) -> tuple[_Posed, Split | None, float]:
+        """A split and its round in seconds, the best one of `FEW` devices; where memory allows none, with fewer sequences until
+        it does."""
         while True:
             wanted = self._wanted(one.k)
             split = split_order(one.problem, wanted[0]) if self.keeps_order else one.solver.best(*wanted)
-            if split is not None or one.num_sequences <= 1:
-                return one, split
+            if split is not None and len(self.devices) <= FEW:
+                return one, *one.rounds.improve(one.problem, split, keep_order=self.keeps_order)
+            if split is not None:
+                return one, split, one.rounds.of(split)
+            if one.num_sequences <= 1:
+                return one, None, math.inf
             (one,) = self._pose([one.k], [max(1.0, one.num_sequences / 2)])
+
+    def _improved(self, best: _Option) -> _Option:
+        """With what single exchanges still gain, which was not tried for every number of stages (`_solve`)."""
+        if best.split is None or best.posed is None or len(self.devices) <= FEW:
+            return best
+        split, _ = best.posed.rounds.improve(best.posed.problem, best.split, keep_order=self.keeps_order)
+        if split is best.split:
+            return best
+        if best.forecast is None and best.layout is None:
+            return _Option(split, 0.0, posed=best.posed)
+        better = self._shown(_Option(split, 0.0))
+        return better if better.score > best.score else best
 
     def _rate(self, steps: Steps, cycle_s: float) -> float:
         return steps.requests * steps.in_flight / (self.serving.head_s + cycle_s)
@@ -347,6 +371,7 @@ class _Planning:
             return None
         cuts = [segment.layers.stop for segment in present.segments[:-1]]
         near = split_near(one.problem, order, split.largest * (1 + self.error), cuts) or split
+        split, _ = one.rounds.improve(one.problem, split, keep_order=True)
         for option in (self._shown(_Option(near, 0.0)), self._shown(_Option(split, 0.0))):
             if _gain(self.objective, option.score, best.score) <= self.error:
                 return option
@@ -383,24 +408,27 @@ class _Planning:
         facts, spec, serving, traffic = self.facts, self.facts.spec, self.serving, self.traffic
         steps = [mean_steps(traffic, serving, serving.microbatches(k), n) for k, n in zip(ks, in_service, strict=True)]
         times = unit_times(facts, self.speeds, [s.decode for s in steps] + [s.prefill for s in steps])
-        share = np.array([s.prefill_share for s in steps])
-        half = len(steps)
-        layers = (1 - share)[:, None, None] * times.layers[:half] + share[:, None, None] * times.layers[half:]
-        last = (1 - share)[:, None] * times.last[:half] + share[:, None] * times.last[half:]
+        half, share = len(steps), np.array([s.prefill_share for s in steps])
+        tokens = np.array([work.num_tokens for s in steps for work in (s.decode, s.prefill)]).reshape(half, 2, 1)
+        stage = times.fixed + self.hop_latency + tokens * self.hop_per_token
+        kinds, last = (np.stack([part[:half], part[half:]], axis=1) for part in (times.layers, times.last))
+        mean_stage, mean_last = (_weighted(share[:, None], part[:, 0], part[:, 1]) for part in (stage, last))
+        mean = _weighted(share[:, None, None], kinds[:, 0], kinds[:, 1])
         posed = []
         for row, (k, step) in enumerate(zip(ks, steps, strict=True)):
             problem = Problem(
-                stage=times.fixed + self.hop_latency + step.num_tokens * self.hop_per_token,
-                layers=layers[row][:, facts.kind_of_layer],
-                last=last[row],
+                stage=mean_stage[row],
+                layers=mean[row][:, facts.kind_of_layer],
+                last=mean_last[row],
                 room=self.rooms,
                 layer_bytes=facts.layer_bytes + self._kv_bytes(in_service[row]),
                 first_bytes=float(spec.embedding_bytes),
                 last_bytes=float(spec.lm_head_bytes),
                 in_flight=step.in_flight,
             )
-            solver = Solver(problem, k)
-            posed.append(_Posed(k, in_service[row], step, problem, solver, solver.cycle_bound_s()))
+            rounds = Rounds(stage[row], kinds[row], last[row], facts.kind_of_layer, share[row], step.in_flight)
+            bound_s = rounds.bound_s(problem, k)
+            posed.append(_Posed(k, in_service[row], step, problem, Solver(problem, k), rounds, bound_s))
         return posed
 
     def _wanted(self, k: int) -> tuple[list[int], list[int]]:
@@ -469,6 +497,10 @@ class _Planning:
             f" ({', '.join(f'{name} {bytes_ / 1e9:.1f}' for name, bytes_ in zip(self.names, self.rooms, strict=True))})."
             " Add devices, or lower the headroom"
         )
+
+
+def _weighted(share: np.ndarray, fast: np.ndarray, slow: np.ndarray) -> np.ndarray:
+    return (1.0 - share) * fast + share * slow
 
 
 def _gain(objective: Objective, before: float, after: float) -> float:

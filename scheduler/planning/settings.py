@@ -11,7 +11,8 @@ class Settings(msgspec.Struct, frozen=True):
     `min_gain` is relative; `overhead` the share of the service that a change takes while it goes on, `change_s` what it is
     taken to cost beyond that and `layer_s` for each layer moved (seconds of service). `pressure_at` is the utilization from which on capacity is worth all that it
     promises. Of two proposals the one that pays more within `nearer_s` is taken. `elastic`: use no more workers than the load
-    needs.
+    needs. `snapshot_bytes_per_s` is what a change may put on each source's network while it serves; `kv_bytes_per_s` and
+    `load_bytes_per_s` are what is expected of it before one was seen.
     """
 
     objective: Objective = "throughput"
@@ -36,5 +37,6 @@ class Settings(msgspec.Struct, frozen=True):
     pressure_at: float = 0.7
     nearer_s: float = 60.0
     headroom: float = 0.1
+    snapshot_bytes_per_s: int = 200_000_000
     kv_bytes_per_s: float = 50e6
     load_bytes_per_s: float = 200e6

@@ -110,8 +110,12 @@ def mean_steps(traffic: Traffic, serving: Serving, num_microbatches: int, num_se
         requests = min(num_sequences / (in_flight * output + chunks - 1.0), most)
         decode_rows = 0.0 if alone else requests * (output - 1.0)
     free = max(1.0, budget - decode_rows)
-    chunk = min(free, max(prompt / chunks, requests * prompt)) if not alone else prompt / chunks
-    share = min(1.0, requests * prompt / chunk)
+    read = requests * prompt
+    if alone:
+        share = min(1.0, requests * chunks)
+    else:
+        share = min(1.0, max(read / free, -math.expm1(-read / min(free, prompt))))
+    chunk = read / share
     rows = requests * (output - 1.0)
     context = traffic.mean_context
     decoding = rows / (1.0 - share) if alone and share < 1.0 else rows

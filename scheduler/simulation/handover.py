@@ -60,6 +60,8 @@ class SimHandover:
     bytes_per_s: float = 0.0
     is_open: bool = False
     copy_began_s: float = 0.0
+    due_s: float = 0.0
+    """When the next slice of the snapshot may be sent."""
     copy_s: float = 0.0
     fence_waits: int = 0
     fence_wait_s: float = 0.0

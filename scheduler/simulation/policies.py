@@ -45,9 +45,18 @@ class Planning:
 
     @classmethod
     def of(
-        cls, facts: Facts, devices: Sequence[SimDevice], serving: Serving, objective: Objective, slo: Slo
+        cls,
+        facts: Facts,
+        devices: Sequence[SimDevice],
+        serving: Serving,
+        objective: Objective,
+        slo: Slo,
+        *,
+        pool_bytes: int = 0,
     ) -> "Planning":
-        return cls(facts, tuple(Device(d.worker, d.speed, d.memory_bytes) for d in devices), serving, objective, slo)
+        """`pool_bytes` is each worker's page pool, if they have one already."""
+        known = tuple(Device(d.worker, d.speed, d.memory_bytes, pool_bytes) for d in devices)
+        return cls(facts, known, serving, objective, slo)
 
     def plan(self, traffic: Traffic, present: Layout | None) -> Plan:
         """Raises `NoPlan` when the model does not fit."""

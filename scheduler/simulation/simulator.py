@@ -17,7 +17,6 @@ from runtime.layout import Layout
 from runtime.messages import Sampling, StepResult, ToHead
 from runtime.model.spec import ModelSpec
 from scheduler.batching import BatchingConfig
-from scheduler.pilot import SNAPSHOT_BYTES_PER_S
 from scheduler.planning.autopilot import Mode, Settings
 from scheduler.planning.cost import Facts, work_of_rows
 from scheduler.planning.look import answer
@@ -292,7 +291,7 @@ class Simulation:
     def _change(self, layout: Layout) -> None:
         self._asked = layout
         self._change_id = self.head.next_change
-        change = Change(self._change_id, layout, "live", 600.0, SNAPSHOT_BYTES_PER_S)
+        change = Change(self._change_id, layout, "live", 600.0, self.head.cluster.piloting.snapshot_bytes_per_s)
         try:
             self._handle(ChangeLayout(change, False, self.world.now_s))
         except Refused as error:

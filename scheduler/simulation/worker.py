@@ -3,7 +3,8 @@
 It has no tensors and no KV, but all that the head can see: which epochs it serves, the order of its steps, its memory, its
 page pool, mirrors, fences, the pace of what it does in the background (the real `Limiter`). Its one resource is the time
 of its compute thread: `free_at_s` is when the work that it has taken on will be done. Sending takes of that time too
-(`cost.hop_seconds`), as does every slice of a snapshot; loading of a shadow does not, it rests as the real one does.
+(`cost.hop_seconds`), as does every slice of a snapshot, by as much as `Limiter.taken_s` says; loading of a shadow does not, it rests
+as the real one does.
 
 While nothing but steps is going on, they meet no decision on their way, and go through all of the pipeline at once: the times of
 every hop follow from when its worker is free and when the step arrives there. So `free_at_s` may lie a pass ahead of the
@@ -20,7 +21,7 @@ from typing import Protocol, TypeAlias, assert_never
 
 from kvstore.ids import Epoch, WorkerName
 from runtime.layout import Layout
-from runtime.limiter import Limiter
+from runtime.limiter import Accelerator, Limiter
 from runtime.messages import (
     MIN_FREE_BYTES,
     Cancel,
@@ -51,7 +52,9 @@ from scheduler.simulation.stage_cost import StageCost
 from scheduler.simulation.world import SimDevice, World
 
 SLICE_S = 0.001
-"""What a slice of a snapshot takes of the worker's time, at most."""
+"""What a slice of a snapshot takes of the link's time, at most (on a CPU that is the worker's)."""
+QUEUE_S = 200e-6
+"""What an accelerator's host needs to queue a slice, or the rows of a step for one target. Assumed."""
 
 Unit: TypeAlias = int | str
 
@@ -97,7 +100,9 @@ class SimWorker:
         self._retire_due: Retire | None = None
         self._last_transition = 0
         self._idle_since_s = 0.0
-        self._limiter = Limiter()
+        self._wire_free_s = 0.0
+        there = Accelerator(self._kind.bandwidth, world.rates.load_bytes_per_s) if self._kind.is_accelerator else None
+        self._limiter = Limiter(there)
 
     def join(self) -> Join:
         kind = self._kind.name
@@ -288,15 +293,16 @@ class SimWorker:
             if source.hop != hop or flight.plan.ordinal < source.start:
                 continue
             num_bytes = round(flight.work.num_tokens * len(source.move.layers) * self._facts.kv_bytes)
-            self._occupy(self.free_at_s, self._sending_s(num_bytes))
+            sent_s, _ = self._send(self.free_at_s, num_bytes)
             target = self._network.peer(source.move.target)
             arguments = (handover.transition, source.index, source.start, flight.plan.ordinal, num_bytes)
-            self._world.at(self.free_at_s + self._world.rates.flight_s, target.mirrored, *arguments)
+            self._world.at(sent_s + self._world.rates.flight_s, target.mirrored, *arguments)
 
     def _copy(self, copy: Copy) -> None:
         handover = self._under_way(copy.transition)
         if handover is not None:
             handover.bytes_per_s, handover.copy_began_s = copy.bytes_per_s, self._world.now_s
+            handover.due_s = self._world.now_s
             handover.jobs.extend(CopyJob(source, len(copy.blocks)) for source in handover.sources)
             self._slice(handover)
 
@@ -311,20 +317,34 @@ class SimWorker:
         count = min(per_slice, job.num_blocks - job.sent)
         job.sent += count
         num_bytes = count * block_bytes
-        worked_s = self._sending_s(num_bytes)
-        self._occupy(max(world.now_s, self.free_at_s), worked_s)
+        sent_s, worked_s = self._send(max(world.now_s, self.free_at_s), num_bytes)
         target = self._network.peer(job.source.move.target)
         arguments = (handover.transition, job.source.index, job.sent, num_bytes)
-        world.at(self.free_at_s + world.rates.flight_s, target.copied, *arguments)
+        world.at(sent_s + world.rates.flight_s, target.copied, *arguments)
         if job.sent >= job.num_blocks:
             handover.jobs.popleft()
-        handover.copy_s = self.free_at_s - handover.copy_began_s
+        handover.copy_s = sent_s - handover.copy_began_s
         rate = math.inf if world.rates.free_changes else handover.bytes_per_s
-        rest_s = self._limiter.rest_s(world.now_s, worked_s, num_bytes, rate)
-        world.at(self.free_at_s + max(0.0, rest_s), self._slice, handover)
+        limiter, due_s = self._limiter, handover.due_s
+        handover.due_s = limiter.due_s(self.free_at_s, due_s, worked_s, num_bytes, rate)
+        following_s = sent_s if limiter.is_idle(world.now_s) else world.now_s
+        world.at(max(handover.due_s, following_s), self._slice, handover)
 
-    def _sending_s(self, num_bytes: int) -> float:
-        return 0.0 if self._world.rates.free_changes else num_bytes / self._kind.link_bytes_per_s
+    def _send(self, begun_s: float, num_bytes: int) -> tuple[float, float]:
+        """Send KV from `begun_s` on: when the last byte has left, and for how long this thread was kept.
+
+        A CPU is kept by all of it. On an accelerator steps lose what queueing takes and the bandwidth, and the link is busy meanwhile:
+        for one thing after the other.
+        """
+        if self._world.rates.free_changes:
+            return max(begun_s, self.free_at_s), 0.0
+        wire_s = num_bytes / self._kind.link_bytes_per_s
+        if not self._kind.is_accelerator:
+            self._occupy(begun_s, wire_s)
+            return self.free_at_s, wire_s
+        self._occupy(begun_s, self._limiter.taken_s(QUEUE_S, num_bytes))
+        self._wire_free_s = max(self._wire_free_s, self.free_at_s) + wire_s
+        return self._wire_free_s, QUEUE_S
 
     # -- a transition: the target ---------------------------------------------------------------------------
 
@@ -393,7 +413,7 @@ class SimWorker:
         self._units.add(unit)
         seconds = 0.0 if self._world.rates.free_changes else self._unit_bytes(unit) / self._world.rates.load_bytes_per_s
         if handover.source_epoch in self._stages:
-            seconds /= self._limiter.share(now_s)
+            seconds /= self._limiter.loading_share(now_s)
         self._world.at(now_s + seconds, self._shadow, handover, rest, began_s)
 
     # -- a transition: the end ------------------------------------------------------------------------------

@@ -37,14 +37,16 @@ from scheduler.simulation.trace import Trace, read_trace
 from scheduler.simulation.world import Rates, name_devices, parse_devices
 
 CLUSTERS = {2: "h200:1,l40s:1", 8: "a100:4,l40s:4", 64: "a100:16,l40s:24,a10:12,l4:12"}
-PHASE_S = {2: 300.0, 8: 300.0, 64: 120.0}
+PHASE_S = {2: 300.0, 8: 300.0, 64: 300.0}
 LOAD_BYTES_PER_S = 10e9
 """Weights come from the host's memory over PCIe."""
+SNAPSHOT_BYTES_PER_S, KV_BYTES_PER_S = 2_500_000_000, 1e9
+"""What a change may put on each source's network, a quarter of the table's link, and what the autopilot expects of it at first."""
 LOAD = 0.75
 SLO = Slo(ttft_s=5.0, tpot_s=0.5)
 MAX_RUNNING = {2: 96, 8: 256, 64: 512}
-KV_BYTES = {2: 0, 8: 16 * 10**9, 64: 6 * 10**9}
-"""Of each worker's page pool: enough for the sequences in service, and small enough that layers can move beside it. 0: half of
+KV_BYTES = {2: 0, 8: 16 * 10**9, 64: 10 * 10**9}
+"""Of each worker's page pool: enough for the sequences in service on as many layers as the layouts give to a worker, and small enough that layers can move beside it. 0: half of
 what the weights leave."""
 PARTS = {
     "pipelive": [("prompts", 512.0, 16.0), ("answers", 128.0, 512.0), ("prompts again", 512.0, 16.0)],
@@ -98,7 +100,9 @@ class Cluster:
         self.facts, self.raw = Facts(self.spec), parse_devices(CLUSTERS[count])
         self.devices = name_devices(self.raw, ())
         self.serving = Serving(max_step_tokens=512, max_running=MAX_RUNNING[count])
-        self.planning = Planning.of(self.facts, self.devices, self.serving, "throughput", SLO)
+        self.planning = Planning.of(
+            self.facts, self.devices, self.serving, "throughput", SLO, pool_bytes=KV_BYTES[count]
+        )
         self.phase_s = PHASE_S[count]
         if pattern == "azure":
             self._from_files()
@@ -182,7 +186,9 @@ def _simulate(cluster: Cluster, arm: str, layout: Layout) -> dict[str, Any]:
     """One arm, which begins on `layout`."""
     index = {device.worker: i for i, device in enumerate(cluster.devices)}
     devices = name_devices(cluster.raw, [index[segment.worker] for segment in layout.segments])
-    planning = Planning.of(cluster.facts, devices, cluster.serving, "throughput", SLO)
+    planning = Planning.of(
+        cluster.facts, devices, cluster.serving, "throughput", SLO, pool_bytes=KV_BYTES[len(cluster.raw)]
+    )
     policy = Oracle(planning, cluster.trace, cluster.phase_s) if arm == "oracle" else Policy()
     simulation = Simulation(
         cluster.spec,
@@ -194,7 +200,10 @@ def _simulate(cluster: Cluster, arm: str, layout: Layout) -> dict[str, Any]:
         kv_bytes=KV_BYTES[len(cluster.raw)],
         memory_fraction=0.5,
         autopilot="on" if arm == "autopilot" else "off",
-        piloting=Settings(objective="throughput", slo=SLO, load_bytes_per_s=LOAD_BYTES_PER_S),
+        piloting=Settings(
+            objective="throughput", slo=SLO, load_bytes_per_s=LOAD_BYTES_PER_S,
+            kv_bytes_per_s=KV_BYTES_PER_S, snapshot_bytes_per_s=SNAPSHOT_BYTES_PER_S,
+        ),
     )  # fmt: skip
     began_s, cpu_s = time.perf_counter(), time.process_time()
     outcome = simulation.run(cluster.trace)

@@ -225,6 +225,8 @@ def test_copies_are_whole_and_in_order() -> None:
         time.sleep(0.01)
     assert [int(tensor[0]) for tensor in found] == list(range(20))
     assert all(tensor.is_cpu and bool((tensor == tensor[0]).all()) for tensor in found)
+    rates = copies.measure()
+    assert 1e9 < rates.link_bytes_per_s < rates.memory_bytes_per_s < 20e12
 
 
 # -- the server -----------------------------------------------------------------------------------------------

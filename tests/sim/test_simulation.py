@@ -161,6 +161,24 @@ def test_free_changes_take_no_time_but_the_protocols() -> None:
     assert free.changes[0].total_s < 1.0 < paid.changes[0].total_s
 
 
+def test_a_saturated_accelerator_changes_at_the_pace_of_its_memory() -> None:
+    """Twenty layers of 0.4 GB there, and their KV, while both devices have no idle time: 2 % of the time would be a minute and more."""
+    trace = make_trace("poisson:rate=10,prompt=512,output=128,duration=60", 1)
+    target = layout_from_counts(0, ["w0", "w1"], [26, 6])
+    _, still = run("a100:2", (16, 16), trace, concurrency=64)
+    policy = Scripted([(10.0, target), (20.0, layout_from_counts(0, ["w0", "w1"], [16, 16]))])
+    simulation, outcome = run("a100:2", (16, 16), trace, policy, concurrency=64, rates=Rates(load_bytes_per_s=5e9))
+    check(simulation, outcome, trace)
+    assert [report.outcome for report in outcome.changes] == ["committed", "committed"]
+    for report in outcome.changes:
+        assert report.weight_bytes > 4e9
+        assert report.total_s < 10.0
+    assert simulation.workers["w0"].busy_s / outcome.end_s > 0.6
+    moved = [r.tpot_s for r in outcome.records if r.first_s < 9.0]
+    kept = [r.tpot_s for r in still.records if r.first_s < 9.0]
+    assert sum(moved) / len(moved) < 1.1 * sum(kept) / len(kept), "those that run meanwhile hardly feel it"
+
+
 def test_a_model_that_does_not_fit_is_refused() -> None:
     trace = make_trace("poisson:rate=1", 0)
     with pytest.raises(SimulationError, match="no room for KV pages"):

@@ -2,12 +2,16 @@
 
 import pytest
 
-from runtime.limiter import IDLE_AFTER_S, MIN_SHARE, SHARE_OF_FREE, Limiter
+from runtime.limiter import CREDIT_S, IDLE_AFTER_S, MIN_SHARE, PASSES, SHARE_OF_FREE, Accelerator, Limiter
+
+GPU = Accelerator(memory_bytes_per_s=2e12, link_bytes_per_s=20e9)
 
 
-def after_steps(busy: float, *, seconds: float = 5.0, step_s: float = 0.01) -> tuple[Limiter, float]:
+def after_steps(
+    busy: float, *, seconds: float = 5.0, step_s: float = 0.01, accelerator: Accelerator | None = None
+) -> tuple[Limiter, float]:
     """A limiter that has seen steps of `step_s`, which took the share `busy` of the time; and the time."""
-    limiter, now_s = Limiter(), 100.0
+    limiter, now_s = Limiter(accelerator), 100.0
     while now_s < 100.0 + seconds:
         limiter.ran(now_s, now_s + step_s)
         now_s += step_s / busy
@@ -47,3 +51,51 @@ def test_rests_keep_the_share_and_the_rate() -> None:
     assert 0.001 / (0.001 + limiter.rest_s(now_s, 0.001)) == pytest.approx(share)
     slow = limiter.rest_s(now_s, 0.001, num_bytes=1_000_000, bytes_per_s=10e6)
     assert 0.001 + slow == pytest.approx(0.1)
+
+
+# -- accelerators -----------------------------------------------------------------------------------------------
+
+
+def test_a_processor_is_charged_for_its_time_alone() -> None:
+    limiter, now_s = after_steps(0.9)
+    assert limiter.taken_s(0.004, 1 << 30) == 0.004
+    assert limiter.loading_share(now_s) == limiter.share(now_s)
+    assert limiter.due_s(now_s, now_s - 1.0, 0.004, 1 << 20) == now_s + limiter.rest_s(now_s, 0.004, 1 << 20)
+
+
+def test_an_accelerator_is_charged_for_bandwidth() -> None:
+    """A saturated device gives its share of the memory's bandwidth, not of the time that the link needs."""
+    limiter, now_s = after_steps(0.999, accelerator=GPU)
+    assert limiter.share(now_s) == MIN_SHARE
+    num_bytes, queued_s = 64 << 20, 100e-6
+    taken_s = queued_s + PASSES * num_bytes / GPU.memory_bytes_per_s
+    assert limiter.taken_s(queued_s, num_bytes) == pytest.approx(taken_s)
+    period_s = queued_s + limiter.rest_s(now_s, queued_s, num_bytes)
+    assert taken_s / period_s == pytest.approx(MIN_SHARE, rel=0.02)
+    by_time_s = num_bytes / GPU.link_bytes_per_s / MIN_SHARE
+    assert period_s < by_time_s / 10
+
+
+def test_the_link_bounds_what_a_loader_brings() -> None:
+    fast, now_s = after_steps(0.999, accelerator=GPU)
+    assert PASSES * GPU.link_bytes_per_s / GPU.memory_bytes_per_s > MIN_SHARE
+    assert fast.loading_share(now_s) == pytest.approx(MIN_SHARE * 2e12 / (PASSES * 20e9))
+    free, now_s = after_steps(0.2, accelerator=GPU)
+    assert free.loading_share(now_s) == 1.0, "all the time, where a share of the bandwidth is more than the link brings"
+
+
+def test_an_accelerator_makes_up_for_slices_that_waited_for_a_step() -> None:
+    limiter, now_s = after_steps(0.999, accelerator=GPU)
+    rest_s = limiter.rest_s(now_s, 0.001)
+    late_s = 0.1
+    assert limiter.due_s(now_s, now_s - 0.001 - late_s, 0.001) == pytest.approx(now_s - late_s + rest_s)
+    long_ago = limiter.due_s(now_s, now_s - 100.0, 0.001)
+    assert long_ago == pytest.approx(now_s - CREDIT_S + rest_s), "but not for more than that"
+    due_s = now_s - 0.2
+    for _ in range(100):  # slices of a millisecond after a step of 0.2 s: what was due meanwhile, and no more
+        due_s = limiter.due_s(now_s, due_s, 0.001)
+        now_s += 0.001
+        if due_s > now_s:
+            break
+    assert due_s - now_s <= 0.001 / MIN_SHARE
+    assert due_s > now_s

@@ -135,7 +135,7 @@ def test_elastic_gives_workers_back_and_takes_them_again() -> None:
 def test_more_workers_are_wanted_when_those_there_are_cannot_carry_the_load() -> None:
     devices = [device("l0", "l40s")]
     world = World(make("advise"), devices, devices, layout_from_counts(1, ["l0"], [32]), 1)
-    world.run(Phase(30, 256, 128, rate=60.0))
+    world.run(Phase(30, 256, 128, rate=35.0))
     workers = world.autopilot.workers
     assert workers is not None
     assert (workers.present, workers.used) == (1, 1)

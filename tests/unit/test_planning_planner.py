@@ -188,7 +188,7 @@ def test_a_forecast_adds_up() -> None:
     forecast = Pipeline(facts, devices, layout_from_counts(0, ["w0", "w1"], [20, 10]), traffic, SERVING).forecast()
     assert forecast.bottleneck == 0
     assert forecast.stages[0].utilization > forecast.stages[1].utilization
-    assert forecast.stages[0].utilization > 0.95
+    assert 0.8 < forecast.stages[0].utilization < 0.95, "it waits for what is held up behind a prompt"
     assert forecast.tokens_per_s == pytest.approx(128 * forecast.requests_per_s)
     # each of the 32 streams gets a token per round, and spends another round on its prompt
     assert forecast.requests_per_s == pytest.approx(32 / (128 * forecast.tpot_s), rel=0.02)
@@ -235,7 +235,7 @@ def test_alike_workers_do_not_change_places_for_noise() -> None:
     assert not calm.is_change
     assert calm.gain == 0.0
     assert "within the model's own error of 5.0%" in calm.explain()
-    bad = layout_from_counts(3, swapped.workers, [10, 2])
+    bad = layout_from_counts(3, swapped.workers, [3, 9])
     mended = plan(facts, devices, traffic, present=bad, error=0.05)
     assert mended.is_change, "a gain beyond the error is proposed"
     assert mended.layout.workers == bad.workers, "with the order that there is"
