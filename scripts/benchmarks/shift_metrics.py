@@ -155,6 +155,19 @@ def latencies(streams: Sequence[Stream], chosen: set[int]) -> tuple[list[float],
     return [s.ttft_s for s in picked], [s.tpot_s for s in picked if s.num_output > 1]
 
 
+def shares_before(streams: Sequence[Stream], chosen: set[int], at_s: float) -> tuple[list[float], list[float]]:
+    """How much of the time that `latencies` gives for the same requests, and in the same order, had passed at `at_s`; in [0, 1]."""
+    picked = sorted((s for s in good(streams) if s.index in chosen), key=lambda stream: stream.index)
+
+    def share(begin_s: float, end_s: float) -> float:
+        return (
+            float(np.clip((at_s - begin_s) / (end_s - begin_s), 0.0, 1.0)) if end_s > begin_s else float(end_s <= at_s)
+        )
+
+    to_first = [share(s.due_s, s.times_s[0]) for s in picked]
+    return to_first, [share(s.times_s[0], s.times_s[-1]) for s in picked if s.num_output > 1]
+
+
 # -- intervals -----------------------------------------------------------------------------------------------
 
 

@@ -24,6 +24,7 @@ from shift_metrics import (
     ratio_less_one,
     service_gap,
     service_gap_s,
+    shares_before,
     silence_s,
     stalls_s,
     usual_gaps_s,
@@ -75,6 +76,7 @@ def figures(sample: Sample) -> dict[str, Any]:
     ttft_plain, _ = latencies(plain.streams, arriving(changed.streams, window) & whole)
     touched = overlapping(changed.streams, window) & whole
     around, around_plain, around_target = (latencies(run.streams, touched) for run in (changed, plain, target))
+    before = shares_before(changed.streams, touched, sample.change.commit_s)
     gap = service_gap_s(changed.streams, window)
     usual = [usual_gaps_s(run.streams, window.length_s, steady) for run in (plain, target)]
     usual_s = mean_of(usual) or 0.0
@@ -95,8 +97,8 @@ def figures(sample: Sample) -> dict[str, Any]:
         "step_s": median_gap_s(plain.streams, window),
         "stalls_s": [stalls_s(changed.streams, window), stalls_s(plain.streams, window)],
         "ttft_arriving_s": [ttft, ttft_plain],
-        "ttft_s": [around[0], around_plain[0], around_target[0], _means(around_plain[0], around_target[0])],
-        "tpot_s": [around[1], around_plain[1], around_target[1], _means(around_plain[1], around_target[1])],
+        "ttft_s": [around[0], around_plain[0], around_target[0], _mixed(around_plain[0], around_target[0], before[0])],
+        "tpot_s": [around[1], around_plain[1], around_target[1], _mixed(around_plain[1], around_target[1], before[1])],
         "rss": sample.rss,
         "errors": len(changed.errors),
         "errors_plain": len(plain.errors) + len(target.errors),
@@ -157,8 +159,9 @@ def _row(seeds: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
     return row
 
 
-def _means(left: Sequence[float], right: Sequence[float]) -> list[float]:
-    return [(a + b) / 2 for a, b in zip(left, right, strict=True)]
+def _mixed(source: Sequence[float], target: Sequence[float], shares: Sequence[float]) -> list[float]:
+    """What each request takes if it has that share of its time on the source layout and the rest on the target."""
+    return [share * a + (1.0 - share) * b for a, b, share in zip(source, target, shares, strict=True)]
 
 
 def _values(seeds: Sequence[Sequence[dict[str, Any]]], key: str) -> list[list[float]]:

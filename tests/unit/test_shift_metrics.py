@@ -24,6 +24,7 @@ from shift_metrics import (
     percentile_of,
     ratio_less_one,
     service_gap_s,
+    shares_before,
     silence_s,
     stalls_s,
     usual_gaps_s,
@@ -132,6 +133,18 @@ def test_latencies_are_in_the_order_of_the_requests() -> None:
     ttft, tpot = latencies(streams, {1, 5})
     assert ttft == [pytest.approx(1.0), pytest.approx(0.5)]
     assert tpot == [pytest.approx(1.0), pytest.approx(1.0)]
+
+
+def test_how_much_of_a_request_lies_before_a_moment() -> None:
+    streams = [
+        stream(5, 2.0, 2.5, 3.0, 4.5),
+        stream(1, 0.0, 1.0, 2.0, 3.0),
+        stream(2, 0.0, 9.0, 9.1),
+        stream(3, 5.0, 6.0),
+    ]
+    to_first, to_last = shares_before(streams, {1, 2, 3, 5}, 2.25)
+    assert to_first == [1.0, pytest.approx(0.25), pytest.approx(0.5)], "in order of the requests; one token has no gaps"
+    assert to_last == [pytest.approx(0.625), 0.0, 0.0]
 
 
 # -- intervals -------------------------------------------------------------------------------------------------
