@@ -7,6 +7,7 @@ prompt. `Rounds.improve` moves single layers and exchanges devices while that sh
 Never true: the result is worse than the split it began with.
 """
 
+import functools
 import itertools
 from collections.abc import Iterable
 from dataclasses import replace
@@ -134,36 +135,48 @@ class Rounds:
     def _moves(self, order: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """``[C, k]``: one layer less on a stage and one more on another."""
         k = len(order)
-        sources: Iterable[int] = range(k)
-        targets: Iterable[int] = range(k)
-        if k > _EVERY_MOVE:
-            per_layer = self._until[1, order, -1]
-            stops = counts.cumsum()
-            busy = self._until[0, order, stops] - self._until[0, order, stops - counts]
-            sources = {*np.argsort(-per_layer)[:_ENDS].tolist(), *np.argsort(-busy)[:_ENDS].tolist()}
-            targets = {*np.argsort(per_layer)[:_ENDS].tolist(), *np.argsort(busy)[:_ENDS].tolist()}
-        pairs = np.array([(i, j) for i in sources for j in targets if i != j], dtype=np.intp).reshape(-1, 2)
-        moves = np.zeros((len(pairs), k), dtype=counts.dtype)
-        rows = np.arange(len(pairs))
-        moves[rows, pairs[:, 0]], moves[rows, pairs[:, 1]] = -1, 1
-        return moves
+        if k <= _EVERY_MOVE:
+            return _all_moves(k)
+        per_layer = self._until[1, order, -1]
+        stops = counts.cumsum()
+        busy = self._until[0, order, stops] - self._until[0, order, stops - counts]
+        sources = {*np.argsort(-per_layer)[:_ENDS].tolist(), *np.argsort(-busy)[:_ENDS].tolist()}
+        targets = {*np.argsort(per_layer)[:_ENDS].tolist(), *np.argsort(busy)[:_ENDS].tolist()}
+        return _moves_between(k, sources, targets)
 
 
 def _exchanges(order: np.ndarray, counts: np.ndarray, num_devices: int) -> tuple[np.ndarray, np.ndarray]:
     """Another device for a stage, two stages' devices exchanged, and two stages exchanged with their layers."""
-    k, found = len(order), []
-    for i in range(k):
-        for other in sorted(set(range(num_devices)) - set(order.tolist())):
-            found.append((order.copy(), counts))
-            found[-1][0][i] = other
-    for i, j in itertools.combinations(range(k), 2):
-        there = np.arange(k)
-        there[[i, j]] = j, i
-        found += [(order[there], counts), (order[there], counts[there])]
-    if not found:
-        return np.empty((0, k), dtype=order.dtype), np.empty((0, k), dtype=counts.dtype)
-    orders, kept = zip(*found, strict=True)
-    return np.array(orders), np.array(kept)
+    k, swaps = len(order), _swaps(len(order))
+    others = np.setdiff1d(np.arange(num_devices), order)
+    replaced = np.repeat(order[None], k * len(others), axis=0)
+    replaced[np.arange(len(replaced)), np.repeat(np.arange(k), len(others))] = np.tile(others, k)
+    swapped = order[swaps]
+    orders = np.concatenate([replaced, swapped, swapped])
+    kept = np.concatenate([np.repeat(counts[None], len(replaced) + len(swaps), axis=0), counts[swaps]])
+    return orders, kept
+
+
+@functools.lru_cache(maxsize=_EVERY_MOVE)
+def _swaps(k: int) -> np.ndarray:
+    """``[k (k - 1) / 2, k]``: the stages with two of them exchanged."""
+    pairs = np.array(list(itertools.combinations(range(k), 2)), dtype=np.intp).reshape(-1, 2)
+    swaps, rows = np.repeat(np.arange(k)[None], len(pairs), axis=0), np.arange(len(pairs))
+    swaps[rows, pairs[:, 0]], swaps[rows, pairs[:, 1]] = pairs[:, 1], pairs[:, 0]
+    return swaps
+
+
+@functools.lru_cache(maxsize=_EVERY_MOVE)
+def _all_moves(k: int) -> np.ndarray:
+    """``[k (k - 1), k]``: -1 and 1 for every pair of different stages."""
+    return _moves_between(k, range(k), range(k))
+
+
+def _moves_between(k: int, sources: Iterable[int], targets: Iterable[int]) -> np.ndarray:
+    pairs = np.array([(i, j) for i in sources for j in targets if i != j], dtype=np.intp).reshape(-1, 2)
+    moves, rows = np.zeros((len(pairs), k), dtype=np.int64), np.arange(len(pairs))
+    moves[rows, pairs[:, 0]], moves[rows, pairs[:, 1]] = -1, 1
+    return moves
 
 
 def _fit(problem: Problem, orders: np.ndarray, counts: np.ndarray) -> np.ndarray:
