@@ -148,7 +148,9 @@ class Rounds:
 def _exchanges(order: np.ndarray, counts: np.ndarray, num_devices: int) -> tuple[np.ndarray, np.ndarray]:
     """Another device for a stage, two stages' devices exchanged, and two stages exchanged with their layers."""
     k, swaps = len(order), _swaps(len(order))
-    others = np.setdiff1d(np.arange(num_devices), order)
+    is_free = np.ones(num_devices, dtype=bool)
+    is_free[order] = False
+    others = np.flatnonzero(is_free)
     replaced = np.repeat(order[None], k * len(others), axis=0)
     replaced[np.arange(len(replaced)), np.repeat(np.arange(k), len(others))] = np.tile(others, k)
     swapped = order[swaps]
