@@ -44,8 +44,9 @@ class Outgoing:
 
     def rows(self, blocks: np.ndarray, offsets: np.ndarray) -> torch.Tensor:
         """The KV rows at (``blocks[i]``, ``offsets[i]``): ``[num_layers, T, 2, num_kv_heads, head_dim]``, a copy."""
-        pages = self._pages_of(blocks)
-        return self._pool.data[pages, :, _index(offsets, self._pool.data.device)]
+        device = self._pool.data.device
+        pages = self._pool.pages_of(self._layers, blocks)
+        return self._pool.data[_index(pages, device), :, _index(offsets, device)]
 
     def pages(self, blocks: np.ndarray) -> torch.Tensor:
         """Whole pages, ``[num_layers, num_blocks, 2, block_size, num_kv_heads, head_dim]``, a copy.
@@ -62,11 +63,6 @@ class Outgoing:
         if (missing := pages == NO_PAGE).any():
             result[torch.from_numpy(missing).to(device)] = 0
         return result
-
-    def _pages_of(self, blocks: np.ndarray) -> torch.Tensor:
-        pages = _pages_of(self._pool, self._layers, blocks)
-        assert (pages != NO_PAGE).all(), "a row was written to a block without a page"
-        return _index(pages, self._pool.data.device)
 
 
 class Incoming:
@@ -127,7 +123,7 @@ class Incoming:
 
     def _write_rows(self, blocks: np.ndarray, offsets: np.ndarray, rows: torch.Tensor) -> None:
         self._pool.ensure(blocks, self._layers)
-        pages = _pages_of(self._pool, self._layers, blocks)
+        pages = self._pool.pages_of(self._layers, blocks)
         device = self._pool.data.device
         self._pool.data[_index(pages, device), :, _index(offsets, device)] = self._to_device(rows)
         self.mark_newer(blocks, offsets)
@@ -159,7 +155,7 @@ class Incoming:
         touched[known] = self._newer[blocks[known]].any(axis=1)
         device, num_bytes = self._pool.data.device, pages.nbytes
         pages = self._to_device(pages)
-        mine = _pages_of(self._pool, self._layers, blocks)
+        mine = self._pool.pages_of(self._layers, blocks)
         if not touched.any():
             self._pool.data[_index(mine, device)] = pages
         else:
@@ -175,11 +171,6 @@ def _verify(tensor: torch.Tensor, expected: int, what: str) -> None:
     found = checksum(tensor)
     if found != expected:
         raise TransferError(f"{what} arrived damaged: checksum {found:08x}, sent {expected:08x}")
-
-
-def _pages_of(pool: PagePool, layers: Sequence[int], blocks: np.ndarray) -> np.ndarray:
-    """The page of each block in each layer, ``[num_layers, num_blocks]``; the blocks are within the tables."""
-    return np.stack([pool.page_of(layer)[blocks] for layer in layers])
 
 
 def _index(values: np.ndarray, device: torch.device) -> torch.Tensor:

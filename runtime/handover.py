@@ -168,12 +168,14 @@ class Handover:
         if self.is_open:
             return True
         awaited = self._num_awaited
-        return awaited is not None and all(job.next >= min(awaited, len(job.blocks)) for job in self._jobs)
+        return awaited is not None and all(job.next >= awaited for job in self._jobs)
 
     def _flush(self, send: SendPeer) -> None:
-        for source in self.sources:
-            if source.slots:
-                self._mirror_collected(source, send)
+        """Mirror what was collected, if the flip is near now."""
+        if self._flip_is_near():
+            for source in self.sources:
+                if source.slots:
+                    self._mirror_collected(source, send)
 
     def _mirror_collected(self, source: _Source, send: SendPeer) -> None:
         """Send the rows of all steps since the last time."""
@@ -246,8 +248,7 @@ class Handover:
         for source in self.sources:
             per_slice = max(1, SLICE_BYTES // source.outgoing.bytes_per_block)
             self._jobs.append(_CopyJob(source, blocks, per_slice))
-        if self._flip_is_near():
-            self._flush(send)
+        self._flush(send)
 
     def send_slice(self, now_s: float, send: SendPeer) -> int:
         """Send the next slice of the snapshot, of what the flip waits for first; its bytes."""
@@ -261,8 +262,7 @@ class Handover:
         if job.next >= len(job.blocks):
             self._jobs.remove(job)
         self.copy_s = now_s - self._copy_began_s
-        if self._flip_is_near():
-            self._flush(send)
+        self._flush(send)
         return pages.nbytes
 
     def totals(self) -> tuple[int, int]:

@@ -4,6 +4,7 @@ A worker's life is a table (`_NEXT`): what is not in it raises, because it is ou
 of a worker; a restarted worker joins under another name and says whom it replaces.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -89,10 +90,11 @@ class Membership:
             for name in names
         )
 
-    def same_host(self, name: WorkerName) -> int:
-        """How many workers share the memory of this one (itself included): the same host and kind of device."""
-        info = self.workers[name].info
-        return sum(w.info.host == info.host and w.info.device == info.device for w in self.workers.values())
+    def same_host(self) -> dict[WorkerName, int]:
+        """How many workers share the memory of each (itself included): the same host and kind of device."""
+        places = {name: (worker.info.host, worker.info.device) for name, worker in self.workers.items()}
+        counts = Counter(places.values())
+        return {name: counts[place] for name, place in places.items()}
 
 
 def _natural(name: str) -> tuple[tuple[int, int | str], ...]:

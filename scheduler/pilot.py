@@ -9,7 +9,6 @@ Never true: the head waits for this, or a change is begun here; `tick` returns w
 """
 
 import itertools
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -202,14 +201,13 @@ class Pilot:
     def devices(self, head: Head) -> list[Device]:
         """Every worker that is there, and what it may use for weights and KV."""
         found = []
-        on_host = Counter((w.info.host, w.info.device) for w in head.members.workers.values())
+        same_host = head.members.same_host()
         for name in head.members.in_order():
             worker = head.members.workers[name]
-            num_sharing = on_host[worker.info.host, worker.info.device]
-            share = self._fraction / num_sharing
+            share = self._fraction / same_host[name]
             pages = worker.num_pages * self._block_size * self._spec.kv_bytes_per_token_layer()
             kv_bytes = pages or self._kv_bytes or round(worker.info.memory_available * share)
-            usable = worker.info.memory_available // num_sharing - MIN_FREE_BYTES
+            usable = worker.info.memory_available // same_host[name] - MIN_FREE_BYTES
             found.append(Device(name, self.fleet.speed(name), max(usable, kv_bytes + worker.weight_bytes), kv_bytes))
         return found
 

@@ -522,7 +522,7 @@ class SchedulerState:
             dtype=spec.dtype,
             block_size=self.batching.block_size,
             kv_bytes=cluster.kv_bytes,
-            memory_share=cluster.memory_fraction / self.members.same_host(worker),
+            memory_share=cluster.memory_fraction / self.members.same_host()[worker],
             max_context=spec.max_context,
             implementation=cluster.implementation,
             quantize=spec.quantize,

@@ -7,11 +7,10 @@ prompt. `Rounds.improve` moves single layers and exchanges devices while that sh
 Never true: the result is worse than the split it began with.
 """
 
-import functools
 import itertools
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -159,7 +158,7 @@ def _exchanges(order: np.ndarray, counts: np.ndarray, num_devices: int) -> tuple
     return orders, kept
 
 
-@functools.lru_cache(maxsize=_EVERY_MOVE)
+@lru_cache(maxsize=_EVERY_MOVE)
 def _swaps(k: int) -> np.ndarray:
     """``[k (k - 1) / 2, k]``: the stages with two of them exchanged."""
     pairs = np.array(list(itertools.combinations(range(k), 2)), dtype=np.intp).reshape(-1, 2)
@@ -168,7 +167,7 @@ def _swaps(k: int) -> np.ndarray:
     return swaps
 
 
-@functools.lru_cache(maxsize=_EVERY_MOVE)
+@lru_cache(maxsize=_EVERY_MOVE)
 def _all_moves(k: int) -> np.ndarray:
     """``[k (k - 1), k]``: -1 and 1 for every pair of different stages."""
     return _moves_between(k, range(k), range(k))

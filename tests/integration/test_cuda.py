@@ -21,7 +21,7 @@ from runtime.cuda.copies import Copies
 from runtime.cuda.graphs import Graphs, capture_streams
 from runtime.cuda.runner import Runner
 from runtime.cuda.spans import Buckets
-from runtime.messages import Row, Sampling, SequenceStart, StepPlan
+from runtime.messages import Sampling, StepPlan
 from runtime.model.builder import UnitBuilder
 from runtime.model.config import inspect_model
 from runtime.model.lean import LeanEmbedding, LeanLayer
@@ -30,6 +30,7 @@ from runtime.stage_state import StageState
 from tests.integration.server import Server
 from tests.integration.test_equality import generate, load_reference, make_prompts
 from tests.integration.test_room import check_pages_follow
+from tests.plan_harness import plans_of
 from tests.tiny_models import write_tiny
 
 pytestmark = [
@@ -118,18 +119,9 @@ class Side:
 
 
 def make_plans(num_decodes: int = 12) -> list[StepPlan]:
-    rng, plans, lengths = np.random.default_rng(1), [], {}
+    rng = np.random.default_rng(1)
     schedule = [[(1, 40)], [(2, 21), (1, 1)], [(3, 9), (1, 1), (2, 1)], *([[(1, 1), (2, 1), (3, 1)]] * num_decodes)]
-    for ordinal, step in enumerate(schedule):
-        rows = []
-        for sequence, count in step:
-            start = lengths.get(sequence, 0)
-            lengths[sequence] = start + count
-            blocks = list(range(10 * sequence, 10 * sequence + 10))
-            begin = None if start else SequenceStart(count, Sampling(), blocks, [])
-            rows.append(Row(sequence, start, rng.integers(0, 300, count).tolist(), [], False, begin))
-        plans.append(StepPlan(1, ordinal, 0, rows, []))
-    return plans
+    return plans_of(schedule, 10, lambda count: rng.integers(0, 300, count).tolist())
 
 
 @pytest.fixture(scope="module")

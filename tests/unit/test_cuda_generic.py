@@ -14,11 +14,12 @@ from runtime.cuda.guard import NotStatic, StaticOnly
 from runtime.cuda.runner import Runner
 from runtime.cuda.spans import Bucket
 from runtime.cuda.step import host_step
-from runtime.messages import Row, Sampling, SequenceStart, StepPlan
+from runtime.messages import StepPlan
 from runtime.model.builder import UnitBuilder
 from runtime.model.config import inspect_model
 from runtime.stage import make_batch
 from runtime.stage_state import StageState
+from tests.plan_harness import plans_of
 from tests.tiny_models import NUM_LAYERS, write_tiny
 
 CPU = torch.device("cpu")
@@ -54,19 +55,9 @@ class Side:
 
 
 def make_plans() -> list[StepPlan]:
-    plans, lengths = [], {}
     draw = torch.Generator().manual_seed(2)
-    for ordinal, step in enumerate([[(1, 14), (2, 7)], [(3, 20)], *([[(1, 1), (2, 1), (3, 1)]] * 4)]):
-        rows = []
-        for sequence, count in step:
-            start = lengths.get(sequence, 0)
-            lengths[sequence] = start + count
-            blocks = list(range(4 * sequence, 4 * sequence + 4))
-            begin = None if start else SequenceStart(count, Sampling(), blocks, [])
-            tokens = torch.randint(0, 200, (count,), generator=draw).tolist()
-            rows.append(Row(sequence, start, tokens, [], False, begin))
-        plans.append(StepPlan(1, ordinal, 0, rows, []))
-    return plans
+    schedule = [[(1, 14), (2, 7)], [(3, 20)], *([[(1, 1), (2, 1), (3, 1)]] * 4)]
+    return plans_of(schedule, 4, lambda count: torch.randint(0, 200, (count,), generator=draw).tolist())
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral_sliding", "gemma2", "gemma3", "qwen3_moe", "mixtral"])
