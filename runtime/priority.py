@@ -23,6 +23,14 @@ TRY_AGAIN_S = 0.05
 """The kernel takes such a change only every tenth of a second on a host, from the unprivileged."""
 
 
+def in_group(group: Path = GROUP) -> bool:
+    """Whether this process is in its session's scheduling group. The file is empty for one that no setsid stands above since boot."""
+    try:
+        return bool(group.read_text().strip())
+    except OSError:
+        return False
+
+
 def thread_gives_way() -> None:
     """Put the calling thread behind all others of this worker, for good."""
     with contextlib.suppress(OSError, AttributeError):
@@ -38,7 +46,7 @@ class Priority:
         self._written = 0
         self._lock = threading.Lock()
         self._writer: threading.Thread | None = None
-        self._is_possible = hasattr(os, "getsid") and os.getsid(0) == os.getpid() and group.exists()
+        self._is_possible = hasattr(os, "getsid") and os.getsid(0) == os.getpid() and in_group(group)
 
     def give_way(self, *, gives_way: bool) -> None:
         """Be behind others on this host, or beside them. Saying it again costs nothing."""
