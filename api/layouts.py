@@ -255,7 +255,13 @@ def _pause(report: dict[str, Any]) -> str:
     waits = f"{_count(report['fence_waits'], 'fence wait')} ({report['fence_wait_ms']:.1f} ms)"
     if not pause:
         return f"none measured: nothing was running; {waits}"
-    return f"p50 {pause['p50']:.1f} ms, max {pause['max']:.1f} ms over {pause['count']:.0f} flips; {waits}"
+    beyond = ""
+    if "excess_max" in pause and "ordinary_p99" in pause:
+        beyond = (
+            f"; beyond the mean gap p50 {pause['excess_p50']:.1f} ms, max {pause['excess_max']:.1f} ms"
+            f" (between two other steps: p99 {pause['ordinary_p99']:.1f} ms)"
+        )
+    return f"p50 {pause['p50']:.1f} ms, max {pause['max']:.1f} ms over {pause['count']:.0f} flips{beyond}; {waits}"
 
 
 def _count(number: int, what: str) -> str:

@@ -24,6 +24,7 @@ from runtime.stage_state import PlannedBatch
 
 SLICE_BYTES = 1 << 20
 MAX_PAUSES = 4096
+"""And as many gaps between steps to hold them against."""
 
 SendPeer = Callable[[WorkerName, Mirror | Pages, tuple[torch.Tensor, ...]], None]
 
@@ -62,6 +63,10 @@ class _Rhythm:
     num_gaps: int = 0
     sum_gaps_s: float = 0.0
 
+    def excess_s(self, begun_s: float) -> float | None:
+        """How much longer than usual it has waited for a step that begins now; None when it never waited before."""
+        return begun_s - self.ended_s - self.sum_gaps_s / self.num_gaps if self.num_gaps else None
+
     def ran(self, begun_s: float, ended_s: float) -> None:
         self.num_gaps += 1
         self.sum_gaps_s += begun_s - self.ended_s
@@ -85,6 +90,8 @@ class Handover:
     pauses_s: list[float] = field(default_factory=list)
     excesses_s: list[float] = field(default_factory=list)
     """The pauses less the mean gap of the same sequence, for those that ran here at least twice before."""
+    ordinary_s: list[float] = field(default_factory=list)
+    """The same of gaps at which nothing flipped, in the old layout: what the pauses stand beside."""
     bytes_per_s: float = math.inf
     copy_s: float = 0.0
     """From the first slice of the snapshot to the last."""
@@ -138,6 +145,9 @@ class Handover:
                 if (rhythm := self._rhythms.get(row.sequence)) is None:
                     self._rhythms[row.sequence] = _Rhythm(ended_s)
                 else:
+                    excess_s = rhythm.excess_s(begun_s)
+                    if excess_s is not None and len(self.ordinary_s) < MAX_PAUSES:
+                        self.ordinary_s.append(excess_s)
                     rhythm.ran(begun_s, ended_s)
             self._mirror(plan, planned, hop, send)
             return
@@ -145,8 +155,8 @@ class Handover:
             rhythm = self._rhythms.pop(row.sequence, None) if row.begin is not None else None
             if rhythm is not None and len(self.pauses_s) < MAX_PAUSES:
                 self.pauses_s.append(begun_s - rhythm.ended_s)
-                if rhythm.num_gaps:
-                    self.excesses_s.append(self.pauses_s[-1] - rhythm.sum_gaps_s / rhythm.num_gaps)
+                if (excess_s := rhythm.excess_s(begun_s)) is not None:
+                    self.excesses_s.append(excess_s)
         if self.incoming:
             blocks, offsets = planned.slots(self._block_size())
             for incoming in self.incoming.values():

@@ -552,6 +552,7 @@ class Member:
                 copy_us=int(1e6 * handover.copy_s),
                 num_pages=self.pool.num_pages if self.pool is not None else 0,
                 room_bytes=self._store.room_bytes if self.pool is not None else 0,
+                ordinary_us=[int(1e6 * excess) for excess in handover.ordinary_s],
             )
         )
 

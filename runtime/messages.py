@@ -490,7 +490,7 @@ class Retired(msgspec.Struct, frozen=True, array_like=True, tag=45):
 
     `pauses_us` has, for each flipped sequence, the time between its last forward in the old epoch and its first in
     the new one on this worker, where it had both; `excesses_us` the same less the sequence's mean gap between steps,
-    for those that had run here at least twice before. `weight_bytes` is what it holds now; -1 when nothing changed.
+    for those that had run here at least twice before; `ordinary_us` that of gaps between steps of the old epoch. `weight_bytes` is what it holds now; -1 when nothing changed.
     `copy_us` is how long it sent the snapshot, the limiter's rests included. `num_pages` is the size of the pool from now
     on, 0 when it has none any more; `room_bytes` is as in `Loaded`.
     """
@@ -507,6 +507,7 @@ class Retired(msgspec.Struct, frozen=True, array_like=True, tag=45):
     copy_us: int = 0
     num_pages: int = 0
     room_bytes: int = 0
+    ordinary_us: list[int] = []
 
 
 class Mirroring(msgspec.Struct, frozen=True, array_like=True, tag=47):

@@ -103,6 +103,7 @@ class _Pauses:
 
     pauses_us: list[int] = field(default_factory=list)
     excesses_us: list[int] = field(default_factory=list)
+    ordinary_us: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -289,6 +290,7 @@ class Reconfiguration:
         report.fence_wait_ms += message.fence_wait_us / 1e3
         now.pauses.pauses_us += message.pauses_us
         now.pauses.excesses_us += message.excesses_us
+        now.pauses.ordinary_us += message.ordinary_us
 
     def lost(self, name: WorkerName) -> bool:
         """A worker is gone. True when the old layout goes on without it; False when the pipeline is broken."""
@@ -569,7 +571,7 @@ class Reconfiguration:
         now.enter("done", head.now_s)
         head.batcher.unguard()
         self._now = None
-        report.add_pauses(now.pauses.pauses_us, now.pauses.excesses_us)
+        report.add_pauses(now.pauses.pauses_us, now.pauses.excesses_us, now.pauses.ordinary_us)
         report.recomputed_tokens = self._recomputed() - now.recomputed_before
         report.total_s = head.now_s - now.began_s
         self._end_report(report, "committed", "")

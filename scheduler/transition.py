@@ -110,13 +110,17 @@ class Report(msgspec.Struct):
     """KV rows that sequences lost because the change needed their room (or flipped at once), and compute again."""
     dropped_requests: int = 0
 
-    def add_pauses(self, pauses_us: ListOf[int], excesses_us: ListOf[int] = ()) -> None:
+    def add_pauses(self, pauses_us: ListOf[int], excesses_us: ListOf[int] = (), ordinary_us: ListOf[int] = ()) -> None:
         """`pauses_us` are all that any worker saw, kept as their maximum, median, 99th percentile and number.
 
         `excesses_us` are those of them whose sequence had run at least twice before, less its mean gap between steps;
-        kept in the same way, each key with ``excess_`` before it.
+        kept in the same way, each key with ``excess_`` before it. `ordinary_us` is the same of gaps at which nothing
+        flipped, with ``ordinary_``: an excess that is no larger is one that steps of other sequences make every day.
+        Without a pause there is nothing to keep.
         """
-        for prefix, values in (("", pauses_us), ("excess_", excesses_us)):
+        if not pauses_us:
+            return
+        for prefix, values in (("", pauses_us), ("excess_", excesses_us), ("ordinary_", ordinary_us)):
             if values:
                 ordered = sorted(values)
                 self.engine_pause_ms[prefix + "max"] = ordered[-1] / 1e3

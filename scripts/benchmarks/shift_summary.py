@@ -126,6 +126,7 @@ def _row(seeds: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
         "d1_pause_max_s": interval(_inner(seeds, "engine_pause_s", "max"), top),
         "d1_excess_p50_s": interval(_inner(seeds, "engine_pause_s", "excess_p50"), p50),
         "d1_excess_p99_s": interval(_inner(seeds, "engine_pause_s", "excess_p99"), top),
+        "d1_ordinary_p99_s": interval(_inner(seeds, "engine_pause_s", "ordinary_p99"), p50),
         "d2_gap_s": interval(_values(seeds, "service_gap_s"), mean_of),
         "d2_excess_s": interval(excess, mean_of),
         "d2_excess_p99_s": interval(excess, p99),
@@ -187,6 +188,8 @@ def _sides(
 _COLUMNS = (
     ("D1 p50 ms", "d1_pause_p50_s", 1e3),
     ("D1 over mean gap p50 ms", "d1_excess_p50_s", 1e3),
+    ("D1 p99", "d1_excess_p99_s", 1e3),
+    ("ordinary p99", "d1_ordinary_p99_s", 1e3),
     ("D2 excess ms", "d2_excess_s", 1e3),
     ("D2 p99 more", "d2_p99_more_s", 1e3),
     ("silence ms", "silence_s", 1e3),

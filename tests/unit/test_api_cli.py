@@ -317,6 +317,11 @@ def test_reports_are_readable() -> None:
         "  pause    p50 2.5 ms, max 19.7 ms over 4 flips; 1 fence wait (0.0 ms)",
         "  time     reserve 0.06 s, shadow 2.50 s",
     ]
+    beside = {"excess_p50": -0.4, "excess_max": 3.1, "ordinary_p99": 12.04}
+    assert layouts.report_lines({**report, "engine_pause_ms": report["engine_pause_ms"] | beside})[5] == (
+        "  pause    p50 2.5 ms, max 19.7 ms over 4 flips; beyond the mean gap p50 -0.4 ms, max 3.1 ms"
+        " (between two other steps: p99 12.0 ms); 1 fence wait (0.0 ms)"
+    )
     queued = {**report, "outcome": "aborted", "why": "gone", "source": [], "phases_s": {}, "total_s": 0.0}
     assert layouts.report_lines(queued) == [
         "transition 4 aborted after 0.00 s (live): gone",

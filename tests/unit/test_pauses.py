@@ -29,6 +29,7 @@ def test_a_pause_is_the_gap_at_the_flip_and_its_excess_that_over_the_mean_gap() 
     run(handover, NEW, 1, 9.0, 9.5)
     assert handover.pauses_s == [pytest.approx(3.0)]
     assert handover.excesses_s == [pytest.approx(3.0 - (0.5 + 1.5) / 2)]
+    assert handover.ordinary_s == [pytest.approx(1.5 - 0.5)], "the first gap has none before it, the flip's is a pause"
 
 
 def test_what_ran_once_has_no_mean_gap_and_what_is_new_no_pause() -> None:
@@ -42,7 +43,7 @@ def test_what_ran_once_has_no_mean_gap_and_what_is_new_no_pause() -> None:
 
 def test_the_report_keeps_maximum_median_and_percentile_of_both() -> None:
     report = Report(1, "live", [], [], OLD, NEW)
-    report.add_pauses(list(range(1000, 201_000, 1000)), [-500, 1500])
+    report.add_pauses(list(range(1000, 201_000, 1000)), [-500, 1500], [250])
     assert report.engine_pause_ms == {
         "max": 200.0,
         "p50": 101.0,
@@ -52,7 +53,11 @@ def test_the_report_keeps_maximum_median_and_percentile_of_both() -> None:
         "excess_p50": 1.5,
         "excess_p99": 1.5,
         "excess_count": 2.0,
+        "ordinary_max": 0.25,
+        "ordinary_p50": 0.25,
+        "ordinary_p99": 0.25,
+        "ordinary_count": 1.0,
     }
     untouched = Report(2, "live", [], [], OLD, NEW)
-    untouched.add_pauses([], [])
-    assert untouched.engine_pause_ms == {}, "a report shares nothing with another one"
+    untouched.add_pauses([], [], [250])
+    assert untouched.engine_pause_ms == {}, "a report shares nothing with another one, and gaps alone are no pause"
