@@ -335,6 +335,11 @@ def fma(builder, a, b, c):
     return call(builder, f"llvm.fmuladd.v{LANES}f32", FLOATS, a, b, c)
 
 
+def in_order(builder, vector):
+    """The same vector, that no sum is reordered across (`FAST_MATH`)."""
+    return call(builder, f"llvm.arithmetic.fence.v{LANES}f32", FLOATS, vector)
+
+
 def larger(builder, a, b):
     return builder.select(builder.fcmp_ordered(">", b, a), b, a)
 

@@ -4,12 +4,13 @@ How it works: a weight is ``q * scale``, q from -127 to 127. The integers are wi
 holds them exactly, and multiplied with x as any weight is; the sum of each group is then scaled and added, in float32. So
 int8 costs what rounding the weights costs, and nothing else. Up to `TILE_ROWS` rows are one tile, which widens in
 registers: memory then delivers half the bytes of bfloat16. More rows widen a group of a panel once, into scratch that stays in
-the first-level cache, and share it among their tiles.
+the first-level cache, and share it among their tiles. With matrix registers (`amx`) those multiply what was widened, and only up to
+`NEAR_ROWS` rows are left to vectors, which sum as the registers do: even and odd depths apart, `DEPTH` at a time.
 
 A panel is its groups one after the other; a group is its integers (as in `products.pack`: depths in `Unit`s, but each
 vector of columns by itself), then a bfloat16 scale for each column. The last group of a panel may be shorter.
 
-What is never true: the two ways never differ, since they multiply and add the same numbers in the same order.
+What is never true: two of these ways differ in a bit; they multiply and add the same numbers in the same order.
 """
 
 from functools import cache
@@ -20,9 +21,11 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
+from runtime.kernels.amx import DEPTH, ROWS, amx_configure, amx_release, amx_tile_16, amx_tile_32
 from runtime.kernels.lanes import (
     FLOAT,
     FLOATS,
+    HAS_AMX,
     HAS_BF16_DOT,
     I8,
     I16,
@@ -37,11 +40,14 @@ from runtime.kernels.lanes import (
     compile_for_c,
     constant,
     fma,
+    in_order,
     intrinsic,
     kernel,
     narrow,
     offset,
     pointer,
+    prefetch_line,
+    splat,
     widen,
 )
 from runtime.kernels.tiles import CACHE_LINE, WholeLine, run_depth
@@ -50,6 +56,8 @@ GROUP = 64
 """Depths that share a scale; even, so that pairs stay together."""
 SCALE_BYTES = 2
 LARGEST = 127
+NEAR_ROWS = 2
+"""With matrix registers: rows whose sums, even and odd apart, fit the vector registers."""
 PANELS_AT_ONCE = 8
 """Panels that are quantised together; bounds what is in float32 meanwhile."""
 SMALLEST_SCALE = 1e-30
@@ -170,14 +178,10 @@ def _make_tile(num_rows: int, kind):
             sums = {place: cgutils.alloca_once_value(builder, zero) for place in grid}
             x_rows = [builder.add(x, builder.mul(x_stride, I64(i))) for i in range(num_rows)]
             run_depth(builder, Unit(signature.args[0].dtype), kind, x_rows, w, depth, sums, ahead, pace)
-            for j in range(TILE_VECTORS):
-                place = pointer(builder, offset(builder, scales, j, SCALE_BYTES * LANES), ir.VectorType(I16, LANES))
-                scale = widen(builder, types.uint16, builder.load(place, align=2))
-                for i in range(num_rows):
-                    row = builder.add(out, builder.mul(out_stride, I64(i)))
-                    place = builder.gep(pointer(builder, row, FLOATS), [I64(j)])
-                    before = builder.select(add, builder.load(place, align=4), zero)
-                    builder.store(fma(builder, builder.load(sums[i, j]), scale, before), place, align=4)
+            out_rows = [builder.add(out, builder.mul(out_stride, I64(i))) for i in range(num_rows)]
+            scaled = _load_scales(builder, scales)
+            for i, row in enumerate(out_rows):
+                _add_scaled(builder, [builder.load(sums[i, j]) for j in range(TILE_VECTORS)], scaled, row, add)
             return context.get_dummy_value()
 
         return signature, codegen
@@ -189,6 +193,99 @@ _near_1, _near_2, _near_3, _near_4 = (_make_tile(num_rows, _Int8Line) for num_ro
 _near_5, _near_6 = (_make_tile(num_rows, _Int8Line) if num_rows <= TILE_ROWS else _near_4 for num_rows in (5, 6))
 _wide_2, _wide_3, _wide_4 = (_make_tile(num_rows, WholeLine) for num_rows in (2, 3, 4))
 _wide_5, _wide_6 = (_make_tile(num_rows, WholeLine) if num_rows <= TILE_ROWS else _wide_4 for num_rows in (5, 6))
+
+
+def _load_scales(builder, scales):
+    """The scales of a group at this address, a vector each of float32 for the vectors of a panel's columns."""
+    stored = ir.VectorType(I16, LANES)
+    places = [pointer(builder, offset(builder, scales, j, SCALE_BYTES * LANES), stored) for j in range(TILE_VECTORS)]
+    return [widen(builder, types.uint16, builder.load(place, align=2)) for place in places]
+
+
+def _add_scaled(builder, sums, scales, row, add):
+    """out[:PANEL] = (out[:PANEL] if add else 0) + sums * scales, for the row of out at this address."""
+    for j, (total, scale) in enumerate(zip(sums, scales, strict=True)):
+        place = builder.gep(pointer(builder, row, FLOATS), [I64(j)])
+        before = builder.select(add, builder.load(place, align=4), constant(FLOAT, 0.0))
+        builder.store(fma(builder, total, scale, before), place, align=4)
+
+
+def _make_even_odd(num_rows: int):
+    @intrinsic
+    def tile(typingctx, x, x_stride, w, depth, scales, out, out_stride, add, ahead):
+        """As the near tiles, for bfloat16 and a multiple of `DEPTH`, bit for bit what matrix registers make of it."""
+        signature = types.void(*[types.intp] * 7, types.boolean, types.intp)
+
+        def codegen(context, builder, signature, args):
+            x, x_stride, w, depth, scales, out, out_stride, add, ahead = args
+            unit, zero = Unit(types.uint16), constant(FLOAT, 0.0)
+            grid = [(i, j) for i in range(num_rows) for j in range(TILE_VECTORS)]
+            totals = {place: cgutils.alloca_once_value(builder, zero) for place in grid}
+            parts = [{place: cgutils.alloca_once(builder, FLOATS) for place in grid} for _ in range(unit.depth)]
+            x_rows = [builder.add(x, builder.mul(x_stride, I64(i))) for i in range(num_rows)]
+            line_bytes = _Int8Line.num_bytes(unit)
+            with cgutils.for_range(builder, builder.udiv(depth, I64(DEPTH))) as outer:
+                for part in parts:
+                    for place in grid:
+                        builder.store(zero, part[place])
+                lines = I64(DEPTH // unit.depth)
+                with cgutils.for_range(builder, lines) as inner:
+                    at = builder.add(builder.mul(outer.index, lines), inner.index)
+                    for k in range(_Int8Line.num_prefetches):
+                        index = builder.add(builder.mul(at, I64(_Int8Line.num_prefetches)), I64(k))
+                        prefetch_line(builder, offset(builder, ahead, index, CACHE_LINE))
+                    line = offset(builder, w, at, line_bytes)
+                    pairs = [
+                        builder.load(pointer(builder, offset(builder, row, at, unit.size), I32), align=unit.align)
+                        for row in x_rows
+                    ]
+                    for depth_of, part in enumerate(parts):
+                        terms = [_floats(builder, unit, line, j, depth_of) for j in range(TILE_VECTORS)]
+                        for i, pair in enumerate(pairs):
+                            upper = builder.and_(pair, I32(-65536)) if depth_of else builder.shl(pair, I32(16))
+                            factor = splat(builder, builder.bitcast(upper, ir.FloatType()))
+                            for j, term in enumerate(terms):
+                                total = builder.load(part[i, j])
+                                builder.store(fma(builder, factor, term, total), part[i, j])
+                for place in grid:
+                    even, odd = (in_order(builder, builder.load(part[place])) for part in parts)
+                    both = in_order(builder, builder.fadd(even, odd))
+                    total = in_order(builder, builder.fadd(builder.load(totals[place]), both))
+                    builder.store(total, totals[place])
+            scaled = _load_scales(builder, scales)
+            for i in range(num_rows):
+                row = builder.add(out, builder.mul(out_stride, I64(i)))
+                _add_scaled(builder, [builder.load(totals[i, j]) for j in range(TILE_VECTORS)], scaled, row, add)
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    return tile
+
+
+_even_odd_1, _even_odd_2 = (_make_even_odd(num_rows) for num_rows in (1, NEAR_ROWS))
+
+
+@intrinsic
+def _add_scaled_rows(typingctx, num_rows, sums, scales, out, out_stride, add):
+    """out[i, :PANEL] = (out[i, :PANEL] if add else 0) + sums[i] * scales, for sums that lie one after the other."""
+
+    def codegen(context, builder, signature, args):
+        num_rows, sums, scales, out, out_stride, add = args
+        scaled = _load_scales(builder, scales)
+        with cgutils.for_range(builder, num_rows) as loop:
+            line = pointer(builder, offset(builder, sums, loop.index, PANEL * 4), FLOATS)
+            totals = [builder.load(builder.gep(line, [I64(j)]), align=4) for j in range(TILE_VECTORS)]
+            _add_scaled(builder, totals, scaled, builder.add(out, builder.mul(out_stride, loop.index)), add)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 5, types.boolean), codegen
+
+
+@kernel
+def _widen_group(like, pair, w, depth, scratch):
+    for line in range(depth // pair):
+        _widen_line(like, w + line * pair * PANEL, scratch + line * pair * PANEL * like.itemsize)
 
 
 @kernel
@@ -209,8 +306,7 @@ def _rows(like, pair, num_rows, x, x_stride, w, depth, out, out_stride, add, scr
     elif num_rows == 6 and TILE_ROWS >= 6:
         _near_6(like, x, x_stride, w, depth, scales, out, out_stride, add, ahead, CACHE_LINE)
     else:
-        for line in range(depth // pair):
-            _widen_line(like, w + line * pair * PANEL, scratch + line * pair * PANEL * like.itemsize)
+        _widen_group(like, pair, w, depth, scratch)
         _share(like, num_rows, x, x_stride, scratch, depth, scales, out, out_stride, add, ahead, block_bytes)
 
 
@@ -236,12 +332,43 @@ def _share(like, num_rows, x, x_stride, w, depth, scales, out, out_stride, add, 
         first = stop
 
 
+@kernel
+def _amx_rows(num_rows, x, x_stride, w, depth, out, out_stride, add, scratch):
+    """As `_rows`, by matrix registers where the depth is a multiple of `DEPTH`; half the scratch is for a tile's sums."""
+    scales = w + depth * PANEL
+    ahead = w + (depth + SCALE_BYTES) * PANEL
+    if depth % DEPTH > 0:
+        _rows(_BFLOAT16, 2, num_rows, x, x_stride, w, depth, out, out_stride, add, scratch)
+    elif num_rows == 1:
+        _even_odd_1(x, x_stride, w, depth, scales, out, out_stride, add, ahead)
+    elif num_rows == NEAR_ROWS:
+        _even_odd_2(x, x_stride, w, depth, scales, out, out_stride, add, ahead)
+    else:
+        _widen_group(_BFLOAT16, 2, w, depth, scratch)
+        sums, shaped = scratch + GROUP * PANEL * 2, 0
+        for first in range(0, num_rows, 2 * ROWS):
+            count, x_tile, out_tile = min(2 * ROWS, num_rows - first), x + first * x_stride, out + first * out_stride
+            shape = 2 * ROWS if count == ROWS else count
+            if shape != shaped:
+                amx_configure(shape)
+                shaped = shape
+            if count <= ROWS:
+                amx_tile_16(x_tile, x_stride, scratch, depth, sums, PANEL * 4, False)
+            else:
+                amx_tile_32(x_tile, x_stride, scratch, depth, sums, PANEL * 4, False, ahead, CACHE_LINE // 2)
+            _add_scaled_rows(count, sums, scales, out_tile, out_stride, add)
+        amx_release()
+
+
 def _rows_float32(num_rows, x, x_stride, w, depth, out, out_stride, add, scratch):
     _rows(_FLOAT32, 1, num_rows, x, x_stride, w, depth, out, out_stride, add, scratch)
 
 
 def _rows_bfloat16(num_rows, x, x_stride, w, depth, out, out_stride, add, scratch):
-    _rows(_BFLOAT16, 2, num_rows, x, x_stride, w, depth, out, out_stride, add, scratch)
+    if HAS_AMX:
+        _amx_rows(num_rows, x, x_stride, w, depth, out, out_stride, add, scratch)
+    else:
+        _rows(_BFLOAT16, 2, num_rows, x, x_stride, w, depth, out, out_stride, add, scratch)
 
 
 def _rows_float16(num_rows, x, x_stride, w, depth, out, out_stride, add, scratch):

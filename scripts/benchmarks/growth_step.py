@@ -22,8 +22,8 @@ _REPEATS = 12
 class StepTimer:
     """The first `num_layers` layers of a model with both ends, as one worker that holds everything."""
 
-    def __init__(self, folder: Path, dtype: str, num_layers: int, max_context: int) -> None:
-        self._spec = spec = inspect_model(folder, dtype=dtype, load_format="dummy")
+    def __init__(self, folder: Path, dtype: str, num_layers: int, max_context: int, quantize: str = "") -> None:
+        self._spec = spec = inspect_model(folder, dtype=dtype, load_format="dummy", quantize=quantize)
         builder = UnitBuilder(spec, device="cpu")
         layers = {index: builder.layer(index) for index in range(num_layers)}
         self._units = Units(layers, builder.embedding(), builder.lm_head())

@@ -36,6 +36,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/bench kernels", description="A worker's step on one core.")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="a name or a folder; its config is what counts")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--quantize", default="", choices=("", "int8"), help="the weights")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=0.5, help="at most, of each point")
     parser.add_argument("--out", type=Path, help="write the JSON here instead of to stdout")
@@ -74,7 +75,7 @@ def main() -> int:
 def _measure(args: argparse.Namespace) -> dict[str, float]:
     torch.set_num_threads(1)
     home = Path(os.environ.get("MIDFLIGHT_HOME") or "~/.cache/midflight").expanduser()
-    timer = StepTimer(resolve_model(args.model, home, note), args.dtype, NUM_LAYERS, 1024)
+    timer = StepTimer(resolve_model(args.model, home, note), args.dtype, NUM_LAYERS, 1024, args.quantize)
     found = {f"decode {rows}": timer.decode(rows, CONTEXT, args.seconds) for rows in DECODE_ROWS}
     return found | {f"chunk {tokens}": timer.chunk(tokens, tokens, 2 * args.seconds) for tokens in CHUNKS}
 
