@@ -159,8 +159,9 @@ class Fleet:
         self.start(layout)
 
     @contextlib.contextmanager
-    def peak_rss(self) -> Iterator[dict[str, float]]:
-        """While it is open, watch the largest sum of the workers' resident memory; MiB, filled in at the end."""
+    def usage(self) -> Iterator[dict[str, float]]:
+        """What the server's processes use while it is open, filled in at the end: resident memory (MiB) at first, at most and at
+        last, and processor time (seconds)."""
         sizes: list[float] = []
         figures: dict[str, float] = {}
         processes = self.server.processes()
@@ -174,12 +175,14 @@ class Fleet:
 
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
+        began_s = sum(_cpu_s(process) for process in processes)
         try:
             yield figures
         finally:
             ended.set()
             watcher.join()
-            figures.update(first_mib=sizes[0], peak_mib=max(sizes), last_mib=sizes[-1])
+            cpu_s = sum(_cpu_s(process) for process in processes) - began_s
+            figures.update(first_mib=sizes[0], peak_mib=max(sizes), last_mib=sizes[-1], cpu_s=cpu_s)
 
 
 def _rss_mib(process: psutil.Process) -> float:
@@ -187,3 +190,11 @@ def _rss_mib(process: psutil.Process) -> float:
         return process.memory_info().rss / 2**20
     except psutil.Error:
         return 0.0
+
+
+def _cpu_s(process: psutil.Process) -> float:
+    try:
+        times = process.cpu_times()
+    except psutil.Error:
+        return 0.0
+    return times.user + times.system

@@ -110,12 +110,15 @@ async def _one_seed(
     """Both layouts alone, and changes between them by every strategy; odd turns play it all the other way round."""
     trace = poisson(rate, context.duration_s, context.prompt_tokens, context.output_tokens, seed)
     plain: dict[LayoutSpec, Run] = {}
+    plain_cpu_s: list[float] = []
     changed: list[tuple[str, LayoutSpec, Run, dict[str, float]]] = []
 
     async def stay(layout: LayoutSpec) -> None:
         await fleet.ensure(layout)
         await warm_up(fleet)
-        plain[layout] = await play(lambda: fleet.url, fleet.model, fleet.text, trace, seed=seed)
+        with fleet.usage() as usage:
+            plain[layout] = await play(lambda: fleet.url, fleet.model, fleet.text, trace, seed=seed)
+        plain_cpu_s.append(usage["cpu_s"])
 
     async def change(strategy: str) -> None:
         assert fleet.layout is not None
@@ -135,13 +138,15 @@ async def _one_seed(
             note(f"  without changes: errors {run.errors[:2]}")
 
     samples = []
-    for strategy, source, run, rss in changed:
+    for strategy, source, run, usage in changed:
+        if usage and run.changes:
+            usage["cpu_more_s"] = (usage["cpu_s"] - sum(plain_cpu_s) / len(plain_cpu_s)) / len(run.changes)
         other = pair.second if source == pair.first else pair.first
         for at, each in enumerate(run.changes):
             ends = (source, other) if at % 2 == 0 else (other, source)
             case = Case(pair.there if ends[0] == pair.first else pair.back, strategy, load, context.name, rate)
             names, runs = (str(ends[0]), str(ends[1])), (run, plain[ends[0]], plain[ends[1]])
-            samples.append(Sample(case, seed, *names, each, *runs, rss, context.duration_s))
+            samples.append(Sample(case, seed, *names, each, *runs, usage, context.duration_s))
     return samples
 
 
@@ -154,7 +159,7 @@ async def _play_changes(
         target = pair.second if fleet.layout == pair.first else pair.first
         return await fleet.change(target, strategy, plan.options)
 
-    with fleet.peak_rss() as rss:
+    with fleet.usage() as usage:
         run = await play(
             lambda: fleet.url,
             fleet.model,
@@ -164,7 +169,7 @@ async def _play_changes(
             acting=Acting(to_the_other, FIRST_CHANGE_S, context.duration_s - 2.0),
             retry_for_s=RETRY_FOR_S if strategy == "restart" else 0.0,
         )
-    return run, {} if strategy == "restart" else rss
+    return run, {} if strategy == "restart" else usage
 
 
 def _say(what: str, run: Run) -> None:

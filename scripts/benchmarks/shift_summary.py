@@ -60,7 +60,9 @@ class Sample:
     changed: Run
     on_source: Run
     on_target: Run
-    rss: dict[str, float] = field(default_factory=dict)
+    usage: dict[str, float] = field(default_factory=dict)
+    """As `shift_fleet.Fleet.usage`, of the whole first play; ``cpu_more_s`` is the processor time that it took beyond the mean of
+    the other two, for each of its changes."""
     trace_s: float = 0.0
     """How long the trace's arrivals last."""
 
@@ -99,7 +101,7 @@ def figures(sample: Sample) -> dict[str, Any]:
         "ttft_arriving_s": [ttft, ttft_plain],
         "ttft_s": [around[0], around_plain[0], around_target[0], _mixed(around_plain[0], around_target[0], before[0])],
         "tpot_s": [around[1], around_plain[1], around_target[1], _mixed(around_plain[1], around_target[1], before[1])],
-        "rss": sample.rss,
+        "usage": sample.usage,
         "errors": len(changed.errors),
         "errors_plain": len(plain.errors) + len(target.errors),
         "retries": sum(stream.num_retries for stream in changed.streams),
@@ -155,8 +157,8 @@ def _row(seeds: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
                 row[f"{metric}_{name}_over_{against}"] = interval(pairs, ratio_less_one(statistic))
     for name in ("weight_bytes", "snapshot_bytes", "mirror_bytes", "recomputed_tokens", "layers_moved"):
         row[name] = interval([[e["report"].get(name, 0) for e in seed] for seed in seeds], mean_of)
-    for name in ("first_mib", "peak_mib"):
-        row[f"rss_{name}"] = interval(_inner(seeds, "rss", name), mean_of)
+    for name, key in (("rss_first_mib", "first_mib"), ("rss_peak_mib", "peak_mib"), ("cpu_more_s", "cpu_more_s")):
+        row[name] = interval(_inner(seeds, "usage", key), mean_of)
     return row
 
 
@@ -205,6 +207,8 @@ _COLUMNS = (
     ("TPOT p99 %", "tpot_p99_over_both", 100.0),
     ("weights MB", "weight_bytes", 1e-6),
     ("KV MB", "snapshot_bytes", 1e-6),
+    ("mirrored MB", "mirror_bytes", 1e-6),
+    ("processor s more", "cpu_more_s", 1.0),
 )
 
 
