@@ -14,6 +14,7 @@ sequences at the flip (`recompute` preempts them).
 
 import math
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -38,13 +39,15 @@ from runtime.messages import (
 )
 from runtime.model.spec import ModelSpec
 from scheduler.batching import Batcher
+from scheduler.hops import NO_LIMIT, capacity, find_course, roomiest, split_into_hops
 from scheduler.lanes import Opening
 from scheduler.membership import Membership
-from scheduler.transition import ABORTABLE, NEXT_PHASES, Phase, Report, Snapshot, Strategy, describe, split_into_hops
+from scheduler.transition import ABORTABLE, NEXT_PHASES, Phase, Report, Snapshot, Strategy, describe
 
 MAX_QUEUED = 16
 MAX_REPORTS = 64
-NO_LIMIT = 1 << 62
+MAX_RETRIES = 2
+"""How often the rest of a change is planned anew after something of it has flipped and a hop then failed."""
 NEAR_S = 0.25
 """A flip that is expected within so long is near: prompts are cut small, as one that is being read then would hold it up."""
 GROWTH_BLOCKS = 8
@@ -107,17 +110,32 @@ class _Pauses:
 
 
 @dataclass(slots=True)
-class _Transition:
-    """One hop of a change."""
+class _Course:
+    """A change under way, over all its hops."""
 
     change: Change
     report: Report
+    began_s: float
+    recomputed_before: int
+    later: deque[Layout]
+    """The layouts of the hops after the present one."""
+    hop: int = 0
+    """The present hop, from 1; from the second on, something has flipped."""
+    num_retries: int = 0
+    stopped: str = ""
+    """Why it cannot go on as planned once the present hop is over."""
+    pauses: _Pauses = field(default_factory=_Pauses)
+
+
+@dataclass(slots=True)
+class _Transition:
+    """One hop of a change."""
+
+    course: _Course
     old: Layout
     new: Layout
     moves: tuple[Move, ...]
-    later: deque[Layout]
     phase: Phase
-    began_s: float
     entered_s: float
     workers: tuple[WorkerName, ...]
     fly_through: int = -1
@@ -129,12 +147,10 @@ class _Transition:
     num_needed: int = 0
     """Blocks of the snapshot, from the first on, without which nothing flips."""
     opening: Opening | None = None
-    pauses: _Pauses = field(default_factory=_Pauses)
     why: str = ""
     again: bool = False
     """Once aborted, begin the change anew."""
     weights_before: dict[WorkerName, int] = field(default_factory=dict)
-    recomputed_before: int = 0
     load_s: float = 0.0
     copy_s: float = 0.0
     """The longest that a worker loaded, and that one copied: one after the other."""
@@ -143,6 +159,19 @@ class _Transition:
         """When what the flip waits for will have been copied if it goes on as it did; infinite while nothing has arrived."""
         arrived = self.snapshot.num_arrived if self.snapshot is not None else 0
         return (now_s - self.entered_s) * (self.num_needed / arrived - 1.0) if arrived else math.inf
+
+    @property
+    def change(self) -> Change:
+        return self.course.change
+
+    @property
+    def report(self) -> Report:
+        return self.course.report
+
+    @property
+    def can_leave_no_trace(self) -> bool:
+        """Whether nothing has flipped yet, in this hop or an earlier one."""
+        return self.course.hop == 1 and self.phase in ABORTABLE
 
     @property
     def copies(self) -> bool:
@@ -186,14 +215,14 @@ class Reconfiguration:
             "strategy": now.change.strategy,
             "phase": now.phase,
             "target": now.report.target,
-            "hop": now.report.num_hops - len(now.later),
+            "hop": now.course.hop,
             "num_hops": now.report.num_hops,
             "loading": sorted(now.not_warm),
             "snapshot_blocks": snapshot.num_blocks if snapshot else 0,
             "snapshot_blocks_arrived": snapshot.num_arrived if snapshot else 0,
             "sequences_flipped": now.report.sequences_flipped + (opening.num_flipped if opening else 0),
             "sequences_left": len(self._head.directory.sequences_in(now.old.epoch)) if now.phase == "flip" else None,
-            "elapsed_s": round(self._head.now_s - now.began_s, 3),
+            "elapsed_s": round(self._head.now_s - now.course.began_s, 3),
         }
 
     # -- asking ---------------------------------------------------------------------------------------------
@@ -226,9 +255,7 @@ class Reconfiguration:
                 self.num_aborts_asked += 1
                 return True
         now = self._now
-        if now is None or now.change.id != transition or now.phase not in ABORTABLE:
-            return False
-        if now.report.num_hops - len(now.later) > 1:
+        if now is None or now.change.id != transition or not now.can_leave_no_trace:
             return False
         self._abort(now, why)
         self.num_aborts_asked += 1
@@ -288,16 +315,21 @@ class Reconfiguration:
         now.copy_s = max(now.copy_s, message.copy_us / 1e6)
         report.fence_waits += message.fence_waits
         report.fence_wait_ms += message.fence_wait_us / 1e3
-        now.pauses.pauses_us += message.pauses_us
-        now.pauses.excesses_us += message.excesses_us
-        now.pauses.ordinary_us += message.ordinary_us
+        now.course.pauses.pauses_us += message.pauses_us
+        now.course.pauses.excesses_us += message.excesses_us
+        now.course.pauses.ordinary_us += message.ordinary_us
 
     def lost(self, name: WorkerName) -> bool:
         """A worker is gone. True when the old layout goes on without it; False when the pipeline is broken."""
         now = self._now
         if now is None:
             return self._head.layout is None or name not in self._head.layout.workers
+        course = now.course
+        if any(name in layout.workers for layout in course.later):
+            course.stopped = f"worker {name} was lost"
         if name not in now.workers:
+            if course.stopped and now.can_leave_no_trace:
+                self._abort(now, f"worker {name}, which it would need later, was lost before anything had flipped")
             return True
         serves = name in now.old.workers or now.phase == "flip"
         if now.phase == "retire":
@@ -307,7 +339,7 @@ class Reconfiguration:
         now.awaiting.discard(name)
         now.workers = tuple(worker for worker in now.workers if worker != name)
         if now.phase in ABORTABLE:
-            self._abort(now, f"worker {name} was lost before anything had flipped")
+            self._abort(now, f"worker {name} was lost" + " before anything had flipped" * (course.hop == 1))
         return True
 
     def broken(self, why: str) -> None:
@@ -317,7 +349,7 @@ class Reconfiguration:
             for worker in now.workers:
                 if worker in self._head.members.workers:
                     self._head.send(worker, Cancel(now.new.epoch))
-            now.report.total_s = self._head.now_s - now.began_s
+            now.report.total_s = self._head.now_s - now.course.began_s
             self._end_report(now.report, "aborted", why)
         while self._queue:
             self._end_report(self.reports[self._queue.popleft().id], "aborted", why)
@@ -338,7 +370,7 @@ class Reconfiguration:
     def _advance_once(self, now: _Transition) -> bool:
         """One phase further? Each branch is the condition under which its phase ends."""
         head = self._head
-        if now.phase in ABORTABLE and head.now_s - now.began_s > now.change.deadline_s:
+        if now.can_leave_no_trace and head.now_s - now.course.began_s > now.change.deadline_s:
             self._abort(now, f"its deadline of {now.change.deadline_s:g} s has passed in phase {now.phase}")
             return True
         match now.phase:
@@ -386,29 +418,7 @@ class Reconfiguration:
         head = self._head
         old = head.layout
         assert old is not None, "the state asks only while it serves"
-        for name in change.layout.workers:
-            if name not in head.members.workers:
-                raise Refused(f"there is no worker {name}; there are {', '.join(head.members.in_order())}")
-        needed = self._blocks_needed()
-        moves = moves_between(old, change.layout)
-        for wanted in (needed + head.batcher.growth(GROWTH_BLOCKS), needed):
-            hops = split_into_hops(
-                old, change.layout, moves, lambda a, b, wanted=wanted: self._capacity(a, b) >= wanted
-            )
-            if hops:
-                break
-        if not hops:
-            raise Refused(
-                f"no room: {needed} KV blocks are needed, and beside what stays there is room for "
-                f"{self._capacity(old, change.layout)} during the whole change and for too few even when it moves one "
-                f"layer at a time. Wait for requests to end, move fewer layers, or raise --kv-memory"
-            )
-        tokens, block_size = head.max_context_tokens(), head.pool.block_size
-        if self._capacity(change.layout, change.layout) * block_size < tokens:
-            raise Refused(
-                f"the new layout holds {self._capacity(change.layout, change.layout) * block_size} KV tokens, and a "
-                f"request that was accepted may need {tokens}; give the layers to more workers or raise --kv-memory"
-            )
+        hops = self._plan(old, change.layout, self._blocks_needed())
         report = Report(
             id=change.id,
             strategy=change.strategy,
@@ -417,42 +427,70 @@ class Reconfiguration:
             source_epoch=old.epoch,
             target_epoch=-1,
             num_hops=len(hops),
-            layers_moved=sum(len(move.layers) for move in moves),
+            layers_moved=sum(len(move.layers) for move in moves_between(old, change.layout)),
             sequences_at_start=head.batcher.num_running,
         )
         self._keep(report)
         head.batcher.guard()
-        self._start_hop(change, report, old, deque(hops), head.now_s, _Pauses(), self._recomputed())
+        self._start_hop(_Course(change, report, head.now_s, self._recomputed(), deque(hops)), old)
         head.note(f"transition {change.id} begins: {old.brief()} -> {change.layout.brief()} ({change.strategy})")
 
-    def _start_hop(
-        self,
-        change: Change,
-        report: Report,
-        old: Layout,
-        hops: deque[Layout],
-        began_s: float,
-        pauses: _Pauses,
-        recomputed_before: int,
-    ) -> None:
+    def _plan(self, old: Layout, new: Layout, needed: int) -> list[Layout]:
+        """The hops from `old` to `new` with `needed` blocks in use, and as much room to grow as there is. Raises `Refused` when
+        there is no way."""
         head = self._head
-        layout = hops.popleft()
+        for name in new.workers:
+            if name not in head.members.workers:
+                raise Refused(f"there is no worker {name}; there are {', '.join(head.members.in_order())}")
+        moves = moves_between(old, new)
+        tokens, block_size = head.max_context_tokens(), head.pool.block_size
+        if (holds := self._capacity(new, new)) * block_size < tokens:
+            raise Refused(
+                f"the new layout holds {holds * block_size} KV tokens, and a request that was accepted may need {tokens}; "
+                f"give the layers to more workers or raise --kv-memory"
+            )
+        wanted = needed + head.batcher.growth(GROWTH_BLOCKS)
+        if self._capacity(old, new) < wanted:
+            wanted = min(wanted, roomiest(old, new, moves, self._room))
+        if wanted < needed or not (hops := split_into_hops(old, new, moves, self._room, wanted)):
+            raise Refused(self._no_room(old, new, moves, needed))
+        return hops
+
+    def _no_room(self, old: Layout, new: Layout, moves: tuple[Move, ...], needed: int) -> str:
+        """What is missing, where, and what would fit."""
+        size = self._head.pool.block_size
+        most = roomiest(old, new, moves, self._room)
+        text = (
+            f"no room: {needed} KV blocks ({needed * size} tokens) are in use or about to be, and this change can be made with "
+            f"{most} at most ({most * size} tokens), even one layer at a time"
+        )
+        course = find_course(old, new, moves, self._room, needed)
+        if course.blocked is not None:
+            worker = self._head.members.workers[course.blocked]
+            num_layers = len(course.reached.layers_of(course.blocked)) + 1
+            missing = (needed * num_layers - worker.num_pages) * worker.page_bytes
+            text += f"; {course.blocked} has pages for {worker.num_pages // num_layers} blocks of {num_layers} layers"
+            if not worker.room_bytes:
+                text += f", {missing / 2**20:.1f} MiB of --kv-memory too few"
+        if course.layers:
+            text += f". This much of it fits: {_as_asked(course.reached)}"
+        return f"{text}. Or wait for requests to end, or give fewer layers to a worker that has little memory"
+
+    def _start_hop(self, course: _Course, old: Layout) -> None:
+        head, change = self._head, course.change
+        layout = course.later.popleft()
+        course.hop += 1
         new = Layout(head.new_epoch(), layout.num_layers, layout.segments)
-        report.target_epoch = new.epoch
+        course.report.target_epoch = new.epoch
         workers = tuple(dict.fromkeys((*old.workers, *new.workers)))
         self._now = now = _Transition(
-            change=change,
-            report=report,
+            course=course,
             old=old,
             new=new,
             moves=moves_between(old, new),
-            later=hops,
             phase="reserve",
-            began_s=began_s,
             entered_s=head.now_s,
             workers=workers,
-            pauses=pauses,
-            recomputed_before=recomputed_before,
         )
         for name in workers:
             now.weights_before[name] = head.members.workers[name].weight_bytes
@@ -463,6 +501,40 @@ class Reconfiguration:
         if change.strategy != "drain":
             self._shrink(now)
         now.fly_through = head.batcher.last_ordinal(old.epoch)
+
+    def _go_on(self, course: _Course, why: str) -> None:
+        """Plan the rest of a change anew from where it is; when there is no way any more, it is over. The pool is still
+        as small as the hop that failed made it, so what runs has room for that one again."""
+        head, report = self._head, course.report
+        assert head.layout is not None, "it has been reached"
+        try:
+            if course.num_retries >= MAX_RETRIES:
+                raise Refused(f"tried again {MAX_RETRIES} times")
+            course.later = deque(self._plan(head.layout, course.change.layout, head.pool.num_used))
+        except Refused as error:
+            self._end_course(course, "aborted", f"{why}; {error}. It stays as {head.layout.brief()}, part of the way")
+            return
+        course.stopped = ""
+        course.num_retries += 1
+        report.num_hops = course.hop + len(course.later)
+        head.note(f"transition {report.id} goes on from {head.layout.brief()}: {why}")
+        self._start_hop(course, head.layout)
+
+    def _end_course(self, course: _Course, outcome: str, why: str) -> None:
+        """The change is over, and this is its report."""
+        head, report = self._head, course.report
+        assert head.layout is not None, "there is always one, but for a pipeline that is broken"
+        head.set_capacity(self._capacity(head.layout, head.layout))
+        head.batcher.is_squeezed = False
+        head.batcher.unguard()
+        self._now = None
+        report.add_pauses(course.pauses.pauses_us, course.pauses.excesses_us, course.pauses.ordinary_us)
+        report.recomputed_tokens = self._recomputed() - course.recomputed_before
+        report.total_s = head.now_s - course.began_s
+        self._end_report(report, outcome, why)
+        after = f" after {report.total_s:.3f} s" if outcome == "committed" else ""
+        what = head.layout.brief() if outcome == "committed" else why
+        head.note(f"transition {report.id} {outcome}{after}: {what}")
 
     def _shrink(self, now: _Transition) -> None:
         """Reduce the pool to what both layouts hold; the retired ids are free, and given back by `prepare`."""
@@ -560,22 +632,19 @@ class Reconfiguration:
             head.send(name, Retire(now.new.epoch, through))
 
     def _finish_hop(self, now: _Transition) -> None:
-        head, report = self._head, now.report
-        report.paced_s += now.load_s + now.copy_s
+        head, course = self._head, now.course
+        course.report.paced_s += now.load_s + now.copy_s
         head.set_capacity(self._capacity(now.new, now.new))
         head.batcher.is_squeezed = False
-        if now.later:
+        if not course.later:
+            now.enter("done", head.now_s)
+            self._end_course(course, "committed", "")
+        elif course.stopped:
+            now.enter("done", head.now_s)
+            self._go_on(course, course.stopped)
+        else:
             now.enter("reserve", head.now_s)
-            self._start_hop(now.change, report, now.new, now.later, now.began_s, now.pauses, now.recomputed_before)
-            return
-        now.enter("done", head.now_s)
-        head.batcher.unguard()
-        self._now = None
-        report.add_pauses(now.pauses.pauses_us, now.pauses.excesses_us, now.pauses.ordinary_us)
-        report.recomputed_tokens = self._recomputed() - now.recomputed_before
-        report.total_s = head.now_s - now.began_s
-        self._end_report(report, "committed", "")
-        head.note(f"transition {report.id} committed after {report.total_s:.3f} s: {now.new.brief()}")
+            self._start_hop(course, now.new)
 
     def _abort(self, now: _Transition, why: str) -> None:
         head = self._head
@@ -588,40 +657,40 @@ class Reconfiguration:
             head.send(name, Cancel(now.new.epoch))
 
     def _finish_abort(self, now: _Transition) -> None:
-        head = self._head
+        head, course = self._head, now.course
         now.enter("done", head.now_s)
-        head.set_capacity(self._capacity(now.old, now.old))
-        head.batcher.is_squeezed = False
-        head.batcher.unguard()
-        self._now = None
-        now.report.total_s = head.now_s - now.began_s
-        if now.again:
+        if course.hop > 1:
+            course.hop -= 1  # those that were made
+            self._go_on(course, now.why)
+        elif now.again:
+            head.set_capacity(self._capacity(now.old, now.old))
+            head.batcher.is_squeezed = False
+            head.batcher.unguard()
+            self._now = None
+            now.report.total_s = head.now_s - course.began_s
             try:
                 self._begin(now.change)
             except Refused as error:
                 self._end_report(now.report, "refused", str(error))
-            return
-        self._end_report(now.report, "aborted", now.why)
-        head.note(f"transition {now.report.id} aborted: {now.why}")
+        else:
+            self._end_course(course, "aborted", now.why)
 
     # -- room -----------------------------------------------------------------------------------------------
 
     def _capacity(self, a: Layout, b: Layout) -> int:
-        """Blocks that every worker's pages hold when it has the layers of both layouts. Unknown pools limit nothing."""
-        capacity = NO_LIMIT
-        for name in dict.fromkeys((*a.workers, *b.workers)):
-            worker = self._head.members.workers.get(name)
-            layers = {*a.layers_of(name), *b.layers_of(name)}
-            if worker is None or not worker.num_pages or not layers:
-                continue
-            num_pages = worker.num_pages
-            if worker.room_bytes:  # they are what the weights leave
-                embedding = name in (a.embedding_worker, b.embedding_worker)
-                lm_head = name in (a.lm_head_worker, b.lm_head_worker)
-                weights = self._head.spec.weight_bytes(layers, embedding=embedding, lm_head=lm_head)
-                num_pages = max(0, worker.room_bytes - weights) // worker.page_bytes
-            capacity = min(capacity, num_pages // len(layers))
-        return capacity
+        """Blocks that every worker's pages hold when it has the layers of both layouts."""
+        return capacity(self._room, a, b)
+
+    def _room(self, worker: WorkerName, layers: Collection[int], *, embedding: bool, lm_head: bool) -> int:
+        """As `scheduler.hops.Room`. A pool of unknown size limits nothing."""
+        pool = self._head.members.workers.get(worker)
+        if pool is None or not pool.num_pages:
+            return NO_LIMIT
+        num_pages = pool.num_pages
+        if pool.room_bytes:  # they are what the weights leave
+            weights = self._head.spec.weight_bytes(layers, embedding=embedding, lm_head=lm_head)
+            num_pages = max(0, pool.room_bytes - weights) // pool.page_bytes
+        return num_pages // len(layers)
 
     def _blocks_needed(self) -> int:
         """What runs must go on without preemption: its blocks, one more for each sequence, and a little air."""
@@ -646,4 +715,10 @@ class Reconfiguration:
 
     def _end_report(self, report: Report, outcome: str, why: str) -> None:
         report.outcome, report.why = outcome, why
+        report.reached = describe(self._head.layout) if self._head.layout is not None else []
         self.num_outcomes[outcome] = self.num_outcomes.get(outcome, 0) + 1
+
+
+def _as_asked(layout: Layout) -> str:
+    """A layout as `midflight layout` takes it."""
+    return ",".join(f"{s.worker}:{s.layers.start}-{s.layers.stop}" for s in layout.segments)

@@ -14,14 +14,13 @@ Until the first step of the next epoch is formed a transition can be aborted and
 goes forward.
 """
 
-from collections.abc import Callable
 from collections.abc import Sequence as ListOf
 from typing import Any, Literal, TypeAlias
 
 import msgspec
 
-from kvstore.ids import BlockId, WorkerName
-from runtime.layout import Layout, Move, layout_from_owners
+from kvstore.ids import BlockId
+from runtime.layout import Layout
 
 Strategy: TypeAlias = Literal["live", "stop-copy", "drain", "recompute"]
 STRATEGIES: tuple[Strategy, ...] = ("live", "stop-copy", "drain", "recompute")
@@ -90,6 +89,8 @@ class Report(msgspec.Struct):
     outcome: str = "running"
     why: str = ""
     num_hops: int = 1
+    reached: list[dict[str, Any]] = []
+    """The layout that served when it ended: the target's if it committed, the source's if nothing had flipped."""
     phases_s: dict[str, float] = {}
     total_s: float = 0.0
     layers_moved: int = 0
@@ -132,51 +133,3 @@ class Report(msgspec.Struct):
 def describe(layout: Layout) -> list[dict[str, Any]]:
     """A layout as the API shows it."""
     return [{"worker": s.worker, "layers": [s.layers.start, s.layers.stop]} for s in layout.segments]
-
-
-def move_order(old: Layout, new: Layout, moves: ListOf[Move]) -> list[int]:
-    """The layers that change owner, in an order in which a partial change leaves few segments.
-
-    Each move begins at the end that touches what its target holds already.
-    """
-    order: list[int] = []
-    owners = old.owners()
-    for move in moves:
-        layers = list(move.layers)
-        after = owners[move.layers.stop] if move.layers.stop < len(owners) else None
-        order += reversed(layers) if after == move.target else layers
-    return order
-
-
-def split_into_hops(
-    old: Layout, new: Layout, moves: ListOf[Move], fits: Callable[[Layout, Layout], bool]
-) -> list[Layout]:
-    """Layouts from `old` (not included) to `new`, each reachable from the one before under `fits`.
-
-    ``fits(a, b)`` says whether a transition from a to b has room. One hop when the whole change fits, else as few
-    layers at a time as fit. Empty when even one layer has no room. Only the last hop keeps segments that hold no layer.
-    """
-    if not moves or fits(old, new):
-        return [new]
-    hops: list[Layout] = []
-    current, order = old, move_order(old, new, moves)
-    targets = new.owners()
-    while order:
-        taken = next((n for n in range(len(order), 0, -1) if fits(current, _changed(current, targets, order[:n]))), 0)
-        if not taken:
-            return []
-        current = _changed(current, targets, order[:taken])
-        order = order[taken:]
-        hops.append(current)
-    if hops[-1].segments != new.segments:
-        hops.append(new)
-    else:
-        hops[-1] = new
-    return hops
-
-
-def _changed(layout: Layout, targets: ListOf[WorkerName], layers: ListOf[int]) -> Layout:
-    owners = list(layout.owners())
-    for layer in layers:
-        owners[layer] = targets[layer]
-    return layout_from_owners(layout.epoch, owners)

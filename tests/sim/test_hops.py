@@ -1,0 +1,158 @@
+"""A change in several hops, and what fails after the first of them: it goes forward, or says where it stays."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from kvstore.ids import LayerRange
+from runtime.layout import Layout, Segment
+from runtime.messages import Sampling
+from scheduler.batching import BatchingConfig
+from scheduler.request import Request
+from scheduler.state import PeerDown
+from scheduler.transition import Report, describe
+from tests.sim.cluster import NUM_LAYERS, VOCAB, SimCluster, reference
+
+NUM_BLOCKS = 28
+
+
+def layout(*segments: tuple[str, int, int]) -> Layout:
+    return Layout(0, NUM_LAYERS, tuple(Segment(worker, LayerRange(start, stop)) for worker, start, stop in segments))
+
+
+START = layout(("w0", 0, 1), ("w1", 1, 3), ("w2", 3, 5))
+TARGET = layout(("w0", 0, 2), ("w1", 2, 4), ("w3", 4, 5))
+
+Act = Callable[[SimCluster], None]
+
+
+def changed(
+    seed: int, at: tuple[int, str], act: Act, *, deadline_s: float = 1e9
+) -> tuple[SimCluster, Report, list[str]]:
+    """Streams run so that w1 cannot hold three layers; the change to `TARGET` is asked for then, and `act` happens at hop and phase `at`.
+
+    The cluster once all is over, the change's report, and the layouts that served on the way.
+    """
+    batching = BatchingConfig(prefix_cache=False, block_size=4)
+    cluster = SimCluster(seed, num_stages=3, batching=batching, num_blocks=NUM_BLOCKS, num_spares=2)
+    rng = random.Random(seed)
+    for sequence in range(6):
+        prompt = [rng.randrange(VOCAB) for _ in range(30)]
+        request = Request("sim", prompt, Sampling(temperature=0.0), max_tokens=120)
+        cluster.at(1.0, lambda s=sequence, r=request: cluster.submit(s, r))
+    cluster.at(0.45, lambda: cluster.change(START))
+    served: list[str] = []
+    is_asked = has_acted = False
+
+    def look() -> None:
+        nonlocal is_asked, has_acted
+        head = cluster.head
+        if head.layout is not None and head.status == "serving" and served[-1:] != [head.layout.brief()]:
+            served.append(head.layout.brief())
+        needed = head.pool.num_used + head.batcher.num_running + 2
+        is_full = NUM_BLOCKS * NUM_LAYERS // 3 < needed <= NUM_BLOCKS * NUM_LAYERS // 2 - 6
+        if not is_asked and served[-1:] == [START.brief()] and is_full:
+            is_asked = True
+            cluster.change(TARGET, deadline_s=deadline_s)
+        view = head.reconfiguration.view()
+        if is_asked and not has_acted and view is not None and (view["hop"], view["phase"]) == at:
+            assert view["num_hops"] == 2
+            has_acted = True
+            act(cluster)
+
+    for index in range(1, 2000):
+        cluster.at(0.5 + 0.002 * index, look)
+    for index in range(1, 190):
+        cluster.at(0.1 * index, cluster.tick)
+    cluster.run(until=20.0)
+    assert has_acted, f"hop {at[0]} was never in phase {at[1]}"
+    assert not cluster.head.reconfiguration.is_active
+    assert len(cluster.streams) == 6
+    for stream in cluster.streams.values():
+        assert stream.tokens == reference(stream.request)
+    cluster.audit()
+    return cluster, cluster.head.reconfiguration.reports[2], served
+
+
+def fail_once(cluster: SimCluster) -> None:
+    cluster.shadow_failures = 1.0
+
+    def mend() -> None:
+        view = cluster.head.reconfiguration.view()
+        if view is None or view["phase"] == "abort":
+            cluster.shadow_failures = 0.0
+        else:
+            cluster.at(0.001, mend)
+
+    mend()
+
+
+def fail_always(cluster: SimCluster) -> None:
+    cluster.shadow_failures = 1.0
+
+
+def kill(worker: str) -> Act:
+    def act(cluster: SimCluster) -> None:
+        cluster.workers[worker].alive = False
+        cluster.at(0.0, lambda: cluster.handle(PeerDown(worker, "killed", cluster.now)))
+
+    return act
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("fault", ["none", "a load fails", "its deadline passes"])
+def test_after_the_first_hop_a_change_goes_forward(fault: str, seed: int) -> None:
+    second_s: list[Any] = []
+
+    def note_time(cluster: SimCluster) -> None:
+        view = cluster.head.reconfiguration.view()
+        assert view is not None
+        second_s.append(view["elapsed_s"])
+
+    cluster, report, served = changed(seed, (2, "prepare"), fail_once if fault == "a load fails" else note_time)
+    if fault == "its deadline passes":
+        assert report.total_s > second_s[0] + 0.01
+        cluster, report, served = changed(seed, (2, "prepare"), note_time, deadline_s=second_s[0] + 0.005)
+    assert (report.phases_s.get("abort", 0.0) > 0.0) == (fault == "a load fails")
+    assert report.outcome == "committed", report.why
+    assert report.reached == report.target == describe(TARGET)
+    assert report.num_hops == len(served) - served.index(START.brief()) - 1 == 2
+    assert report.recomputed_tokens == 0
+    assert cluster.head.layout is not None
+    assert cluster.head.layout.segments == TARGET.segments
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    ("at", "act", "said"),
+    [
+        ((2, "prepare"), fail_always, "RuntimeError: no memory; tried again 2 times. It stays as"),
+        ((2, "shadow"), kill("w3"), "worker w3 was lost; there is no worker w3"),
+        ((1, "flip"), kill("w3"), "worker w3 was lost; there is no worker w3"),
+    ],
+    ids=["loads fail", "the target is lost", "a later target is lost"],
+)
+def test_where_it_cannot_go_on_it_says_where_it_stays(at: tuple[int, str], act: Act, said: str, seed: int) -> None:
+    cluster, report, served = changed(seed, at, act)
+    assert report.outcome == "aborted"
+    assert said in report.why
+    assert cluster.head.layout is not None
+    assert cluster.head.layout.brief() in report.why
+    assert report.reached == describe(cluster.head.layout)
+    assert report.reached not in (report.source, report.target)
+    assert report.sequences_flipped > 0
+    assert served[-1] == cluster.head.layout.brief()
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("phase", ["prepare", "shadow", "copy"])
+def test_a_worker_that_a_later_hop_needs_is_lost_before_anything_flips(phase: str, seed: int) -> None:
+    cluster, report, served = changed(seed, (1, phase), kill("w3"))
+    assert report.outcome == "aborted"
+    assert report.why == "worker w3, which it would need later, was lost before anything had flipped"
+    assert report.reached == report.source == describe(START)
+    assert served[-1] == START.brief()
+    assert cluster.head.layout is not None
+    assert cluster.head.layout.segments == START.segments
