@@ -5,6 +5,11 @@ One server runs all of it; between the parts its layout is changed live. The ste
 once from all loads together, and once for each load from its own steps, as a head knows its workers that has served this
 load for a while. Then every load is simulated on every layout. Figures of the first layout say how good the fit is, those of
 the others how good the prediction is.
+
+A worker that has only ever run 17 layers cannot tell what a step costs from what a layer costs: any split of the time between the two
+fits, and predicts something else for 22 layers. The workers are alike, so the coefficients are fitted to all of them at once, which
+hold different numbers of layers (the first layout must be uneven for that). How fast each one is by itself, as its core has its own
+neighbours, is one factor on its layers, and one on the LM head where it holds that.
 """
 
 import argparse
@@ -13,7 +18,6 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +34,7 @@ from runtime.model.config import inspect_model
 from runtime.model.spec import ModelSpec
 from scheduler.batching import BatchingConfig
 from scheduler.planning.calibration import Measurement, Profile, correct, predict
-from scheduler.planning.cost import Facts, Speed, Work
+from scheduler.planning.cost import TERMS, Facts, Speed, Work
 from scheduler.planning.devices import kind_of_worker
 from scheduler.planning.traffic import Slo
 from scheduler.simulation.policies import Policy
@@ -46,13 +50,14 @@ WORKLOADS = (
     Workload("decode", 16, 32, 16, 160),
     Workload("prefill", 8, 16, 768, 16),
 )
-MAX_MEASUREMENTS = 1500
+MAX_MEASUREMENTS = 3000
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the first layout's steps say of this machine: of each worker by itself, as its core has its own neighbours. Seconds."""
+    """What the first layout's steps say of this machine: of all workers in `common`, and of each by itself. Seconds."""
 
+    common: Speed
     speeds: tuple[Speed, ...]
     rates: Rates
     send_s: float
@@ -130,7 +135,7 @@ def compare(spec: ModelSpec, layouts: list[list[int]], measured: list[dict], ste
     rows = []
     for one in measured:
         same_load = [other for other in measured if other["load"] == one["load"]]
-        own = calibrate(facts, layouts[0], same_load, steps, calibration.speeds)
+        own = calibrate(facts, layouts[0], same_load, steps, calibration.common)
         load = Workload(**one["load"])
         said, said_own = (simulate(spec, known, one["layout"], load, seed) for known in (calibration, own))
         row = {"layout": one["layout"], "workload": load.name, "calibrated_on": one["layout"] == layouts[0]}
@@ -168,29 +173,31 @@ def _beside(measured: float, simulated: float, own: float) -> dict[str, float]:
 
 
 def calibrate(
-    facts: Facts, layout: list[int], measured: list[dict], steps: list[dict], start: Sequence[Speed] = ()
+    facts: Facts, layout: list[int], measured: list[dict], steps: list[dict], start: Speed | None = None
 ) -> Calibration:
     """Coefficients, spread and overheads from the steps of the workloads on `layout`; the fit begins at `start`."""
     windows = [(one["from_s"], one["to_s"]) for one in measured if one["layout"] == layout]
     groups = [[step for step in steps if a <= step["sent_s"] and step["back_s"] <= b] for a, b in windows]
     chosen = [step for group in groups for step in group]
-    speeds, noises, errors = [], [], []
-    for hop in range(len(layout)):
-        known = start[hop] if start else Speed(kind_of_worker("cpu", "", 1))
-        speed, noise, error = _fit(facts, known, _measurements(chosen, hop))
-        speeds.append(speed)
-        noises.append(noise)
-        errors.append(error)
+    of_hop = [_measurements(chosen, hop) for hop in range(len(layout))]
+    common = _fit(facts, start or Speed(kind_of_worker("cpu", "", 1)), [m for some in of_hop for m in some])
+    speeds = [_paced(facts, common, some) for some in of_hop]
+    ratios = [
+        [m.seconds / predict(facts, speed, m) for m in some] for speed, some in zip(speeds, of_hop, strict=True)
+    ]
     send_s = statistics.mean(_overheads(groups))
     round_trips = [_transit_s(step) for step in chosen]
     head_s, hops = statistics.mean(step["step_s"] for step in chosen), len(layout)
     flight_s = max(0.0, (statistics.mean(round_trips) - hops * send_s - head_s) / (hops + 1))
     return Calibration(
+        common,
         tuple(Speed(msgspec.structs.replace(s.kind, link_latency_s=send_s), s.scale) for s in speeds),
-        Rates(flight_s=flight_s, head_s=head_s, noise=statistics.mean(noises)),
+        Rates(
+            flight_s=flight_s, head_s=head_s, noise=statistics.mean(float(np.log(some).std()) for some in ratios)
+        ),
         send_s,
         len(chosen),
-        statistics.mean(errors),
+        statistics.mean(abs(1 / ratio - 1) for some in ratios for ratio in some),
     )
 
 
@@ -205,16 +212,23 @@ def _measurements(steps: list[dict], hop: int) -> list[Measurement]:
     return [m for m in found if m.seconds > 0]
 
 
-def _fit(facts: Facts, known: Speed, measurements: list[Measurement]) -> tuple[Speed, float, float]:
-    """Coefficients, the spread of the logarithm around them, and the mean absolute relative error."""
+def _fit(facts: Facts, known: Speed, measurements: list[Measurement]) -> Speed:
+    """Coefficients for a sample of these."""
     picked = np.random.default_rng(0).permutation(len(measurements))[:MAX_MEASUREMENTS]
-    sample = [measurements[index] for index in picked]
-    speed = correct(facts, known, Profile("cpu", facts.spec.name, tuple(sample)))
-    ratios = np.array([m.seconds / predict(facts, speed, m) for m in sample])
-    weights = np.array([predict(facts, speed, m) for m in sample])
-    slower = float((ratios * weights).sum() / weights.sum())  # the fit leans to the median, time is spent by the mean
-    speed = Speed(speed.kind, tuple(value * slower for value in speed.scale))
-    return speed, float(np.log(ratios).std()), float(np.abs(1 / (ratios / slower) - 1).mean())
+    sample = tuple(measurements[index] for index in picked)
+    return correct(facts, known, Profile("cpu", facts.spec.name, sample))
+
+
+def _paced(facts: Facts, common: Speed, measurements: list[Measurement]) -> Speed:
+    """A worker that takes as long as these in sum, for its layers and for the LM head (the fit leans to the median, time is spent
+    by the mean)."""
+
+    def pace(some: list[Measurement]) -> float:
+        return sum(m.seconds for m in some) / sum(predict(facts, common, m) for m in some) if some else 1.0
+
+    layers, head = (pace([m for m in measurements if m.with_head is with_head]) for with_head in (False, True))
+    paces = [head if term in ("head", "sample") else layers for term in TERMS]
+    return Speed(common.kind, tuple(value * pace for value, pace in zip(common.scale, paces, strict=True)))
 
 
 def _overheads(groups: list[list[dict]]) -> list[float]:
