@@ -390,22 +390,23 @@ class Batcher:
 
     def _take_decodes(self, step: StepBuilder) -> float:
         """What the rows taken cost, in the unit of the prices."""
-        prices = self.prices
+        prices, size, is_opening = self.prices, self._config.block_size, self._opening is not None
         share = prices.decode_s(self._num_decoding, self._decoding_context) / self.num_microbatches * (1 + _EPSILON)
-        ready, later, cost = self._ready, [], 0.0
+        ready, later, rows, cost = self._ready, [], step.rows, 0.0
         while ready and cost < share and step.budget > 0:
             sequence = ready.popleft()
-            if not sequence.running or sequence.prefilling or sequence.num_remaining != 1 or sequence in step.rows:
+            num_tokens, scheduled = len(sequence.tokens), sequence.num_scheduled
+            if not sequence.running or sequence.prefilling or num_tokens - scheduled != 1 or sequence in rows:
                 continue  # it ended, was preempted, or stands here twice because it was
-            row_s = prices.decode_s(1, len(sequence.tokens))
+            row_s = prices.decode_s(1, num_tokens)
             if cost and cost + row_s / 2 > share:
                 later.append(sequence)  # without it the step is nearer to its share than with it
                 break
-            epoch = self._epoch_for(sequence)
+            epoch = self._epoch_for(sequence) if is_opening else sequence.epoch
             if not step.accepts(epoch):
                 later.append(sequence)
                 continue
-            if self._reserve(sequence, step):
+            if scheduled < len(sequence.blocks) * size or self._reserve(sequence, step):
                 self._add(step, sequence, 1, epoch)
                 cost += row_s
             elif sequence.running:
@@ -525,13 +526,10 @@ class Batcher:
         return covered
 
     def _reserve(self, sequence: Sequence, step: StepBuilder) -> bool:
-        """A block for the next token, by preempting younger sequences if need be.
+        """A new block for the next token, by preempting younger sequences if need be.
 
         False when it could not be had: the sequence was itself the youngest, or blocks are still in limbo.
         """
-        room = len(sequence.blocks) * self._config.block_size
-        if sequence.num_scheduled < room:
-            return True
         while not self._pool.can_allocate(1):
             if self._limbo:
                 return False
@@ -604,17 +602,21 @@ class Batcher:
         sequence.tokens.append(token)
         self._decoding_context += 1
         self.counters.generated_tokens += 1
-        first = sequence.num_output_tokens == 1
-        output = TokenOutput(
-            [token],
-            None if logprobs is None else [logprobs],
-            num_cached_tokens=sequence.num_cached_tokens if first else 0,
-            prompt_logprobs=sequence.prompt_logprobs if first and request.prompt_logprobs >= 0 else None,
-            queue_s=sequence.queue_s if first else -1.0,
-        )
-        if token in request.stop_token_ids and sequence.num_output_tokens > request.sampling.min_tokens:
+        num_output, entries = sequence.num_output_tokens, None if logprobs is None else [logprobs]
+        if num_output > 1:
+            output = TokenOutput([token], entries)
+        else:
+            prompt_logprobs = sequence.prompt_logprobs if request.prompt_logprobs >= 0 else None
+            output = TokenOutput(
+                [token],
+                entries,
+                num_cached_tokens=sequence.num_cached_tokens,
+                prompt_logprobs=prompt_logprobs,
+                queue_s=sequence.queue_s,
+            )
+        if token in request.stop_token_ids and num_output > request.sampling.min_tokens:
             self._end(sequence, "stop", outputs, last=output, stopped_by=token)
-        elif sequence.num_output_tokens >= request.max_tokens:
+        elif num_output >= request.max_tokens:
             self._end(sequence, "length", outputs, last=output)
         else:
             outputs.append((sequence.id, output))

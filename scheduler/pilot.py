@@ -126,6 +126,10 @@ class Pilot:
         rows = ((row.start, len(row.tokens), row.sample) for row in step.rows)
         self._noted[step.epoch, step.ordinal] = work_of_rows(rows)
 
+    def awaits(self, step: StepPlan) -> bool:
+        """Whether the timings of this step, which was sent, will be learned from."""
+        return (step.epoch, step.ordinal) in self._noted
+
     def result(self, result: StepResult, layout: Layout, is_changing: bool) -> None:
         work = self._noted.pop((result.epoch, result.ordinal), None) if self._noted else None
         if work is not None and not is_changing and len(self._timed) < MAX_TIMED:
@@ -138,9 +142,9 @@ class Pilot:
                 continue
             if not request.tokens:
                 request.first_s, request.cached_tokens = now_s, output.num_cached_tokens
+                if output.tokens:
+                    self._started[sequence] = request
             request.tokens += len(output.tokens)
-            if request.tokens:
-                self._started[sequence] = request
             if output.finish_reason is not None:
                 del self._requests[sequence]
                 self._started.pop(sequence, None)

@@ -131,7 +131,7 @@ class Simulation:
         self.head.pilot.learns = autopilot != "off"
         facts, rng = Facts(spec), np.random.default_rng(seed)
         factors = iter(()) if not rates.noise else _lognormal(rng, rates.noise)
-        draw = (lambda: next(factors)) if rates.noise else (lambda: 1.0)
+        draw = (lambda: next(factors)) if rates.noise else None
         self.workers = {d.worker: SimWorker(d, facts, self.world, self, draw) for d in devices}
         self._concurrency = concurrency
         self._head_free_s = 0.0
@@ -204,16 +204,17 @@ class Simulation:
         world, head = self.world, self.head
         for effect in head.step(event):
             match effect:
+                case Emit():
+                    self._emit(effect.sequence, effect.output)
                 case SendStep():
                     rows = effect.plan.rows
                     work = work_of_rows((row.start, len(row.tokens), row.sample) for row in rows)
                     worker = self.workers[effect.worker]
-                    world.at(world.now_s + world.rates.flight_s, worker.step, Flight(effect.plan, work, [], {}), 0)
+                    flight = Flight(effect.plan, work, [] if head.pilot.awaits(effect.plan) else None, {})
+                    world.at(world.now_s + world.rates.flight_s, worker.step, flight, 0)
                 case Send():
                     worker = self.workers[effect.worker]
                     world.at(world.now_s + world.rates.flight_s, worker.receive, effect.message)
-                case Emit():
-                    self._emit(effect.sequence, effect.output)
                 case Look():
                     answered = Looked(effect.question, answer(effect.question), world.now_s)
                     world.at(world.now_s, self._handle, answered)
@@ -321,6 +322,8 @@ class Simulation:
     def _finish(self) -> Outcome:
         head, outcome = self.head, self.outcome
         head.check_integrity()
+        for worker in self.workers.values():
+            worker.end_passage()
         outcome.end_s = self.now_s
         outcome.changes = list(head.reconfiguration.reports.values())
         outcome.steps, outcome.events = head.batcher.counters.steps, self.world.num_events

@@ -33,24 +33,26 @@ class StageCost:
         byte_s = 1.0 / (kind.bandwidth * kind.bandwidth_fraction)
         flop_s = 1.0 / (kind.flops * kind.flops_fraction)
         counts = np.bincount(facts.kind_of_layer[layers.start : layers.stop], minlength=len(facts.flops))
+        self.counts = counts.tolist()
+        """Layers of each kind."""
         self._kinds = [
             _Kind(
                 i,
-                int(count),
+                count,
                 kind.layer_s * scale[1],
                 float(facts.dense_bytes[i]) * byte_s * scale[2],
                 float(facts.expert_bytes[i]) * byte_s * scale[2],
                 float(facts.flops[i]) * flop_s * scale[3],
                 float(facts.windows[i]),
             )
-            for i, count in enumerate(counts)
+            for i, count in enumerate(self.counts)
         ]
         self.is_last = is_last
         self.num_hops = 1
         """Of its layout, and whether each of them is on another worker."""
         self.is_only = False
-        self._speed = speed
-        self._step_s = kind.step_s * scale[0]
+        self.speed = speed
+        self.step_s = kind.step_s * scale[0]
         self._kv_s = facts.kv_bytes * scale[4] / (kind.bandwidth * kind.kv_fraction)
         self._score_s = facts.score_flops * scale[5] / (kind.flops * kind.attention_fraction)
         self._head_bytes_s = facts.spec.lm_head_bytes * byte_s * scale[6]
@@ -61,13 +63,17 @@ class StageCost:
 
     def compute_s(self, work: Work, known: dict[int, list[float]]) -> float:
         """The forward pass of the stage's layers. `known` is kept from stage to stage of the same step."""
-        layers_s = known.get(id(self._speed))
+        layers_s = known.get(id(self.speed))
         if layers_s is None:
-            layers_s = known[id(self._speed)] = [self._one_layer_s(kind, work) for kind in self._kinds]
-        seconds = self._step_s
+            layers_s = known[id(self.speed)] = self.layers_s(work)
+        seconds = self.step_s
         for kind in self._kinds:
             seconds += kind.count * layers_s[kind.index]
         return seconds
+
+    def layers_s(self, work: Work) -> list[float]:
+        """One layer of each kind, on this device."""
+        return [self._one_layer_s(kind, work) for kind in self._kinds]
 
     def sample_s(self, work: Work) -> float:
         """The LM head and the sampling; nothing on a stage that is not the last."""

@@ -8,7 +8,8 @@ as the real one does.
 
 While nothing but steps is going on, they meet no decision on their way, and go through all of the pipeline at once: the times of
 every hop follow from when its worker is free and when the step arrives there. So `free_at_s` may lie a pass ahead of the
-clock. A worker in a transition takes its steps one by one, as they arrive.
+clock. A long pipeline does that in arrays (`passage`), and its workers' times are there until one of them gets another message than a
+step. A worker in a transition takes its steps one by one, as they arrive.
 
 Simplified: weights come from the worker's own disk, never from a peer; a message is never lost, doubled or overtaken.
 """
@@ -48,6 +49,7 @@ from runtime.messages import (
 )
 from scheduler.planning.cost import Facts, Work, hop_seconds
 from scheduler.simulation.handover import CopyJob, Incoming, SimHandover, Source
+from scheduler.simulation.passage import MIN_HOPS, Passage
 from scheduler.simulation.stage_cost import StageCost
 from scheduler.simulation.world import SimDevice, World
 
@@ -61,11 +63,14 @@ Unit: TypeAlias = int | str
 
 @dataclass(slots=True)
 class Flight:
-    """A step on its way through the pipeline. `layer_s` is `StageCost`'s memory of what it knows of this step."""
+    """A step on its way through the pipeline. `layer_s` is `StageCost`'s memory of what it knows of this step.
+
+    `timings` is None where nobody learns from them.
+    """
 
     plan: StepPlan
     work: Work
-    timings: list[HopTiming]
+    timings: list[HopTiming] | None
     layer_s: dict[int, list[float]]
 
 
@@ -78,10 +83,10 @@ class Network(Protocol):
 
 
 class SimWorker:
-    """One worker. `noise` gives the factor on the next stage time."""
+    """One worker. `noise` gives the factor on the next stage time, if there is any."""
 
     def __init__(
-        self, device: SimDevice, facts: Facts, world: World, network: Network, noise: Callable[[], float]
+        self, device: SimDevice, facts: Facts, world: World, network: Network, noise: Callable[[], float] | None
     ) -> None:
         self.name = device.worker
         self.device = device
@@ -103,6 +108,9 @@ class SimWorker:
         self._wire_free_s = 0.0
         there = Accelerator(self._kind.bandwidth, world.rates.load_bytes_per_s) if self._kind.is_accelerator else None
         self._limiter = Limiter(there)
+        self._passage: Passage | None = None
+        self._passing: tuple[Epoch, list[SimWorker]] = -1, []
+        """Of the open passage: its epoch, and its workers by hop."""
 
     def join(self) -> Join:
         kind = self._kind.name
@@ -116,6 +124,7 @@ class SimWorker:
 
     def receive(self, message: ToWorker) -> None:
         """Any message but a step."""
+        self.end_passage()
         match message:
             case Load():
                 self._load(message)
@@ -213,10 +222,50 @@ class SimWorker:
             self._run_due(handover, key)
             return
         worker, arrived_s = self, self._world.now_s
+        if not hop and (self._passage is not None or self._open_passage(plan)):
+            assert self._passage is not None
+            assert self._passing[0] == plan.epoch, "a step of another epoch comes while a passage is open"
+            self._next[key] = plan.ordinal + 1
+            self._deliver(self._passage.run(flight.work, arrived_s, flight.timings), flight)
+            return
         while worker is not None:
             worker._next[plan.epoch, hop] = plan.ordinal + 1
             worker, arrived_s = worker._run(flight, hop, arrived_s)
             hop += 1
+
+    def _open_passage(self, plan: StepPlan) -> bool:
+        """Whether the pipeline is long, and this step and all that follow may be run ahead of time on all of it."""
+        layout = self._stages[plan.epoch]
+        if layout.num_hops < MIN_HOPS:
+            return False
+        workers = [self._network.peer(segment.worker) for segment in layout.segments]
+        if not all(worker._is_next(plan, hop) for hop, worker in enumerate(workers)):
+            return False
+        passage = Passage(
+            self._facts,
+            layout.workers,
+            [worker._costs[plan.epoch, hop] for hop, worker in enumerate(workers)],
+            self._world.rates.flight_s,
+            self._noise,
+            [worker.free_at_s for worker in workers],
+            [worker._idle_since_s for worker in workers],
+        )
+        for worker in workers:
+            worker._passage, worker._passing = passage, (plan.epoch, workers)
+        return True
+
+    def end_passage(self) -> None:
+        """Have the times of the pipeline, if they are elsewhere, back at its workers."""
+        passage, (epoch, workers) = self._passage, self._passing
+        if passage is None:
+            return
+        for hop, worker in enumerate(workers):
+            worker.free_at_s = float(passage.free_s[hop])
+            worker._idle_since_s = float(passage.idle_since_s[hop])
+            worker.busy_s += float(passage.busy_s[hop])
+            worker._next[epoch, hop] = workers[0]._next[epoch, 0]
+            passage.remind(worker._limiter, hop)
+            worker._passage = None
 
     def _is_next(self, plan: StepPlan, hop: int) -> bool:
         """Whether a step that is to arrive may be run ahead of time: nothing can come before it, and nothing changes."""
@@ -247,27 +296,20 @@ class SimWorker:
         plan, work, layout = flight.plan, flight.work, self._stages[flight.plan.epoch]
         cost = self._costs[plan.epoch, hop]
         begun_s = max(self._world.now_s, arrived_s, self.free_at_s)
-        factor = self._noise()
+        factor = 1.0 if self._noise is None else self._noise()
         compute_s = cost.compute_s(work, flight.layer_s) * factor
         sample_s = cost.sample_s(work) * factor if cost.is_last else 0.0
         ended_s = begun_s + compute_s + sample_s
         self._limiter.ran(begun_s, ended_s)
-        flight.timings.append(
-            HopTiming(
-                self.name,
-                max(0, int(1e6 * (arrived_s - self._idle_since_s))),
-                int(1e6 * (begun_s - arrived_s)),
-                int(1e6 * compute_s),
-                int(1e6 * sample_s),
-            )
-        )
+        if flight.timings is not None:
+            idle_s = max(0.0, arrived_s - self._idle_since_s)
+            spent_us = [int(1e6 * seconds) for seconds in (idle_s, begun_s - arrived_s, compute_s, sample_s)]
+            flight.timings.append(HopTiming(self.name, *spent_us))
         is_last, following, due_s = hop == cost.num_hops - 1, None, 0.0
         sending_s = self._kind.link_latency_s if is_last else hop_seconds(self._facts, self._kind, work.num_tokens)
         self._occupy(begun_s, compute_s + sample_s + sending_s)
         if is_last:
-            tokens = [0] * int(work.samples)
-            result = StepResult(plan.epoch, plan.ordinal, plan.microbatch, tokens, [], [], flight.timings)
-            self._network.to_head(self.free_at_s, result)
+            self._deliver(self.free_at_s, flight)
         else:
             following = self._network.peer(layout.segments[hop + 1].worker)
             due_s = self.free_at_s + self._world.rates.flight_s
@@ -280,6 +322,11 @@ class SimWorker:
                 self._mirror(self._handover, flight, hop)
         self._idle_since_s = self.free_at_s
         return following, due_s
+
+    def _deliver(self, sent_s: float, flight: Flight) -> None:
+        plan, tokens = flight.plan, [0] * int(flight.work.samples)
+        result = StepResult(plan.epoch, plan.ordinal, plan.microbatch, tokens, [], [], flight.timings or [])
+        self._network.to_head(sent_s, result)
 
     def _occupy(self, begun_s: float, seconds: float) -> None:
         self.free_at_s = begun_s + seconds
