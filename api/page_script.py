@@ -25,8 +25,9 @@ const chain = stages => stages.map(s => `${s.worker} ${range(s.layers)}`).join("
 const PHASES = ["reserve", "prepare", "shadow", "copy", "flip", "retire"];
 const KEPT_SAMPLES = 120, KEPT_NOTES = 6, SHOWN_CHANGES = 10, LINGER_MS = 5000;
 const COLOURS = 6;
+const LEAST_S = 0.5;  // of a rate: an event may ask again some milliseconds after the clock did, and tokens come in bursts
 
-let before = null, layout = null, change = null, reports = [], numLayers = 0;
+let before = null, lastRate = null, layout = null, change = null, reports = [], numLayers = 0;
 let lingerUntil = 0, isListening = false;
 const samples = [], notes = [], colours = new Map();
 
@@ -140,7 +141,9 @@ function showReports() {
 /* -- figures -- */
 function rates(stats) {
   const now = performance.now() / 1000, then = before;
+  if (then && now - then.now < LEAST_S) return lastRate;
   before = {now, stats};
+  lastRate = null;
   if (!then || then.stats.generated_tokens > stats.generated_tokens) return null;
   const seconds = now - then.now;
   const stages = stats.stages.map(s => {
@@ -152,7 +155,7 @@ function rates(stats) {
                 prompt: Math.max(0, stats.prompt_tokens - then.stats.prompt_tokens) / seconds, stages};
   samples.push({out: rate.out, changing: change !== null || Date.now() < lingerUntil - LINGER_MS + 1000});
   if (samples.length > KEPT_SAMPLES) samples.shift();
-  return rate;
+  return lastRate = rate;
 }
 function showFigures(stats, rate) {
   const share = stats.kv_blocks_total ? stats.kv_blocks_used / stats.kv_blocks_total : 0;

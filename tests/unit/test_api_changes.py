@@ -5,6 +5,8 @@ import base64
 import hashlib
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,6 +14,7 @@ import aiohttp
 import pytest
 
 from api.events import EventBuffer
+from api.page_script import SCRIPT
 from api.text import Text
 from scheduler.reconfiguration import Refused
 from scheduler.wishes import LayoutError
@@ -234,6 +237,30 @@ async def test_changes_are_counted(api: Api) -> None:
 
 
 # -- the page ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node runs the page's script")
+def test_the_page_shows_no_rate_over_no_time() -> None:
+    """Nothing at the first look, and over the milliseconds between two looks not what a burst of tokens would come to."""
+    rates = re.search(r"function rates\(.*?\n}\n", SCRIPT, re.DOTALL)
+    least = re.search(r"const LEAST_S = .*", SCRIPT)
+    assert rates is not None
+    assert least is not None
+    looks = [(0, 9000), (0.005, 9022), (1.0, 9100), (1.002, 9120), (3.0, 9300), (4.0, 10), (5.0, 40)]
+    program = f"""
+        let before = null, lastRate = null, change = null, lingerUntil = 0, now_s = 0;
+        const samples = [], KEPT_SAMPLES = 120, LINGER_MS = 0, performance = {{now: () => 1000 * now_s}};
+        {least[0]}
+        {rates[0]}
+        const said = {json.dumps(looks)}.map(([at_s, tokens]) => {{
+            now_s = at_s;
+            const rate = rates({{generated_tokens: tokens, prompt_tokens: 0, stages: []}});
+            return rate && rate.out;
+        }});
+        console.log(JSON.stringify([said, samples.length]));
+    """
+    ran = subprocess.run(["node", "-e", program], capture_output=True, text=True, timeout=60, check=True)
+    assert json.loads(ran.stdout) == [[None, None, 100, 100, 100, None, 30], 3]
 
 
 async def test_the_page_runs_its_own_script_and_nothing_else(api: Api) -> None:
