@@ -182,9 +182,7 @@ def calibrate(
     of_hop = [_measurements(chosen, hop) for hop in range(len(layout))]
     common = _fit(facts, start or Speed(kind_of_worker("cpu", "", 1)), [m for some in of_hop for m in some])
     speeds = [_paced(facts, common, some) for some in of_hop]
-    ratios = [
-        [m.seconds / predict(facts, speed, m) for m in some] for speed, some in zip(speeds, of_hop, strict=True)
-    ]
+    ratios = [[m.seconds / predict(facts, speed, m) for m in some] for speed, some in zip(speeds, of_hop, strict=True)]
     send_s = statistics.mean(_overheads(groups))
     round_trips = [_transit_s(step) for step in chosen]
     head_s, hops = statistics.mean(step["step_s"] for step in chosen), len(layout)
@@ -192,9 +190,7 @@ def calibrate(
     return Calibration(
         common,
         tuple(Speed(msgspec.structs.replace(s.kind, link_latency_s=send_s), s.scale) for s in speeds),
-        Rates(
-            flight_s=flight_s, head_s=head_s, noise=statistics.mean(float(np.log(some).std()) for some in ratios)
-        ),
+        Rates(flight_s=flight_s, head_s=head_s, noise=statistics.mean(float(np.log(some).std()) for some in ratios)),
         send_s,
         len(chosen),
         statistics.mean(abs(1 / ratio - 1) for some in ratios for ratio in some),
