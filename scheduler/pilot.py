@@ -138,9 +138,9 @@ class Pilot:
                 continue
             if not request.tokens:
                 request.first_s, request.cached_tokens = now_s, output.num_cached_tokens
+                if output.tokens:
+                    self._started[sequence] = request
             request.tokens += len(output.tokens)
-            if request.tokens:
-                self._started[sequence] = request
             if output.finish_reason is not None:
                 del self._requests[sequence]
                 self._started.pop(sequence, None)

@@ -18,6 +18,8 @@ What is never true: a result of an epoch that is neither the present one nor, in
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, assert_never
 
+import msgspec
+
 from kvstore.block_pool import BlockPool
 from kvstore.directory import Directory
 from kvstore.ids import SequenceId, WorkerName
@@ -156,8 +158,9 @@ class Send:
     message: ToWorker
 
 
-@dataclass(frozen=True, slots=True)
-class Emit:
+class Emit(msgspec.Struct, frozen=True):
+    """Made for every token, and a struct is made in a third of the time."""
+
     sequence: SequenceId
     output: TokenOutput
 
@@ -631,7 +634,7 @@ class SchedulerState:
 
     def _step_result(self, result: StepResult, now_s: float, effects: list[Effect]) -> None:
         outputs = self.batcher.complete(result)
-        effects.extend(Emit(sequence, output) for sequence, output in outputs)
+        effects += [Emit(sequence, output) for sequence, output in outputs]
         self.pilot.outputs(outputs, now_s)
         layout = self.layouts.get(result.epoch)
         if layout is not None:
