@@ -74,7 +74,7 @@ from scheduler.wishes import LayoutError, read_layout, without_worker
 
 log = logging.getLogger("midflight.head")
 
-HEARTBEAT_INTERVAL_S = 1.0
+HEARTBEAT_INTERVAL_S = 2.0
 TICK_INTERVAL_S = 0.5
 _WATCHED = ("id", "phase", "hop", "loading", "snapshot_blocks_arrived", "sequences_flipped")
 AUDIT_TIMEOUT_S = 30.0
