@@ -43,7 +43,7 @@ log = logging.getLogger("midflight.head")
 
 _WORKER_GRACE_S = 3.0
 _DRAIN_POLL_S = 0.05
-_REPORT_INTERVAL_S = 0.25
+_REPORT_INTERVAL_S, _SERVING_REPORT_INTERVAL_S = 0.25, 1.0
 
 
 class StartError(Exception):
@@ -163,7 +163,7 @@ class _Head:
                 self._fail(health.detail)
                 return
             reporter.update(health)
-            await asyncio.sleep(_REPORT_INTERVAL_S)
+            await asyncio.sleep(_SERVING_REPORT_INTERVAL_S if health.status == "serving" else _REPORT_INTERVAL_S)
 
     # -- ending ---------------------------------------------------------------------------------------------
 
