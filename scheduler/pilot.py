@@ -37,9 +37,9 @@ from scheduler.request import PilotStats
 
 SNAPSHOT_BYTES_PER_S = Settings().snapshot_bytes_per_s
 """The rate of a change's snapshot while its source serves, unless the change asks for another."""
-NOTE_INTERVAL_S, SETTLED_INTERVAL_S = 0.1, 0.5
+NOTE_INTERVAL_S, SETTLED_INTERVAL_S = 0.2, 0.5
 """Steps that are learned from are at least so far apart: to learn from one takes as long as to schedule a dozen."""
-NUM_UNTIL_SETTLED = 100
+NUM_UNTIL_SETTLED = 50
 """Steps of a layout that are learned from at the shorter interval."""
 MAX_TIMED = 16
 PRICES_LAST_S, PRICES_TOLERANCE = 5.0, 0.1
