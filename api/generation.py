@@ -67,6 +67,7 @@ class Choice:
     __slots__ = (
         "_detokenizer",
         "_generation",
+        "_inter_token",
         "_is_plain",
         "_last_s",
         "_matcher",
@@ -95,6 +96,7 @@ class Choice:
         self.error: ApiError | None = None
         self.ended = False
         self._generation = generation
+        self._inter_token = generation.metrics.inter_token
         self._detokenizer = generation.text.detokenizer(skip_special_tokens=plan.skip_special_tokens)
         self._matcher = StopMatcher(plan.stops, plan.include_stop) if plan.stops else None
         self._offset = 0
@@ -107,24 +109,21 @@ class Choice:
         if self.ended:
             return
         try:
-            self._receive(output)
+            now, last_s = perf_counter(), self._last_s
+            if last_s:
+                self._last_s = now
+                self._inter_token.observe(now - last_s)
+                if self._is_plain and output.finish_reason is None and len(output.tokens) == 1:
+                    self.num_tokens += 1
+                    self._write_text(self._detokenizer.step(output.tokens[0]))
+                    return
+            else:
+                self._begin(output, now)
+            self._take(output)
         except Exception:
             _log.exception("the output of %s could not be handled", self.request.request_id)
             self.error = ApiError("internal error; the server's log has the details", status=500)
             self._end(tell_engine=output.finish_reason is None)
-
-    def _receive(self, output: TokenOutput) -> None:
-        now = perf_counter()
-        if self._last_s:
-            self._generation.metrics.inter_token.observe(now - self._last_s)
-            self._last_s = now
-            if self._is_plain and output.finish_reason is None and len(output.tokens) == 1:
-                self.num_tokens += 1
-                self._write_text(self._detokenizer.step(output.tokens[0]))
-                return
-        else:
-            self._begin(output, now)
-        self._take(output)
 
     def _begin(self, output: TokenOutput, now: float) -> None:
         assert output.tokens or output.finish_reason is not None, "an output brings tokens, or the end"

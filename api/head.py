@@ -29,6 +29,7 @@ from api.signals import Signals, Stopped, first_of, unless_stopped
 from api.status import StatusReporter, Terminal, TerminalHandler, ready_lines
 from api.text import Text, load_text
 from runtime.garbage import settle
+from runtime.hugepages import gather_heap
 from runtime.launcher import LocalWorker
 from runtime.model.config import inspect_model
 from runtime.model.spec import ModelSpec
@@ -43,7 +44,7 @@ log = logging.getLogger("midflight.head")
 
 _WORKER_GRACE_S = 3.0
 _DRAIN_POLL_S = 0.05
-_REPORT_INTERVAL_S = 0.25
+_REPORT_INTERVAL_S, _SERVING_REPORT_INTERVAL_S = 0.25, 1.0
 
 
 class StartError(Exception):
@@ -94,6 +95,7 @@ class _Head:
             runner = make_runner(build_app(driver, text, _settings(config, spec)))
             await _listen(runner, config)
             settle()
+            log.debug("%d MiB of the heap are on huge pages", await loop.run_in_executor(None, gather_heap) >> 20)
             if config.num_local_workers < config.num_stages:
                 self._say(_join_line(config, door.address))
             reporter = loop.create_task(self._report(driver, _address(runner, config)))
@@ -163,7 +165,7 @@ class _Head:
                 self._fail(health.detail)
                 return
             reporter.update(health)
-            await asyncio.sleep(_REPORT_INTERVAL_S)
+            await asyncio.sleep(_SERVING_REPORT_INTERVAL_S if health.status == "serving" else _REPORT_INTERVAL_S)
 
     # -- ending ---------------------------------------------------------------------------------------------
 

@@ -41,6 +41,18 @@ class ChunkFormat(Protocol):
 class EventStream:
     """The `Output` of a streamed response. What is written before `open` waits for it."""
 
+    __slots__ = (
+        "_chunks",
+        "_early",
+        "_is_chunked",
+        "_max_buffer_bytes",
+        "_metrics",
+        "_opened",
+        "_request",
+        "_send_timeout_s",
+        "_transport",
+    )
+
     def __init__(self, request: web.Request, chunks: ChunkFormat):
         context = request.app[CONTEXT]
         self._request = request
@@ -57,21 +69,8 @@ class EventStream:
 
     def text_writer(self, index: int) -> Callable[[str], None]:
         before, after = self._chunks.text_chunk(index)
-        before = b"data: " + before
-        after += b"\n\n"
-        size = len(before) + len(after)
-        write, encode = self._write, _encode_text
-        if self._is_chunked:
-
-            def write_text(text: str) -> None:
-                string = encode(text)
-                write(b"%x\r\n%b%b%b\r\n" % (size + len(string), before, string, after))
-        else:
-
-            def write_text(text: str) -> None:
-                write(b"%b%b%b" % (before, encode(text), after))
-
-        return write_text
+        writer = _TextWriter(self._write, b"data: " + before, after + b"\n\n")
+        return writer.write_chunk if self._is_chunked else writer.write
 
     def write(self, delta: Delta) -> None:
         if delta.index not in self._opened:
@@ -126,3 +125,26 @@ class EventStream:
         assert self._transport is not None
         self._metrics.slow_readers += 1
         self._transport.abort()
+
+
+class _TextWriter:
+    """Events that bring nothing but text: what is the same in all of a choice's is encoded once.
+
+    Slots, not a closure: between two tokens of a stream everything leaves the processor's caches, and this is fewer lines of them.
+    """
+
+    __slots__ = ("_after", "_before", "_num_bytes", "_write")
+
+    def __init__(self, write: Callable[[bytes], None], before: bytes, after: bytes):
+        self._write = write
+        self._before = before
+        self._after = after
+        self._num_bytes = len(before) + len(after)
+
+    def write(self, text: str) -> None:
+        self._write(b"%b%b%b" % (self._before, _encode_text(text), self._after))
+
+    def write_chunk(self, text: str) -> None:
+        """As `write`, as a chunk of a chunked body."""
+        string = _encode_text(text)
+        self._write(b"%x\r\n%b%b%b\r\n" % (self._num_bytes + len(string), self._before, string, self._after))

@@ -1,13 +1,14 @@
 """Acknowledgements that cost little: owed ones are answered in batches, awaited ones are looked at in batches.
 
 Torch's RPC wants an answer to every message. An answer of its own costs both ends as much as the message did: ten reads, five
-writes, and a thread or two woken at either end. Nobody waits for it, so it may be late.
+writes, and a thread or two woken at either end, on caches that are cold by then. Nobody waits for it, so it may be late, and the
+more of them go at once the less each costs.
 
 - The receiver (`Owed`) answers up to `BATCH` messages at once, by one torch future that all of them share.
 - The sender (`Awaited`, one per peer) gives torch no timeout and no callback, for each of which a thread would wake up. It keeps
   the futures of the answers in a line and looks at it now and then.
 
-Whoever has one of these calls `flush` or `take` a few times a second, so that nothing waits for more messages to come.
+Whoever has one of these calls `flush` or `take` about once a second, so that nothing waits for more messages to come.
 
 Never true: an answer says more than that the message was handled. Not thread safe: `Awaited`; its owner holds a lock.
 """
@@ -23,7 +24,7 @@ from runtime import wire
 
 OnError: TypeAlias = Callable[[Exception], None]
 
-BATCH = 16
+BATCH = 64
 """Messages that are answered, or looked at, together."""
 
 

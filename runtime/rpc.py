@@ -56,7 +56,7 @@ MAX_MEMBER_ID = 32767  # TensorPipe's worker id is an int16
 _CARD = "head"  # the key in the store
 _SEND, _CALL, _ADMIT, _ADD, _REMOVE, _WATCH = range(6)
 _ANSWERED_LATER = frozenset((_SEND, _CALL, _ADMIT, _WATCH))
-_TEND_INTERVAL_S = 0.25
+_TEND_INTERVAL_S = 1.0
 _NAME = re.compile(r"[A-Za-z0-9_:-]{1,127}")
 
 
@@ -214,7 +214,7 @@ class Door:
 
         Tensors on a device go by way of the host unless both ends were given a `device`. Their memory must stay as it is
         until the message is out when they are larger than `wire.INLINE_TENSOR_BYTES` (smaller ones are copied here).
-        `on_error` gets a `PeerError` when the message was not handled, up to some tenths of a second after that is known, in
+        `on_error` gets a `PeerError` when the message was not handled, up to a second after that is known, in
         a thread of the door; or on this thread before `send` returns when the peer is unknown. Nobody is told of messages to
         a peer that was evicted meanwhile.
 

@@ -127,7 +127,7 @@ class Agent:
 
     def presentable(self, info: WorkerInfo, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """`tensors` as this member can take them: those on a device on the host, unless there is a way between devices."""
-        if info.id in self._takers or all(tensor.is_cpu for tensor in tensors):
+        if not tensors or info.id in self._takers or all(tensor.is_cpu for tensor in tensors):
             return tensors
         return [tensor.cpu() for tensor in tensors]
 
@@ -316,7 +316,7 @@ class _Hooks:
             return data
         if agent is None:
             return _Handled(wire.STRANGER)
-        if any(tensor.is_cuda for tensor in tensors):
+        if tensors and any(tensor.is_cuda for tensor in tensors):
             return _Arriving(data, tensors)
         reply = agent.receive(data, tensors)
         return _ACKNOWLEDGED if reply is wire.ACK else _Handled(reply)

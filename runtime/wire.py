@@ -22,7 +22,8 @@ ACK, OK, ERROR, OUT, STRANGER, REFUSED = (bytes([code]) for code in range(6))
 MAGIC = b"MFD1"
 _ADDRESS = struct.Struct("<4s8sHH")  # magic, group, to, from
 _SHAPE = struct.Struct("<BHI")  # kind, bytes of the tensor table, bytes of the payload
-HEADER_BYTES = _ADDRESS.size + _SHAPE.size
+_HEADER = struct.Struct(_ADDRESS.format + _SHAPE.format.removeprefix("<"))
+HEADER_BYTES = _HEADER.size
 _KIND_AT = _ADDRESS.size
 _DTYPES = (
     torch.float32,
@@ -65,8 +66,7 @@ def kind_of(data: bytes) -> int:
 
 
 def header_of(data: bytes) -> Header:
-    _, group, to, sender = _ADDRESS.unpack_from(data)
-    return Header(group, to, sender, *_SHAPE.unpack_from(data, _ADDRESS.size))
+    return Header._make(_HEADER.unpack_from(data)[1:])
 
 
 def pack(prefix: bytes, kind: int, payload: bytes, tensors: Sequence[torch.Tensor]) -> tuple[bytes, list[torch.Tensor]]:

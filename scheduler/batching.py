@@ -390,23 +390,23 @@ class Batcher:
 
     def _take_decodes(self, step: StepBuilder) -> float:
         """What the rows taken cost, in the unit of the prices."""
-        prices, size, is_opening = self.prices, self._config.block_size, self._opening is not None
+        prices, opening, block_size = self.prices, self._opening, self._config.block_size
         share = prices.decode_s(self._num_decoding, self._decoding_context) / self.num_microbatches * (1 + _EPSILON)
-        ready, later, rows, cost = self._ready, [], step.rows, 0.0
+        ready, later, cost = self._ready, [], 0.0
         while ready and cost < share and step.budget > 0:
             sequence = ready.popleft()
-            num_tokens, scheduled = len(sequence.tokens), sequence.num_scheduled
-            if not sequence.running or sequence.prefilling or num_tokens - scheduled != 1 or sequence in rows:
+            num_tokens, num_scheduled = len(sequence.tokens), sequence.num_scheduled
+            if not sequence.running or sequence.prefilling or num_tokens - num_scheduled != 1 or sequence in step.rows:
                 continue  # it ended, was preempted, or stands here twice because it was
             row_s = prices.decode_s(1, num_tokens)
             if cost and cost + row_s / 2 > share:
                 later.append(sequence)  # without it the step is nearer to its share than with it
                 break
-            epoch = self._epoch_for(sequence) if is_opening else sequence.epoch
+            epoch = sequence.epoch if opening is None else self._epoch_for(sequence)
             if not step.accepts(epoch):
                 later.append(sequence)
                 continue
-            if scheduled < len(sequence.blocks) * size or self._reserve(sequence, step):
+            if num_scheduled < len(sequence.blocks) * block_size or self._reserve(sequence, step):
                 self._add(step, sequence, 1, epoch)
                 cost += row_s
             elif sequence.running:
@@ -526,7 +526,7 @@ class Batcher:
         return covered
 
     def _reserve(self, sequence: Sequence, step: StepBuilder) -> bool:
-        """A new block for the next token, by preempting younger sequences if need be.
+        """A block for the next token, which has no room in those that are there, by preempting younger sequences if need be.
 
         False when it could not be had: the sequence was itself the youngest, or blocks are still in limbo.
         """
@@ -550,17 +550,21 @@ class Batcher:
         stop = start + count
         ends = stop == len(sequence.tokens)
         sample = ends and request.max_tokens > 0
+        tokens = sequence.tokens[start:stop]
         reads_prompt = request.prompt_logprobs >= 0 and not sequence.num_output_tokens
-        row = Row(
-            sequence.id,
-            start,
-            sequence.tokens[start:stop],
-            step.new_blocks.get(sequence, []) if sequence.begun else [],
-            sample,
-            None if sequence.begun else self._begin(sequence),
-            request.prompt_logprobs if reads_prompt else -1,
-            -1 if ends or not reads_prompt else sequence.tokens[stop],
-        )
+        if sequence.begun and not reads_prompt:
+            row = Row(sequence.id, start, tokens, step.new_blocks.get(sequence, []), sample)
+        else:
+            row = Row(
+                sequence.id,
+                start,
+                tokens,
+                step.new_blocks.get(sequence, []) if sequence.begun else [],
+                sample,
+                None if sequence.begun else self._begin(sequence),
+                request.prompt_logprobs if reads_prompt else -1,
+                -1 if ends or not reads_prompt else sequence.tokens[stop],
+            )
         sequence.begun = True
         sequence.num_scheduled = stop
         sequence.num_in_flight += 1
@@ -598,25 +602,24 @@ class Batcher:
     # -- results ------------------------------------------------------------------------------------------
 
     def _append(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None, outputs: list[Output]) -> None:
-        request = sequence.request
-        sequence.tokens.append(token)
+        request, tokens = sequence.request, sequence.tokens
+        tokens.append(token)
         self._decoding_context += 1
         self.counters.generated_tokens += 1
-        num_output, entries = sequence.num_output_tokens, None if logprobs is None else [logprobs]
-        if num_output > 1:
-            output = TokenOutput([token], entries)
+        num_output_tokens = len(tokens) - len(request.prompt)
+        if num_output_tokens > 1:
+            output = TokenOutput([token], None if logprobs is None else [logprobs])
         else:
-            prompt_logprobs = sequence.prompt_logprobs if request.prompt_logprobs >= 0 else None
             output = TokenOutput(
                 [token],
-                entries,
+                None if logprobs is None else [logprobs],
                 num_cached_tokens=sequence.num_cached_tokens,
-                prompt_logprobs=prompt_logprobs,
+                prompt_logprobs=sequence.prompt_logprobs if request.prompt_logprobs >= 0 else None,
                 queue_s=sequence.queue_s,
             )
-        if token in request.stop_token_ids and num_output > request.sampling.min_tokens:
+        if token in request.stop_token_ids and num_output_tokens > request.sampling.min_tokens:
             self._end(sequence, "stop", outputs, last=output, stopped_by=token)
-        elif num_output >= request.max_tokens:
+        elif num_output_tokens >= request.max_tokens:
             self._end(sequence, "length", outputs, last=output)
         else:
             outputs.append((sequence.id, output))

@@ -74,7 +74,7 @@ from scheduler.wishes import LayoutError, read_layout, without_worker
 
 log = logging.getLogger("midflight.head")
 
-HEARTBEAT_INTERVAL_S = 1.0
+HEARTBEAT_INTERVAL_S = 2.0
 TICK_INTERVAL_S = 0.5
 _WATCHED = ("id", "phase", "hop", "loading", "snapshot_blocks_arrived", "sequences_flipped")
 AUDIT_TIMEOUT_S = 30.0
@@ -116,7 +116,7 @@ class Driver:
         farewell = TokenOutput([], finish_reason="error", error=reason)
         for sequence in list(self._sinks):
             self._state.step(Cancel(sequence, "abort"))
-            self._emit(Emit(sequence, farewell))
+            self._emit(sequence, farewell)
         if self._door is None:
             return
         payload = encode(Shutdown(reason))
@@ -463,7 +463,10 @@ class Driver:
             self._handle_traced(event)
         else:
             for effect in self._state.step(event):
-                self._carry_out(effect)
+                if isinstance(effect, Emit):  # nearly all are, so they go the shortest way
+                    self._emit(effect.sequence, effect.output)
+                else:
+                    self._carry_out(effect)
         if self._state.reconfiguration.is_active or self._unended or self._seen:
             self._watch()
 
@@ -508,7 +511,7 @@ class Driver:
         door = self._door
         match effect:
             case Emit():
-                self._emit(effect)
+                self._emit(effect.sequence, effect.output)
             case SendStep():
                 assert door is not None
                 payload = encode(Step(0, encode(effect.plan), []))
@@ -528,18 +531,18 @@ class Driver:
             case _:
                 assert_never(effect)
 
-    def _emit(self, effect: Emit) -> None:
-        last = effect.output.finish_reason is not None
-        sink = self._sinks.pop(effect.sequence, None) if last else self._sinks.get(effect.sequence)
+    def _emit(self, sequence: SequenceId, output: TokenOutput) -> None:
+        last = output.finish_reason is not None
+        sink = self._sinks.pop(sequence, None) if last else self._sinks.get(sequence)
         if sink is None:
             return
         try:
-            sink(effect.output)
+            sink(output)
         except Exception:
-            log.exception("the sink of sequence %d failed; the request is aborted", effect.sequence)
-            self._sinks.pop(effect.sequence, None)
+            log.exception("the sink of sequence %d failed; the request is aborted", sequence)
+            self._sinks.pop(sequence, None)
             if not last:  # not from inside the effects of this very event
-                self._loop.call_soon(self._handle, Cancel(effect.sequence, "abort"))
+                self._loop.call_soon(self._handle, Cancel(sequence, "abort"))
 
     def _on_send_error(self, worker: str) -> Callable[[Exception], None]:
         def lost(error: Exception) -> None:  # in an RPC thread

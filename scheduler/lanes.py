@@ -57,6 +57,17 @@ class BatchLoad:
     prefill_context: float
     """Positions before a prompt's token; 0 when no prompt is being read."""
 
+    def is_like(self, other: "BatchLoad", tolerance: float) -> bool:
+        """Whether every figure is within `tolerance` of the other's, relatively."""
+        return all(
+            abs(one - two) <= tolerance * max(one, two)
+            for one, two in (
+                (self.decode_rows, other.decode_rows),
+                (self.decode_context, other.decode_context),
+                (self.prefill_context, other.prefill_context),
+            )
+        )
+
 
 @dataclass(slots=True)
 class Counters:

@@ -21,7 +21,7 @@ from runtime.layout import Layout
 from runtime.messages import MIN_FREE_BYTES, HopTiming, Join, ProfilePoint, StepPlan, StepResult
 from runtime.model.spec import ModelSpec
 from scheduler.batching import Batcher, Output
-from scheduler.lanes import BatchingConfig, StepPrices
+from scheduler.lanes import BatchingConfig, BatchLoad, StepPrices
 from scheduler.membership import Membership
 from scheduler.planning.autopilot import Autopilot, Decision, Mode, Settings
 from scheduler.planning.cost import Facts, Work, work_of_rows
@@ -37,11 +37,13 @@ from scheduler.request import PilotStats
 
 SNAPSHOT_BYTES_PER_S = Settings().snapshot_bytes_per_s
 """The rate of a change's snapshot while its source serves, unless the change asks for another."""
-NOTE_INTERVAL_S, SETTLED_INTERVAL_S = 0.1, 0.5
+NOTE_INTERVAL_S, SETTLED_INTERVAL_S = 0.2, 0.5
 """Steps that are learned from are at least so far apart: to learn from one takes as long as to schedule a dozen."""
-NUM_UNTIL_SETTLED = 100
+NUM_UNTIL_SETTLED = 50
 """Steps of a layout that are learned from at the shorter interval."""
 MAX_TIMED = 16
+PRICES_LAST_S, PRICES_TOLERANCE = 5.0, 0.1
+"""How long prices hold at most, and how far the load may be, relatively, from the one that they were drawn for."""
 
 
 class Head(Protocol):
@@ -90,6 +92,7 @@ class Pilot:
         self._timed: list[tuple[Work, Layout, list[HopTiming]]] = []
         self.learns = True
         """Whether steps teach anything; where nobody asks what they taught (the simulator), it can be saved."""
+        self._priced: tuple[float, Layout, BatchLoad] | None = None
         self._known: Layout | None = None
         self._asked: tuple[int, Layout] | None = None
 
@@ -175,6 +178,8 @@ class Pilot:
             return None
         self._follow(head)
         is_free = not head.reconfiguration.is_active
+        if not autopilot.is_due(now_s):
+            return None
         return autopilot.ask(
             now_s,
             self.devices(head),
@@ -195,12 +200,18 @@ class Pilot:
         self._asked = change, layout
 
     def prices(self, head: Head) -> StepPrices | None:
-        """What the next steps cost, as far as is known; None while nothing decodes, for which the batcher needs no prices."""
-        load = head.batcher.load()
-        if head.layout is None or not load.decode_rows:
+        """What the next steps cost, as far as is known; None where those drawn last still hold: the load is about the same and
+        they are not old, or nothing decodes, for which the batcher needs none."""
+        load, layout = head.batcher.load(), head.layout
+        if layout is None or not load.decode_rows:
             return None
-        speeds = {name: self.fleet.speed(name) for name in head.layout.workers}
-        return step_prices(self.facts, head.layout, speeds, load)
+        if self._priced is not None:
+            at_s, of_layout, of_load = self._priced
+            if layout is of_layout and head.now_s - at_s < PRICES_LAST_S and load.is_like(of_load, PRICES_TOLERANCE):
+                return None
+        self._priced = head.now_s, layout, load
+        speeds = {name: self.fleet.speed(name) for name in layout.workers}
+        return step_prices(self.facts, layout, speeds, load)
 
     def devices(self, head: Head) -> list[Device]:
         """Every worker that is there, and what it may use for weights and KV."""

@@ -177,6 +177,10 @@ class Autopilot:
 
     # -- deciding -----------------------------------------------------------------------------------------------
 
+    def is_due(self, now_s: float) -> bool:
+        """Whether `ask` would look at the load now, if no change is under way."""
+        return self.mode != "off" and not self._is_asking and now_s - self._looked_s >= self.settings.interval_s
+
     def ask(
         self,
         now_s: float,
@@ -191,7 +195,7 @@ class Autopilot:
         speeds; with `is_free` false (a change is under way) nothing is asked. `kv_tokens` are the live and cached tokens
         that a change would copy.
         """
-        if self.mode == "off" or not is_free or self._is_asking or now_s - self._looked_s < self.settings.interval_s:
+        if not is_free or not self.is_due(now_s):
             return None
         self._elapsed_s = min(now_s - self._looked_s, 2 * self.settings.interval_s)
         self._looked_s = now_s

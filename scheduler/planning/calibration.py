@@ -153,10 +153,13 @@ class Refiner:
         variance = float(shares @ spread) + self._noise
         limit = 3.0 * math.sqrt(variance)
         surprise = min(max(math.log(seconds / total), -limit), limit)
-        self._x = np.clip(self._x + spread * (surprise / variance), self._low, self._high)
-        covariance = (self._covariance - np.outer(spread, spread) / variance) / self._keep
-        excess = np.sqrt(np.maximum(np.diag(covariance) / self._prior, 1.0))
-        self._covariance = covariance / np.outer(excess, excess)
+        self._x = np.minimum(np.maximum(self._x + spread * (surprise / variance), self._low), self._high)
+        covariance = (self._covariance - spread[:, None] * spread / variance) / self._keep
+        excess = covariance.diagonal() / self._prior
+        if excess.max() > 1.0:
+            excess = np.sqrt(np.maximum(excess, 1.0))
+            covariance /= excess[:, None] * excess
+        self._covariance = covariance
 
 
 def _terms(facts: Facts, speed: Speed, m: Measurement) -> np.ndarray:
@@ -164,4 +167,4 @@ def _terms(facts: Facts, speed: Speed, m: Measurement) -> np.ndarray:
 
 
 def _scaled(speed: Speed, x: np.ndarray) -> Speed:
-    return Speed(speed.kind, tuple(float(value) for value in np.exp(x)))
+    return Speed(speed.kind, tuple(np.exp(x).tolist()))
