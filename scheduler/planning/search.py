@@ -93,7 +93,7 @@ class Solver:
             bound = self._uniform.bottleneck()
             return self._uniform.choose(bound, wanted, cuts) if np.isfinite(bound) else None
         best = search_orders(self._problem, self._k)
-        if best is not None and len(wanted) == self._k:
+        if best is not None and len(wanted) == self._k and len(cuts) == self._k - 1:
             return split_near(self._problem, wanted, best.largest, cuts) or best
         return best
 

@@ -75,6 +75,16 @@ def test_the_present_layout_wins_ties() -> None:
     assert worse.layout.epoch == 7
 
 
+def test_layers_that_differ_need_no_present_layout() -> None:
+    """The order of the devices is preferred among equals, but there are no present cuts to stay near to."""
+    facts = Facts(make_spec(num_layers=6, windows=(64, None) * 3))
+    traffic = Traffic(prompt_tokens=400, concurrency=32)
+    found = plan(facts, cpus(1.0, 1.5, 1.0), traffic, num_stages=3)
+    assert found.layout.num_hops == 3
+    present = layout_from_counts(0, found.layout.workers, found.layout.counts())
+    assert not plan(facts, cpus(1.0, 1.5, 1.0), traffic, num_stages=3, present=present).is_change
+
+
 def test_decoding_and_prefill_want_different_splits() -> None:
     facts = Facts(llama_70b())
     devices = [device(f"w{i}", kind, memory=200 * 10**9) for i, kind in enumerate(["a100", "l40s"])]
