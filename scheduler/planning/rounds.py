@@ -23,10 +23,10 @@ from scheduler.planning.uniform import relaxed_bottlenecks
 _EVERY_MOVE = 8
 """Up to so many stages every move of a layer and every exchange is tried, beyond that between the `_ENDS` most promising stages."""
 _ENDS = 5
-FEW = 4
+FEW = 6
 """Among so few devices an exchange and a move are tried together."""
 _EVEN = 0.97
-_ROUNDS = 32
+_ROUNDS = 8
 _WORTH = 1e-7
 
 
