@@ -42,6 +42,11 @@ def slow_weight(share: Any, in_flight: Any, busy: Any = 1.0) -> np.ndarray:
     return in_flight * share / (in_flight * share + scarce)
 
 
+def weighted(share: Any, fast: Any, slow: Any) -> Any:
+    """The mean of steps of which a share is slow."""
+    return (1.0 - share) * fast + share * slow
+
+
 def round_seconds(
     share: Any, in_flight: Any, *, mean_sum: Any, mean_busiest: Any, slow_sum: Any, fast_sum: Any, fast_busiest: Any
 ) -> np.ndarray:
@@ -51,5 +56,5 @@ def round_seconds(
     """
     along = in_flight * np.asarray(fast_busiest)
     weight = slow_weight(share, in_flight, along / np.maximum(fast_sum, 1e-300))
-    convoy = weight * slow_sum + (1.0 - weight) * np.maximum(along, fast_sum)
+    convoy = weighted(weight, np.maximum(along, fast_sum), slow_sum)
     return np.maximum(np.maximum(mean_sum, in_flight * np.asarray(mean_busiest)), convoy)

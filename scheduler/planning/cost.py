@@ -19,10 +19,11 @@ learns them. Every function works on arrays of devices and of works alike, since
 Never true: a cost depends on anything but its arguments. The embedding costs nothing but memory (a lookup).
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -50,6 +51,25 @@ class Work(msgspec.Struct, frozen=True):
 
     @property
     def num_tokens(self) -> float:
+        return self.decode_rows + self.prefill_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Works:
+    """Works as columns, ``[K]`` each."""
+
+    decode_rows: np.ndarray
+    decode_context: np.ndarray
+    prefill_tokens: np.ndarray
+    prefill_context: np.ndarray
+    samples: np.ndarray
+
+    @classmethod
+    def of(cls, works: Sequence[Work]) -> "Works":
+        return cls(*np.array([msgspec.structs.astuple(work) for work in works]).T)
+
+    @property
+    def num_tokens(self) -> np.ndarray:
         return self.decode_rows + self.prefill_tokens
 
 
@@ -96,6 +116,10 @@ class Facts:
         self.flops = np.array([float(flops) for _, _, flops, _ in kinds])
         self.windows = np.array([np.inf if window is None else float(window) for _, _, _, window in kinds])
         self.untouched = 1.0 - spec.experts_per_token / spec.num_experts if spec.num_experts else 0.0
+        self.kinds_until = np.zeros((spec.num_layers + 1, len(kinds)))
+        """How many layers of each kind there are before each layer."""
+        np.cumsum(self.kind_of_layer[:, None] == np.arange(len(kinds)), axis=0, out=self.kinds_until[1:])
+        self.bytes_until = [0.0, *itertools.accumulate(map(float, spec.layer_bytes))]
         self._rows = list(
             zip(*map(np.ndarray.tolist, (self.dense_bytes, self.expert_bytes, self.flops, self.windows)), strict=True)
         )
@@ -130,14 +154,14 @@ class UnitTimes:
     """``[K, n]``: what the LM head and the sampling add to the last stage."""
 
 
-def unit_times(facts: Facts, speeds: Sequence[Speed], works: Sequence[Work]) -> UnitTimes:
+def unit_times(facts: Facts, speeds: "Sequence[Speed] | Speeds", works: Sequence[Work] | Works) -> UnitTimes:
     """What every unit costs on every device in every one of the works."""
-    device = _Devices.of(speeds)
-    weights, products, kv, scores = layer_elements(facts, device, _columns(works))
-    p = device.sharpness[:, None]
-    layers = device.layer[:, None] + _norm(weights, products, p) + _norm(kv, scores, p)
-    head, sample = head_elements(facts, device, _columns(works))
-    return UnitTimes(device.step, layers, head + sample)
+    device = speeds if isinstance(speeds, Speeds) else Speeds.of(speeds)
+    columns = works if isinstance(works, Works) else Works.of(works)
+    elements = np.stack(layer_elements(facts, device, columns))
+    products, attention = _norm(elements[0::2], elements[1::2], device.sharpness[:, None])
+    head, sample = head_elements(facts, device, columns)
+    return UnitTimes(device.step, device.layer[:, None] + products + attention, head + sample)
 
 
 def stage_seconds(facts: Facts, speed: Speed, work: Work, layers: Sequence[int], is_last: bool) -> float:
@@ -237,8 +261,7 @@ def migration_cost(
 # -- the elements, which calibration takes apart --------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Devices:
+class Speeds(NamedTuple):
     """Speeds as columns ``[n]``; seconds per unit of each element."""
 
     step: np.ndarray
@@ -253,7 +276,7 @@ class _Devices:
     sharpness: np.ndarray
 
     @classmethod
-    def of(cls, speeds: Sequence[Speed]) -> "_Devices":
+    def of(cls, speeds: Sequence[Speed]) -> "Speeds":
         rows = []
         for speed in speeds:
             kind, scale = speed.kind, speed.scale
@@ -271,7 +294,11 @@ class _Devices:
                 kind.logit_s * scale[7],
                 kind.sharpness,
             ))  # fmt: skip
-        return cls(*np.array(rows).T)
+        return cls(*np.array(rows).T.copy())
+
+    def of_devices(self, devices: np.ndarray) -> "Speeds":
+        """Only these devices, by their indices, in this order."""
+        return Speeds(*(column[devices] for column in self))
 
 
 def layer_elements(facts: Facts, device: Any, work: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -316,16 +343,3 @@ def _norm(a: np.ndarray, b: np.ndarray, p: np.ndarray) -> np.ndarray:
     low = np.minimum(a, b)
     ratio = np.divide(low, high, out=np.zeros_like(high), where=high > 0)
     return high * (1.0 + ratio**p) ** (1.0 / p)
-
-
-@dataclass(frozen=True, slots=True)
-class _Works:
-    decode_rows: np.ndarray
-    decode_context: np.ndarray
-    prefill_tokens: np.ndarray
-    prefill_context: np.ndarray
-    samples: np.ndarray
-
-
-def _columns(works: Sequence[Work]) -> _Works:
-    return _Works(*np.array([msgspec.structs.astuple(work) for work in works]).T)

@@ -27,12 +27,12 @@ import numpy as np
 
 from kvstore.ids import WorkerName
 from runtime.layout import Layout
-from scheduler.planning.convoy import round_seconds
-from scheduler.planning.cost import Facts, Speed, UnitTimes, unit_times
+from scheduler.planning.convoy import round_seconds, weighted
+from scheduler.planning.cost import Facts, Speed, Speeds, UnitTimes, Works, unit_times
 from scheduler.planning.traffic import Serving, Slo, Steps, Traffic, mean_steps
 
-_GRID = 16
-"""Numbers of sequences at which a pipeline is computed; between them figures are interpolated."""
+_GRID, _CLOSER = np.linspace(0.0, 1.0, 16), np.arange(1, 9) / 9
+"""Numbers of sequences at which a pipeline is computed, as exponents of the most; between them figures are interpolated."""
 
 
 class Device(msgspec.Struct, frozen=True):
@@ -84,11 +84,27 @@ class Forecast(msgspec.Struct, frozen=True):
         return self.ttft_s + (traffic.output_tokens - 1.0) * self.tpot_s
 
 
+class Cluster:
+    """Devices as columns ``[n]``, in their order: made once for any number of layouts and loads. Seconds."""
+
+    def __init__(self, facts: Facts, devices: Sequence[Device]) -> None:
+        self.devices = tuple(devices)
+        self.index = {device.worker: index for index, device in enumerate(devices)}
+        self.speeds = Speeds.of([device.speed for device in devices])
+        kinds = [device.speed.kind for device in devices]
+        self._latency = np.array([kind.link_latency_s for kind in kinds])
+        self._per_token = np.array([facts.hidden_bytes / kind.link_bytes_per_s for kind in kinds])
+
+    def hops(self, works: Works) -> np.ndarray:
+        """``[K, n]``: a hop out of every device."""
+        return self._latency + works.num_tokens[:, None] * self._per_token
+
+
 @dataclass(frozen=True, slots=True)
 class _Sweep:
     """The pipeline at several N, each ``[G]``, and its stages, ``[G, S]``. `ttft_s` is without waits."""
 
-    steps: list[Steps]
+    steps: Steps
     num_sequences: np.ndarray
     requests_per_s: np.ndarray
     tpot_s: np.ndarray
@@ -109,21 +125,18 @@ class Pipeline:
     """
 
     def __init__(
-        self, facts: Facts, devices: Sequence[Device], layout: Layout, traffic: Traffic, serving: Serving
+        self, facts: Facts, devices: Sequence[Device] | Cluster, layout: Layout, traffic: Traffic, serving: Serving
     ) -> None:
-        by_name = {device.worker: device for device in devices}
+        self._cluster = cluster = devices if isinstance(devices, Cluster) else Cluster(facts, devices)
         for worker in layout.workers:
-            if worker not in by_name:
-                raise ValueError(f"the layout names worker {worker}, the devices are {', '.join(by_name)}")
+            if worker not in cluster.index:
+                raise ValueError(f"the layout names worker {worker}, the devices are {', '.join(cluster.index)}")
         self._facts, self._layout, self._traffic, self._serving = facts, layout, traffic, serving
-        self._devices = [by_name[worker] for worker in layout.workers]
+        self._chosen = np.array([cluster.index[worker] for worker in layout.workers])
         index = {worker: i for i, worker in enumerate(layout.workers)}
         self._worker_of = np.array([index[segment.worker] for segment in layout.segments])
-        num_kinds = len(facts.flops)
-        self._counts = np.stack([
-            np.bincount(facts.kind_of_layer[s.layers.start : s.layers.stop], minlength=num_kinds)
-            for s in layout.segments
-        ]).astype(float)  # fmt: skip
+        until = facts.kinds_until[[0, *(segment.layers.stop for segment in layout.segments)]]
+        self._counts = until[1:] - until[:-1]
         self._num_microbatches = serving.microbatches(layout.num_hops)
         self.max_sequences, self.limited_by = self._most_sequences()
 
@@ -156,7 +169,7 @@ class Pipeline:
             saturated=saturated,
             bottleneck=int(np.lexsort((point.mean[0], busy))[-1]),
             stages=tuple(
-                self._stage(point, hop, rate / point.steps[0].requests) for hop in range(self._layout.num_hops)
+                self._stage(point, hop, rate / float(point.steps.requests[0])) for hop in range(self._layout.num_hops)
             ),
         )
 
@@ -180,7 +193,7 @@ class Pipeline:
             edge = int(good[-1])
             if last_round or edge + 1 == len(grid) or rates[edge + 1] < at_least:
                 break
-            grid = np.linspace(grid[edge], grid[edge + 1], 10)[1:-1]
+            grid = grid[edge] + (grid[edge + 1] - grid[edge]) * _CLOSER
             swept = self._sweep(grid)
         return best, at
 
@@ -189,7 +202,7 @@ class Pipeline:
         """Numbers of sequences from 1 to the most."""
         if self.max_sequences <= 1:
             return np.array([1.0])
-        return np.geomspace(1.0, self.max_sequences, _GRID)
+        return self.max_sequences**_GRID
 
     @cached_property
     def _swept(self) -> _Sweep:
@@ -204,71 +217,71 @@ class Pipeline:
         if 0 < traffic.concurrency <= most:
             most, limit = float(traffic.concurrency), "concurrency"
         per_sequence = serving.kv_tokens(traffic, 1.0) * facts.kv_bytes
-        for worker, device in enumerate(self._devices):
-            if device.memory_bytes:
-                segments = [s for s, w in zip(self._layout.segments, self._worker_of, strict=True) if w == worker]
-                num_layers = sum(len(s.layers) for s in segments)
-                left = device.memory_bytes - weight_bytes(facts, self._layout, device.worker)
+        num_layers = dict.fromkeys(self._layout.workers, 0)
+        weights = dict.fromkeys(self._layout.workers, 0.0)
+        weights[self._layout.embedding_worker] += facts.spec.embedding_bytes
+        weights[self._layout.lm_head_worker] += facts.spec.lm_head_bytes
+        for segment in self._layout.segments:
+            start, stop = segment.layers.start, segment.layers.stop
+            num_layers[segment.worker] += stop - start
+            weights[segment.worker] += facts.bytes_until[stop] - facts.bytes_until[start]
+        for worker, count in num_layers.items():
+            device = self._cluster.devices[self._cluster.index[worker]]
+            if device.memory_bytes and count:
+                left = device.memory_bytes - weights[worker]
                 left = min(left, device.pool_bytes) if device.pool_bytes else left
-                held = left / (per_sequence * num_layers) if num_layers else math.inf
+                held = left / (per_sequence * count)
                 if held < most:
-                    most, limit = max(held, 0.0), f"KV memory of {device.worker}"
+                    most, limit = max(held, 0.0), f"KV memory of {worker}"
         return max(most, 1.0), limit
 
     def _sweep(self, grid: np.ndarray) -> _Sweep:
-        traffic, serving, facts = self._traffic, self._serving, self._facts
-        steps = [mean_steps(traffic, serving, self._num_microbatches, float(n)) for n in grid]
-        works = [step.decode for step in steps] + [step.prefill for step in steps]
-        times = unit_times(facts, [device.speed for device in self._devices], works)
-        tokens = np.array([work.num_tokens for work in works])
-        kinds = [self._devices[w].speed.kind for w in self._worker_of]
-        latency = np.array([kind.link_latency_s for kind in kinds])
-        per_token = np.array([facts.hidden_bytes / kind.link_bytes_per_s for kind in kinds])
-        hops = latency + tokens[:, None] * per_token
+        traffic, serving, cluster = self._traffic, self._serving, self._cluster
+        steps = mean_steps(traffic, serving, self._num_microbatches, grid)
+        times = unit_times(self._facts, cluster.speeds.of_devices(self._chosen), steps.works)
+        hops = cluster.hops(steps.works)[:, self._chosen[self._worker_of]]
         stages = self._stage_times(times)
-        g = len(steps)
+        g, share, in_flight = len(grid), steps.prefill_share, steps.in_flight
         decode, prefill = stages[:g], stages[g:]
-        share = np.array([step.prefill_share for step in steps])[:, None]
-        mean = (1 - share) * decode + share * prefill
-        mean_hops = (1 - share) * hops[:g] + share * hops[g:]
+        mean, mean_hops = (weighted(share[:, None], part[:g], part[g:]) for part in (stages, hops))
         busy = self._per_worker(mean + mean_hops)
-        fast, slow = self._per_worker(decode + hops[:g]), self._per_worker(prefill + hops[g:])
-        in_flight = np.array([step.in_flight for step in steps])
-        requests = np.array([step.requests for step in steps])
-        alone = in_flight >= np.array([step.num_sequences for step in steps])
+        both = self._per_worker(stages + hops)
+        fast, slow = both[:g], both[g:]
+        alone = in_flight >= steps.num_sequences
+        slowest = slow.max(axis=1)
         ends = {
             "mean_busiest": busy.max(axis=1),
             "slow_sum": slow.sum(axis=1),
             "fast_sum": fast.sum(axis=1),
             "fast_busiest": fast.max(axis=1),
         }
-        cycle = round_seconds(share[:, 0], in_flight, mean_sum=busy.sum(axis=1), **ends)
-        # a sequence that has its steps to itself and decodes is held up by the chunks of the others only
-        others = share[:, 0] * (1.0 - 1.0 / in_flight)
-        only_decode = round_seconds(others, in_flight, mean_sum=ends["fast_sum"], **ends)
-        period = cycle / in_flight
-        round_s = serving.head_s + cycle
-        one_pass = np.where(alone, ends["slow_sum"], np.maximum(ends["slow_sum"], cycle))
-        chunks = np.array([step.prefill_steps for step in steps])
-        chunk = np.array([step.prefill.prefill_tokens for step in steps])
-        prompt_s = slow.max(axis=1) * traffic.new_tokens / chunk
-        ttft_s = serving.head_s + one_pass + (chunks - 1) * slow.max(axis=1) + np.where(alone, 0.0, period / 2)
-        tpot_s = np.where(alone, serving.head_s + only_decode, round_s)
-        rate = requests * in_flight / round_s
+        cycle = round_seconds(share, in_flight, mean_sum=busy.sum(axis=1), **ends)
+        round_s = tpot_s = serving.head_s + cycle
+        one_pass = ends["slow_sum"]
+        if alone.any():
+            # a sequence that has its steps to itself and decodes is held up by the chunks of the others only
+            others = share * (1.0 - 1.0 / in_flight)
+            only_decode = round_seconds(others, in_flight, mean_sum=ends["fast_sum"], **ends)
+            tpot_s = np.where(alone, serving.head_s + only_decode, round_s)
+        one_pass = np.where(alone, one_pass, np.maximum(one_pass, cycle) + cycle / in_flight / 2)
+        chunk = steps.works.prefill_tokens[g:]
+        prompt_s = slowest * traffic.new_tokens / chunk
+        ttft_s = serving.head_s + one_pass + (steps.prefill_steps - 1) * slowest
+        rate = steps.requests * in_flight / round_s
         return _Sweep(steps, grid, rate, tpot_s, ttft_s, prompt_s, mean, decode, prefill, mean_hops, busy)
 
     def _stage_times(self, times: UnitTimes) -> np.ndarray:
         """``[K, S]``"""
         of_stage = times.layers[:, self._worker_of]
-        seconds = times.fixed[self._worker_of] + (of_stage * self._counts).sum(axis=-1)
+        seconds = times.fixed[self._worker_of] + np.einsum("ksu,su->ks", of_stage, self._counts)
         seconds[:, -1] += times.last[:, self._worker_of[-1]]
         return seconds
 
     def _per_worker(self, stages: np.ndarray) -> np.ndarray:
         """Seconds ``[K, S]`` of stages summed over those of each worker, ``[K, W]``."""
-        if len(self._devices) == stages.shape[1]:
+        if len(self._chosen) == stages.shape[1]:
             return stages
-        return np.stack([stages[:, self._worker_of == w].sum(axis=1) for w in range(len(self._devices))], axis=1)
+        return np.stack([stages[:, self._worker_of == w].sum(axis=1) for w in range(len(self._chosen))], axis=1)
 
     def _waits(self, swept: _Sweep, rates: np.ndarray) -> np.ndarray:
         """Mean seconds before a request's first chunk: for one of the places, and for room in a step. May be inf."""
@@ -288,7 +301,7 @@ class Pipeline:
         segment, worker = self._layout.segments[hop], int(self._worker_of[hop])
         return StageForecast(
             worker=segment.worker,
-            device=self._devices[worker].speed.kind.name,
+            device=self._cluster.devices[self._chosen[worker]].speed.kind.name,
             layers=(segment.layers.start, segment.layers.stop),
             seconds=float(point.mean[0, hop]),
             decode_s=float(point.decode[0, hop]),
@@ -296,11 +309,3 @@ class Pipeline:
             hop_s=float(point.hops[0, hop]),
             utilization=min(1.0, steps_per_s * float(point.mean[0, hop] + point.hops[0, hop])),
         )
-
-
-def weight_bytes(facts: Facts, layout: Layout, worker: WorkerName) -> float:
-    """The weights that `worker` holds under `layout`; a tied LM head counts beside the embedding."""
-    layers = list(layout.layers_of(worker))
-    held = float(facts.layer_bytes[layers].sum()) if layers else 0.0
-    held += facts.spec.embedding_bytes * (layout.embedding_worker == worker)
-    return held + facts.spec.lm_head_bytes * (layout.lm_head_worker == worker)

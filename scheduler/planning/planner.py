@@ -21,6 +21,7 @@ Never true: a plan needs a clock, or tells when to act on it; what a change cost
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -28,16 +29,18 @@ import numpy as np
 from kvstore.ids import WorkerName
 from runtime.layout import Layout, layout_from_counts
 from scheduler.planning.cost import Facts, unit_times
-from scheduler.planning.forecast import Device, Forecast, Pipeline
-from scheduler.planning.rounds import FEW, Rounds
+from scheduler.planning.forecast import Cluster, Device, Forecast, Pipeline
+from scheduler.planning.rounds import FEW, Rounds, StepTimes, round_bounds
 from scheduler.planning.search import Solver
 from scheduler.planning.splits import Problem, Split, split_near, split_order
 from scheduler.planning.traffic import Objective, Serving, Slo, Steps, Traffic, mean_steps
+from scheduler.planning.uniform import Uniform, memory_caps, most_layers
 
 SERVING, SLO = Serving(), Slo()
 _EVERY_K = 12
 _TIE = 1e-6
 _NEAR = 0.25
+_NUMBERS = 12
 _AGAIN = 4
 """Numbers of stages that are worse than the best by more than `_NEAR`, or not among the `_AGAIN` best, are not planned again at
 the load they settle at."""
@@ -159,7 +162,7 @@ def default_counts(facts: Facts, devices: Sequence[Device], serving: Serving = S
         )
     traffic = Traffic(prompt_tokens=128, output_tokens=128, concurrency=16 * len(devices))
     planning = _Planning(facts, tuple(devices), traffic, serving, "throughput", SLO, None, 0.0)
-    (posed,) = planning._pose([len(devices)], [traffic.concurrency])
+    (posed,) = planning._pose(planning._load(np.array([len(devices)]), traffic.concurrency))
     order = range(len(devices))
     split = split_order(posed.problem, order, empty_ends=False)
     assert split is not None, "devices without limits hold any model"
@@ -183,16 +186,27 @@ class _Option:
 
 
 @dataclass(frozen=True, slots=True)
+class _Load:
+    """R numbers of stages ``ks [R]``, each with so many sequences in service: its steps, and what units cost in each of them."""
+
+    ks: np.ndarray
+    in_service: np.ndarray
+    steps: Steps
+    mean: StepTimes
+    fast: StepTimes
+    slow: StepTimes
+
+
+@dataclass(frozen=True, slots=True)
 class _Posed:
-    """The problem for k stages with so many sequences in service; no split has a cycle shorter than `bound_s`."""
+    """The problem for k stages with so many sequences in service."""
 
     k: int
     num_sequences: float
-    steps: Steps
+    requests: float
     problem: Problem
     solver: Solver
     rounds: Rounds
-    bound_s: float
 
 
 class _Planning:
@@ -214,6 +228,7 @@ class _Planning:
         self.slo, self.present = slo, present
         self.keeps_order = False
         self.error = self.best_goodput = 0.0
+        self.is_uniform = len(facts.flops) == 1
         self.has_pools = all(d.pool_bytes for d in devices)
         if self.has_pools:  # what is to grow has grown: the pools are the worker's to keep, beside what it leaves alone
             headroom = 0.0
@@ -223,14 +238,14 @@ class _Planning:
             for d, pool in zip(devices, pools, strict=True)
         ]
         self.rooms = np.array(rooms)
+        self.kv_per_sequence = 0.0 if self.has_pools else serving.kv_tokens(traffic, 1.0) * facts.kv_bytes
+        self.has_room = bool(np.isinf(self.rooms).all())
         self.names = [device.worker for device in devices]
-        self.speeds = [device.speed for device in devices]
-        self.hop_latency = np.array([speed.kind.link_latency_s for speed in self.speeds])
-        self.hop_per_token = np.array([facts.hidden_bytes / speed.kind.link_bytes_per_s for speed in self.speeds])
+        self.cluster = Cluster(facts, devices)
         self.present_forecast: Forecast | None = None
         self.present_score = -math.inf
         if present is not None:
-            pipeline = Pipeline(facts, devices, present, traffic, serving)
+            pipeline = Pipeline(facts, self.cluster, present, traffic, serving)
             self.present_forecast = pipeline.forecast()
             self.present_score, _ = self._score(pipeline, self.present_forecast)
 
@@ -258,69 +273,79 @@ class _Planning:
 
     def _look_at(self, ks: list[int], options: dict[int, _Option]) -> None:
         """Add to `options` what these numbers of stages give; for those that cannot win, a bound on their score."""
-        posed = self._pose(ks, [self._in_service(k) for k in ks])
-        if self.objective == "throughput":
-            for one in sorted(posed, key=lambda one: -self._rate(one.steps, one.bound_s)):
-                options[one.k] = self._fastest(one, options)
+        if not ks:
             return
-        for one in sorted(posed, key=lambda one: -self._highest(one)):
-            highest, best = self._highest(one), max((option.score for option in options.values()), default=-math.inf)
-            options[one.k] = _Option(None, highest) if highest < best else self._weighed(one)
+        load = self._load(np.array(ks), self._wanted_in_service())
+        ceilings, posed = self._ceilings(load), self._pose(load)
+        for row in np.argsort(-ceilings, kind="stable").tolist():
+            best = max((option.score for option in options.values()), default=-math.inf)
+            loses = ceilings[row] < best - _TIE * abs(best) if math.isfinite(best) else False
+            options[ks[row]] = _Option(None, float(ceilings[row])) if loses else self._weighed(posed[row])
+        if self.objective == "throughput":
+            return
         good = max(option.score for option in options.values())
         again = [
             k for k in ks if options[k].layout is not None and _gain(self.objective, options[k].score, good) < _NEAR
         ]
         again = sorted(again, key=lambda k: -options[k].score)[:_AGAIN]
-        for one in self._pose(again, [max(1.0, options[k].num_sequences) for k in again]):
-            option = self._weighed(one)
-            if option.score > options[one.k].score:
-                options[one.k] = option
+        if again:
+            for one in self._pose(self._load(np.array(again), [options[k].num_sequences for k in again])):
+                option = self._weighed(one, options[one.k])
+                if option.score > options[one.k].score:
+                    options[one.k] = option
 
-    def _fastest(self, one: _Posed, options: dict[int, _Option]) -> _Option:
-        """The best split for the throughput, unless another number of stages is better than it can possibly be."""
-        best = max((option.score for option in options.values()), default=-math.inf)
-        highest = self._rate(one.steps, one.bound_s) if one.bound_s else math.inf
-        if highest < best * (1 + _TIE):
-            return _Option(None, highest)
-        one, split, round_s = self._solve(one)
-        return _Option(split, self._rate(one.steps, round_s) if split else -math.inf, posed=one)
-
-    def _highest(self, one: _Posed) -> float:
-        """No split scores better at this operating point; inf where nothing cheap is known."""
-        if not one.bound_s:
-            return math.inf
+    def _ceilings(self, load: _Load) -> np.ndarray:
+        """``[R]``: no split into so many stages is expected to score better; inf where nothing cheap is known."""
+        if not self.is_uniform:
+            return np.full(len(load.ks), np.inf)
+        head_s = self.serving.head_s
         if self.objective == "latency":
-            return -(self.traffic.output_tokens - 1.0) * (self.serving.head_s + one.bound_s)
-        return self._rate(one.steps, one.bound_s)
+            return -(self.traffic.output_tokens - 1.0) * (head_s + self._bounds_s(load))
+        if self.objective == "throughput":
+            return load.steps.requests * load.steps.in_flight / (head_s + self._bounds_s(load))
+        # the more are in service, the more is served and the slower: up to the first of some numbers that is too slow
+        numbers = np.geomspace(1.0, max(1.0, self._wanted_in_service()), _NUMBERS)
+        many = self._load(np.repeat(load.ks, _NUMBERS), np.tile(numbers, len(load.ks)), fitting=False)
+        steps, shape = many.steps, (len(load.ks), _NUMBERS)
+        round_s = (head_s + self._bounds_s(many)).reshape(shape)
+        alone = (steps.num_sequences <= steps.in_flight).reshape(shape)
+        finished = np.maximum.accumulate((steps.requests * steps.in_flight).reshape(shape), axis=1)
+        following = np.concatenate([finished[:, 1:], finished[:, -1:]], axis=1)
+        return np.where((round_s <= self.slo.tpot_s) | alone, following / round_s, 0.0).max(axis=1)
 
-    def _weighed(self, one: _Posed) -> _Option:
-        """The best split at this operating point, with its forecast and score."""
-        one, split, _ = self._solve(one)
+    def _bounds_s(self, load: _Load) -> np.ndarray:
+        steps, num_layers = load.steps, self.facts.num_layers
+        return round_bounds(load.mean, load.fast, load.slow, steps.prefill_share, steps.in_flight, load.ks, num_layers)
+
+    def _weighed(self, one: _Posed, known: _Option | None = None) -> _Option:
+        """The best split at this operating point and its score; `known` if it is that split again."""
+        one, split = self._solve(one)
         if split is None:
             return _Option(None, -math.inf)
+        if self.objective == "throughput":
+            return _Option(split, self._rate(one, one.rounds.of(split)), posed=one)
+        if known is not None and known.split == split:
+            return known
         option = self._shown(_Option(split, 0.0), in_full=False)
         option.posed = one
         return option
 
-    def _solve(self, one: _Posed) -> tuple[_Posed, Split | None, float]:
-        """A split and its round in seconds, the best one of `FEW` devices; where memory allows none, with fewer sequences until
-        it does."""
+    def _solve(self, one: _Posed) -> tuple[_Posed, Split | None]:
+        """A split, the best one of `FEW` devices; where memory allows none, with fewer sequences until it does."""
         while True:
             wanted = self._wanted(one.k)
             split = split_order(one.problem, wanted[0]) if self.keeps_order else one.solver.best(*wanted)
             if split is not None and len(self.devices) <= FEW:
-                return one, *one.rounds.improve(one.problem, split, keep_order=self.keeps_order)
-            if split is not None:
-                return one, split, one.rounds.of(split)
-            if one.num_sequences <= 1:
-                return one, None, math.inf
-            (one,) = self._pose([one.k], [max(1.0, one.num_sequences / 2)])
+                return one, one.rounds.improve(split, keep_order=self.keeps_order)[0]
+            if split is not None or one.num_sequences <= 1:
+                return one, split
+            (one,) = self._pose(self._load(np.array([one.k]), one.num_sequences / 2))
 
     def _improved(self, best: _Option) -> _Option:
         """With what single exchanges still gain, which was not tried for every number of stages (`_solve`)."""
         if best.split is None or best.posed is None or len(self.devices) <= FEW:
             return best
-        split, _ = best.posed.rounds.improve(best.posed.problem, best.split, keep_order=self.keeps_order)
+        split, _ = best.posed.rounds.improve(best.split, keep_order=self.keeps_order)
         if split is best.split:
             return best
         if best.forecast is None and best.layout is None:
@@ -328,8 +353,8 @@ class _Planning:
         better = self._shown(_Option(split, 0.0))
         return better if better.score > best.score else best
 
-    def _rate(self, steps: Steps, cycle_s: float) -> float:
-        return steps.requests * steps.in_flight / (self.serving.head_s + cycle_s)
+    def _rate(self, one: _Posed, cycle_s: float) -> float:
+        return one.requests * one.problem.in_flight / (self.serving.head_s + cycle_s)
 
     def _shown(self, option: _Option, *, in_full: bool = True) -> _Option:
         """With its layout, its forecast (only if `in_full`, where the score can be had without it), and its score."""
@@ -339,7 +364,7 @@ class _Planning:
         epoch = self.present.epoch if self.present is not None else 0
         workers = [self.names[d] for d in option.split.order]
         layout = layout_from_counts(epoch, workers, option.split.counts)
-        pipeline = Pipeline(self.facts, self.devices, layout, self.traffic, self.serving)
+        pipeline = Pipeline(self.facts, self.cluster, layout, self.traffic, self.serving)
         if not in_full and self.objective == "goodput":
             score, num_sequences = pipeline.goodput(self.slo, self.best_goodput)
             self.best_goodput = max(self.best_goodput, score)
@@ -365,13 +390,13 @@ class _Planning:
         order = [self.names.index(worker) for worker in present.workers]
         if best.split is None or len(order) != k or tuple(order) == best.split.order:
             return None
-        (one,) = self._pose([k], [max(1.0, best.num_sequences)])
+        (one,) = self._pose(self._load(np.array([k]), best.num_sequences))
         split = split_order(one.problem, order)
         if split is None:
             return None
         cuts = [segment.layers.stop for segment in present.segments[:-1]]
         near = split_near(one.problem, order, split.largest * (1 + self.error), cuts) or split
-        split, _ = one.rounds.improve(one.problem, split, keep_order=True)
+        split, _ = one.rounds.improve(split, keep_order=True)
         for option in (self._shown(_Option(near, 0.0)), self._shown(_Option(split, 0.0))):
             if _gain(self.objective, option.score, best.score) <= self.error:
                 return option
@@ -379,57 +404,84 @@ class _Planning:
 
     # -- the problem ------------------------------------------------------------------------------------------
 
-    def _in_service(self, k: int) -> float:
-        """Sequences in service to plan for at first; fewer where their KV plainly has no room on k devices."""
+    def _wanted_in_service(self) -> float:
+        """Sequences in service to plan for at first."""
         wanted = float(self.serving.max_running)
         if 0 < self.traffic.concurrency < wanted:
             wanted = float(self.traffic.concurrency)
         if self.objective == "latency" and self.traffic.requests_per_s > 0:
             forecast = self.present_forecast
             wanted = min(wanted, max(1.0, forecast.num_sequences)) if forecast and not forecast.saturated else 1.0
-        room = float(np.sort(self.rooms)[-k:].sum())
-        while wanted > 1 and self._bytes(wanted) > room:
-            wanted = max(1.0, wanted / 2)
         return wanted
 
-    def _bytes(self, num_sequences: float) -> float:
-        """Weights and KV of everything."""
-        spec, kv = self.facts.spec, self._kv_bytes(num_sequences)
+    def _with_room(self, ks: np.ndarray, in_service: np.ndarray) -> np.ndarray:
+        """``[R]``: the sequences in service, halved until the KV of so many has room on some ``ks [R]`` of the devices; 1 at least."""
+        if self.has_room or (in_service <= 1.0).all():
+            return np.maximum(1.0, in_service)
+        loads = np.maximum(1.0, in_service[:, None] / 2.0 ** np.arange(math.ceil(math.log2(in_service.max())) + 1))
+        kv, spec = self._kv_bytes(loads), self.facts.spec
+        if self.is_uniform:
+            layer_bytes = self.facts.layer_bytes[0] + kv
+            caps = memory_caps(self.rooms, spec.embedding_bytes, spec.lm_head_bytes, layer_bytes, spec.num_layers)
+            fits = most_layers(caps, ks) >= spec.num_layers
+        else:
+            fits = self._bytes(kv) <= np.sort(self.rooms)[::-1].cumsum()[ks - 1, None]
+        fits[:, -1] = True
+        return loads[np.arange(len(ks)), fits.argmax(axis=1)]
+
+    def _bytes(self, kv: Any) -> Any:
+        """Weights and KV of everything, with so many bytes of KV in each layer."""
+        spec = self.facts.spec
         return float(self.facts.layer_bytes.sum()) + kv * spec.num_layers + spec.embedding_bytes + spec.lm_head_bytes
 
-    def _kv_bytes(self, num_sequences: float) -> float:
+    def _kv_bytes(self, num_sequences: Any) -> Any:
         """What so many sequences need in each layer, beside its weights; nothing where the pools are there already."""
-        return 0.0 if self.has_pools else self.serving.kv_tokens(self.traffic, num_sequences) * self.facts.kv_bytes
+        return num_sequences * self.kv_per_sequence
 
-    def _pose(self, ks: list[int], in_service: list[float]) -> list[_Posed]:
-        """The problem of each number of stages, with so many sequences in service."""
-        if not ks:
-            return []
-        facts, spec, serving, traffic = self.facts, self.facts.spec, self.serving, self.traffic
-        steps = [mean_steps(traffic, serving, serving.microbatches(k), n) for k, n in zip(ks, in_service, strict=True)]
-        times = unit_times(facts, self.speeds, [s.decode for s in steps] + [s.prefill for s in steps])
-        half, share = len(steps), np.array([s.prefill_share for s in steps])
-        tokens = np.array([work.num_tokens for s in steps for work in (s.decode, s.prefill)]).reshape(half, 2, 1)
-        stage = times.fixed + self.hop_latency + tokens * self.hop_per_token
-        kinds, last = (np.stack([part[:half], part[half:]], axis=1) for part in (times.layers, times.last))
-        mean_stage, mean_last = (_weighted(share[:, None], part[:, 0], part[:, 1]) for part in (stage, last))
-        mean = _weighted(share[:, None, None], kinds[:, 0], kinds[:, 1])
-        posed = []
-        for row, (k, step) in enumerate(zip(ks, steps, strict=True)):
-            problem = Problem(
-                stage=mean_stage[row],
-                layers=mean[row][:, facts.kind_of_layer],
-                last=mean_last[row],
+    def _load(self, ks: np.ndarray, in_service: Any, *, fitting: bool = True) -> _Load:
+        """What units cost with each of ``ks [R]`` stages and so many sequences in service, or fewer where they have no room."""
+        in_service = np.broadcast_to(np.asarray(in_service, dtype=float), len(ks))
+        in_service = self._with_room(ks, in_service) if fitting else in_service
+        microbatches = np.maximum(self.serving.num_microbatches, ks)
+        steps = mean_steps(self.traffic, self.serving, microbatches, in_service)
+        units = unit_times(self.facts, self.cluster.speeds, steps.works)
+        times = StepTimes(units.fixed + self.cluster.hops(steps.works), units.layers, units.last)
+        fast, slow = times[: len(ks)], times[len(ks) :]
+        return _Load(ks, in_service, steps, fast.weighted(steps.prefill_share, slow), fast, slow)
+
+    def _pose(self, load: _Load) -> list[_Posed]:
+        """The problem of each number of stages under its load."""
+        facts, spec, mean = self.facts, self.facts.spec, load.mean
+        shape = (len(load.ks), len(self.devices), facts.num_layers)
+        layers = np.broadcast_to(mean.layers, shape) if self.is_uniform else mean.layers[:, :, facts.kind_of_layer]
+        layer_bytes = facts.layer_bytes + self._kv_bytes(load.in_service)[:, None]
+        problems = [
+            Problem(
+                stage=mean.stage[row],
+                layers=layers[row],
+                last=mean.last[row],
                 room=self.rooms,
-                layer_bytes=facts.layer_bytes + self._kv_bytes(in_service[row]),
+                layer_bytes=layer_bytes[row],
                 first_bytes=float(spec.embedding_bytes),
                 last_bytes=float(spec.lm_head_bytes),
-                in_flight=step.in_flight,
+                in_flight=float(load.steps.in_flight[row]),
             )
-            rounds = Rounds(stage[row], kinds[row], last[row], facts.kind_of_layer, share[row], step.in_flight)
-            bound_s = rounds.bound_s(problem, k)
-            posed.append(_Posed(k, in_service[row], step, problem, Solver(problem, k), rounds, bound_s))
-        return posed
+            for row in range(len(load.ks))
+        ]
+        ks = load.ks.tolist()
+        uniform = Uniform(problems, ks) if self.is_uniform else None
+        kinds = StepTimes.stack([mean, load.fast, load.slow], axis=1)
+        return [
+            _Posed(
+                k=k,
+                num_sequences=float(load.in_service[row]),
+                requests=float(load.steps.requests[row]),
+                problem=problems[row],
+                solver=Solver(problems[row], k, uniform, row),
+                rounds=Rounds(problems[row], kinds[row], facts.kind_of_layer, float(load.steps.prefill_share[row])),
+            )
+            for row, k in enumerate(ks)
+        ]
 
     def _wanted(self, k: int) -> tuple[list[int], list[int]]:
         """The devices of the present layout in its order, and its boundaries if it has k stages."""
@@ -490,17 +542,13 @@ class _Planning:
         return Candidate(k, workers, counts, option.score, why)
 
     def _why_nothing_fits(self, most: int) -> str:
-        need, room = self._bytes(1.0), float(np.sort(self.rooms)[::-1][:most].sum())
+        need, room = self._bytes(self._kv_bytes(1.0)), float(np.sort(self.rooms)[::-1][:most].sum())
         return (
             f"{self.facts.spec.name} needs {need / 1e9:.1f} GB for its weights and the KV of one sequence of"
             f" {self.traffic.mean_context:.0f} tokens, in pieces of whole layers; the devices have {room / 1e9:.1f} GB"
             f" ({', '.join(f'{name} {bytes_ / 1e9:.1f}' for name, bytes_ in zip(self.names, self.rooms, strict=True))})."
             " Add devices, or lower the headroom"
         )
-
-
-def _weighted(share: np.ndarray, fast: np.ndarray, slow: np.ndarray) -> np.ndarray:
-    return (1.0 - share) * fast + share * slow
 
 
 def _gain(objective: Objective, before: float, after: float) -> float:

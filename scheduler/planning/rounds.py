@@ -2,189 +2,216 @@
 
 The search (`planning.search`) cuts layers so that the busiest stage has as little to do as can be in mean. The round is that of
 `planning.convoy`, in which the sum of a slow step counts, too: then a layer may be better off on a device that is busier but faster with a
-prompt. `Rounds.improve` moves single layers and exchanges devices while that shortens the round.
+prompt. `Rounds.improve` moves single layers and exchanges devices while that shortens the round. What it tries is the same for all
+splits of so many devices, so it is written once as tables of places: which device goes where, how many layers go with it.
 
 Never true: the result is worse than the split it began with.
 """
 
 import itertools
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 
-from scheduler.planning.convoy import round_seconds, slow_weight
+from scheduler.planning.convoy import round_seconds, slow_weight, weighted
 from scheduler.planning.splits import Problem, Split, make_split
-from scheduler.planning.uniform import relaxed_bottleneck
+from scheduler.planning.uniform import relaxed_bottlenecks
 
 _EVERY_MOVE = 8
 """Up to so many stages every move of a layer and every exchange is tried, beyond that between the `_ENDS` most promising stages."""
 _ENDS = 5
-FEW = 4
+FEW = 6
 """Among so few devices an exchange and a move are tried together."""
 _EVEN = 0.97
 _ROUNDS = 8
 _WORTH = 1e-7
 
 
-class Rounds:
-    """Steps of two kinds on n devices, a share of them slow; seconds.
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """Seconds of R kinds of step on n devices: what any stage costs ``[R, n]``, each kind of layer ``[R, n, U]``, the LM head ``[R, n]``."""
 
-    `stage` and `last` are as in `Problem`, ``[2, n]``, the fast kind in row 0; `kinds` ``[2, n, U]`` is what each kind of layer costs, and
-    `kind_of_layer` ``[L]`` says which is of which.
+    stage: np.ndarray
+    layers: np.ndarray
+    last: np.ndarray
+
+    def __getitem__(self, rows: Any) -> "StepTimes":
+        return StepTimes(self.stage[rows], self.layers[rows], self.last[rows])
+
+    def weighted(self, share: np.ndarray, slow: "StepTimes") -> "StepTimes":
+        """The mean of these and of `slow` steps, which are a ``share [R]``."""
+        return StepTimes(
+            weighted(share[:, None], self.stage, slow.stage),
+            weighted(share[:, None, None], self.layers, slow.layers),
+            weighted(share[:, None], self.last, slow.last),
+        )
+
+    @staticmethod
+    def stack(parts: "Iterable[StepTimes]", axis: int = 0) -> "StepTimes":
+        rows = [(part.stage, part.layers, part.last) for part in parts]
+        return StepTimes(*(np.stack(column, axis=axis) for column in zip(*rows, strict=True)))
+
+
+def round_bounds(mean: StepTimes, fast: StepTimes, slow: StepTimes, share: np.ndarray, in_flight: np.ndarray,
+    ks: np.ndarray, num_layers: int,
+) -> np.ndarray:  # fmt: skip
+    """``[R]``: rounds that no split over k devices is expected to go below; 0 where nothing cheap is known, for layers that differ.
+
+    Of `FEW` devices none does: neither the busiest stage nor the sum of a slow step can be less. Of more, it is what even stages
+    would take, less a little (what single exchanges may gain; planning with no such bound gave the same plans).
+    """
+    num_devices = mean.stage.shape[1]
+    if mean.layers.shape[2] > 1:
+        return np.zeros(len(ks))
+    if num_devices > FEW:
+        even = fast.weighted(slow_weight(share, in_flight, np.minimum(1.0, in_flight / ks)), slow)
+        stage, last = np.concatenate([mean.stage, even.stage]), np.concatenate([mean.last, even.last])
+        layer = np.concatenate([mean.layers, even.layers])[..., 0]
+        both = relaxed_bottlenecks(stage, layer, last, num_layers, np.concatenate([ks, ks]))
+        busiest, evenly = both.reshape(2, -1)
+        return in_flight * np.maximum(busiest, _EVEN * evenly)
+    busiest = relaxed_bottlenecks(mean.stage, mean.layers[..., 0], mean.last, num_layers, ks)
+    stages = np.sort(slow.stage, axis=1).cumsum(axis=1)[np.arange(len(ks)), ks - 1]
+    slow_sum = stages + num_layers * slow.layers.min(axis=(1, 2)) + slow.last.min(axis=1)
+    return np.maximum(in_flight * busiest, slow_weight(share, in_flight, 0.0) * slow_sum)
+
+
+class Rounds:
+    """Steps of two kinds on n devices, a share of them slow.
+
+    `times` has three rows: the mean step, the fast and the slow one. `kind_of_layer` ``[L]`` says which layer is of which kind;
+    `problem` is that of the mean step.
     """
 
-    def __init__(
-        self,
-        stage: np.ndarray,
-        kinds: np.ndarray,
-        last: np.ndarray,
-        kind_of_layer: np.ndarray,
-        share: float,
-        in_flight: float,
-    ) -> None:
-        self._stage, self._kinds, self._last, self._kind_of_layer = stage, kinds, last, kind_of_layer
-        self._share, self._in_flight = share, in_flight
+    def __init__(self, problem: Problem, times: StepTimes, kind_of_layer: np.ndarray, share: float) -> None:
+        self.problem, self._times, self._kind_of_layer, self._share = problem, times, kind_of_layer, share
+        self._is_uniform = times.layers.shape[2] == 1
 
     @cached_property
     def _until(self) -> np.ndarray:
-        """``[2, n, L + 1]``: the layers before each."""
-        layers = self._kinds[:, :, self._kind_of_layer]
+        """``[3, n, L + 1]``: the layers before each."""
+        layers = self._times.layers[:, :, self._kind_of_layer]
         return np.concatenate([np.zeros((*layers.shape[:2], 1)), layers.cumsum(axis=2)], axis=2)
 
+    def _layers(self, orders: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """``[3, k, C]``: what the layers of every stage cost."""
+        if self._is_uniform:
+            return self._times.layers[:, :, 0][:, orders] * counts
+        starts, stops = _spans(counts, len(self._kind_of_layer))
+        return self._until[:, orders, stops] - self._until[:, orders, starts]
+
     def seconds(self, orders: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """``[C]``: the round of C splits, whose devices and numbers of layers are ``[C, k]``."""
-        stops = counts.cumsum(axis=1)
-        fast, slow = (
-            stage[orders] + until[orders, stops] - until[orders, stops - counts]
-            for stage, until in zip(self._stage, self._until, strict=True)
-        )
-        fast[:, -1] += self._last[0][orders[:, -1]]
-        slow[:, -1] += self._last[1][orders[:, -1]]
-        mean = (1.0 - self._share) * fast + self._share * slow
+        """``[C]``: the round of C splits, whose devices and numbers of layers are ``[k, C]``."""
+        stages = self._times.stage[:, orders] + self._layers(orders, counts)
+        stages[:, -1] += self._times.last[:, orders[-1]]
+        sums, busiest = stages.sum(axis=1), stages[:2].max(axis=1)
         return round_seconds(
-            np.full(len(orders), self._share),
-            self._in_flight,
-            mean_sum=mean.sum(axis=1),
-            mean_busiest=mean.max(axis=1),
-            slow_sum=slow.sum(axis=1),
-            fast_sum=fast.sum(axis=1),
-            fast_busiest=fast.max(axis=1),
+            self._share,
+            self.problem.in_flight,
+            mean_sum=sums[0],
+            mean_busiest=busiest[0],
+            slow_sum=sums[2],
+            fast_sum=sums[1],
+            fast_busiest=busiest[1],
         )
 
     def of(self, split: Split) -> float:
-        return float(self.seconds(np.array([split.order]), np.array([split.counts]))[0])
+        return float(self.seconds(np.array(split.order)[:, None], np.array(split.counts)[:, None])[0])
 
-    def bound_s(self, problem: Problem, k: int) -> float:
-        """A round that no split over k devices is expected to go below, `problem` being that of mean steps; 0 where nothing cheap is known.
-
-        Of `FEW` devices none does: neither the busiest stage nor the sum of a slow step can be less. Of more, it is what even stages
-        would take, less a little (what single exchanges may gain; planning with no such bound gave the same plans).
-        """
-        if self._kinds.shape[2] > 1:
-            return 0.0
-        bound = self._in_flight * relaxed_bottleneck(problem, k)
-        if problem.num_devices > FEW:
-            weight = float(slow_weight(self._share, self._in_flight, min(1.0, self._in_flight / k)))
-            even = [(1.0 - weight) * part[0] + weight * part[1] for part in (self._stage, self._kinds, self._last)]
-            evenly = replace(problem, stage=even[0], layers=even[1], last=even[2])
-            return max(bound, _EVEN * self._in_flight * relaxed_bottleneck(evenly, k))
-        stage, layer, last = self._stage[1], float(self._kinds[1].min()), float(self._last[1].min())
-        slow_sum = float(np.sort(stage)[:k].sum()) + problem.num_layers * layer + last
-        return max(bound, float(slow_weight(self._share, self._in_flight, 0.0)) * slow_sum)
-
-    def improve(self, problem: Problem, split: Split, *, keep_order: bool = False) -> tuple[Split, float]:
+    def improve(self, split: Split, *, keep_order: bool = False) -> tuple[Split, float]:
         """The split or one near it with a shorter round, and that in seconds. With `keep_order` devices stay where they are."""
         order, counts = np.array(split.order), np.array(split.counts)
-        best = self.of(split)
-        begun = best
+        best = begun = self.of(split)
         for _ in range(_ROUNDS):
-            orders, moved = self._neighbours(order, counts, exchange=not keep_order, num_devices=problem.num_devices)
-            fit = _fit(problem, orders, moved)
-            if not fit.any():
+            orders, moved = self._neighbours(order, counts, exchange=not keep_order)
+            if not moved.size:
                 break
-            orders, moved = orders[fit], moved[fit]
-            seconds = self.seconds(orders, moved)
+            seconds = np.where(self._fit(orders, moved), self.seconds(orders, moved), np.inf)
             at = int(seconds.argmin())
             if not seconds[at] < best * (1.0 - _WORTH):
                 break
-            order, counts, best = orders[at], moved[at], float(seconds[at])
+            order, counts, best = orders[:, at if orders.shape[1] > 1 else 0], moved[:, at], float(seconds[at])
         if best == begun:
             return split, best
-        return make_split(problem, order.tolist(), counts.tolist()), best
+        return make_split(self.problem, order.tolist(), counts.tolist()), best
 
-    def _neighbours(
-        self, order: np.ndarray, counts: np.ndarray, *, exchange: bool, num_devices: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Splits with a layer moved from one stage to another, two devices exchanged, or (of `FEW` devices) both at once."""
-        moves = self._moves(order, counts)
-        shifts = np.concatenate([np.zeros((1, len(order)), dtype=counts.dtype), moves])
-        orders, moved = np.repeat(order[None], len(shifts), axis=0), counts[None] + shifts
-        if exchange and num_devices <= _EVERY_MOVE:
-            swapped, kept = _exchanges(order, counts, num_devices)
-            if num_devices <= FEW:
-                orders = np.concatenate([orders, np.repeat(swapped, len(shifts), axis=0)])
-                moved = np.concatenate([moved, (kept[:, None] + shifts[None]).reshape(-1, len(order))])
-            else:
-                orders, moved = np.concatenate([orders, swapped]), np.concatenate([moved, kept])
-        allowed = (moved >= 0).all(axis=1) & (moved[:, 1:-1] > 0).all(axis=1)
-        return orders[allowed], moved[allowed]
+    def _neighbours(self, order: np.ndarray, counts: np.ndarray, *, exchange: bool) -> tuple[np.ndarray, np.ndarray]:
+        """``[k, C]`` each, or ``[k, 1]`` where the order stays: splits with a layer moved from one stage to another, two devices
+        exchanged, or (of `FEW` devices) both at once."""
+        k, n = len(order), self.problem.num_devices
+        if k > _EVERY_MOVE:
+            return order[:, None], counts[:, None] + self._moves(order, counts)
+        if not exchange or n > _EVERY_MOVE:
+            return order[:, None], counts[:, None] + _all_moves(k)
+        devices, places, shifts = _exchanges_and_moves(k, n)
+        is_free = np.ones(n, dtype=bool)
+        is_free[order] = False
+        return np.concatenate([order, np.flatnonzero(is_free)])[devices], counts[places] + shifts
 
     def _moves(self, order: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """``[C, k]``: one layer less on a stage and one more on another."""
-        k = len(order)
-        if k <= _EVERY_MOVE:
-            return _all_moves(k)
-        per_layer = self._until[1, order, -1]
-        stops = counts.cumsum()
-        busy = self._until[0, order, stops] - self._until[0, order, stops - counts]
+        """``[k, C]``: one layer less on a stage and one more on another, of the slowest and the busiest to the others."""
+        per_layer = self._times.layers[2, order] @ np.bincount(self._kind_of_layer)
+        busy = self._layers(order[:, None], counts[:, None])[1, :, 0]
         sources = {*np.argsort(-per_layer)[:_ENDS].tolist(), *np.argsort(-busy)[:_ENDS].tolist()}
         targets = {*np.argsort(per_layer)[:_ENDS].tolist(), *np.argsort(busy)[:_ENDS].tolist()}
-        return _moves_between(k, sources, targets)
+        return _moves_between(len(order), sources, targets)
+
+    def _fit(self, orders: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """``[C]``: which of the splits have room on every device, and a layer on every inner stage."""
+        problem = self.problem
+        if self._is_uniform:
+            need = counts * problem.layer_bytes[0]
+        else:
+            until = np.concatenate(([0.0], np.cumsum(problem.layer_bytes)))
+            starts, stops = _spans(counts, problem.num_layers)
+            need = until[stops] - until[starts]
+        need[0] += problem.first_bytes
+        need[-1] += problem.last_bytes
+        fits = (need <= problem.room[orders]).all(axis=0)
+        return fits & (counts[1:-1] > 0).all(axis=0) & (np.minimum(counts[0], counts[-1]) >= 0)
 
 
-def _exchanges(order: np.ndarray, counts: np.ndarray, num_devices: int) -> tuple[np.ndarray, np.ndarray]:
-    """Another device for a stage, two stages' devices exchanged, and two stages exchanged with their layers."""
-    k, swaps = len(order), _swaps(len(order))
-    is_free = np.ones(num_devices, dtype=bool)
-    is_free[order] = False
-    others = np.flatnonzero(is_free)
-    replaced = np.repeat(order[None], k * len(others), axis=0)
-    replaced[np.arange(len(replaced)), np.repeat(np.arange(k), len(others))] = np.tile(others, k)
-    swapped = order[swaps]
-    orders = np.concatenate([replaced, swapped, swapped])
-    kept = np.concatenate([np.repeat(counts[None], len(replaced) + len(swaps), axis=0), counts[swaps]])
-    return orders, kept
+def _spans(counts: np.ndarray, num_layers: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where stages of so many layers begin and end; within the layers there are, even if a count is negative (`Rounds._fit`)."""
+    stops = counts.cumsum(axis=0)
+    return (stops - counts).clip(0, num_layers), stops.clip(0, num_layers)
 
 
-@lru_cache(maxsize=_EVERY_MOVE)
-def _swaps(k: int) -> np.ndarray:
-    """``[k (k - 1) / 2, k]``: the stages with two of them exchanged."""
-    pairs = np.array(list(itertools.combinations(range(k), 2)), dtype=np.intp).reshape(-1, 2)
-    swaps, rows = np.repeat(np.arange(k)[None], len(pairs), axis=0), np.arange(len(pairs))
-    swaps[rows, pairs[:, 0]], swaps[rows, pairs[:, 1]] = pairs[:, 1], pairs[:, 0]
-    return swaps
+@lru_cache(maxsize=64)
+def _exchanges_and_moves(k: int, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What is tried of k stages on n devices, ``[k, C]`` each: which of the devices in use and then of the others serves each stage,
+    whose number of layers it takes over, and how many more these are.
+
+    Another device for a stage, two stages' devices exchanged, and two stages exchanged with their layers.
+    """
+    stay, moves = np.arange(k), _all_moves(k).T
+    replaced = [np.where(stay == place, other, stay) for place in range(k) for other in range(k, n)]
+    swapped = [_swapped(k, i, j) for i, j in itertools.combinations(range(k), 2)]
+    exchanges = [(order, stay) for order in (*replaced, *swapped)] + [(order, order) for order in swapped]
+    rows = [(stay, stay, move) for move in (0 * stay, *moves)]
+    for order, places in exchanges:
+        rows += [(order, places, move) for move in (0 * stay, *(moves if n <= FEW else ()))]
+    devices, places, shifts = zip(*rows, strict=True)
+    return np.array(devices).T.copy(), np.array(places).T.copy(), np.array(shifts).T.copy()
+
+
+def _swapped(k: int, i: int, j: int) -> np.ndarray:
+    places = np.arange(k)
+    places[[i, j]] = j, i
+    return places
 
 
 @lru_cache(maxsize=_EVERY_MOVE)
 def _all_moves(k: int) -> np.ndarray:
-    """``[k (k - 1), k]``: -1 and 1 for every pair of different stages."""
+    """``[k, k (k - 1)]``: -1 and 1 for every pair of different stages."""
     return _moves_between(k, range(k), range(k))
 
 
 def _moves_between(k: int, sources: Iterable[int], targets: Iterable[int]) -> np.ndarray:
     pairs = np.array([(i, j) for i in sources for j in targets if i != j], dtype=np.intp).reshape(-1, 2)
-    moves, rows = np.zeros((len(pairs), k), dtype=np.int64), np.arange(len(pairs))
-    moves[rows, pairs[:, 0]], moves[rows, pairs[:, 1]] = -1, 1
+    moves, columns = np.zeros((k, len(pairs)), dtype=np.int64), np.arange(len(pairs))
+    moves[pairs[:, 0], columns], moves[pairs[:, 1], columns] = -1, 1
     return moves
-
-
-def _fit(problem: Problem, orders: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """``[C]``: which of the splits have room on every device."""
-    until = np.concatenate(([0.0], np.cumsum(problem.layer_bytes)))
-    stops = counts.cumsum(axis=1)
-    need = until[stops] - until[stops - counts]
-    need[:, 0] += problem.first_bytes
-    need[:, -1] += problem.last_bytes
-    return np.all(need <= problem.room[orders], axis=1)

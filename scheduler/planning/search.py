@@ -10,13 +10,12 @@ exchanging devices while that helps (bounded, not exact).
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
 from scheduler.planning.splits import SLACK, Problem, Split, make_split, split_near, split_order, stage_matrix
-from scheduler.planning.uniform import Uniform, exchanges, relaxed_bottleneck
+from scheduler.planning.uniform import Uniform, exchanges
 
 MAX_SETS = 300
 _ROUNDS = 4
@@ -37,19 +36,11 @@ class _Reached(NamedTuple):
 class Solver:
     """One problem, for k stages."""
 
-    def __init__(self, problem: Problem, k: int) -> None:
-        self._problem, self._k = problem, k
-        self._is_uniform = problem.is_uniform
-
-    @cached_property
-    def _uniform(self) -> Uniform | None:
-        return Uniform(self._problem, self._k) if self._is_uniform else None
-
-    def cycle_bound_s(self) -> float:
-        """No split has a shorter cycle. Cheap; 0 where nothing cheap is known."""
-        if not self._is_uniform:
-            return 0.0
-        return self._problem.in_flight * relaxed_bottleneck(self._problem, self._k)
+    def __init__(self, problem: Problem, k: int, uniform: Uniform | None = None, row: int = 0) -> None:
+        """`uniform` holds the problem in its row `row`, where it is one of several that were posed together."""
+        self._problem, self._k, self._uniform, self._row = problem, k, uniform, row
+        if uniform is None and problem.is_uniform:
+            self._uniform, self._row = Uniform([problem], [k]), 0
 
     def best(self, wanted: Sequence[int] = (), cuts: Sequence[int] = ()) -> Split | None:
         """The split with the shortest cycle, ``max(sum, in_flight * largest)``; None when nothing fits the memory.
@@ -66,7 +57,7 @@ class Solver:
         left, right, middle = 0, len(values) - 1, len(values) - 1
         while left <= right:
             found = self._least_sum(values[middle], start)
-            if found is not None and found.cycle_s(problem) < best.cycle_s(problem):
+            if found is not None and found.cycle_s(problem) < best.cycle_s(problem) * (1 - SLACK):
                 best = found
             if found is None or found.total >= problem.in_flight * found.largest:
                 left = middle + 1  # the sum decides, and only a looser bound could lower it
@@ -80,7 +71,7 @@ class Solver:
     def _stage_values(self, low: float) -> list[float]:
         """Everything from `low` on that a stage can cost, ascending: the bounds that can make a difference."""
         if self._uniform is not None:
-            return self._uniform.stage_values(low)
+            return self._uniform.stage_values(self._row, low)
         problem = self._problem
         sums = np.concatenate([np.zeros((problem.num_devices, 1)), np.cumsum(problem.layers, axis=1)], axis=1)
         rows, columns = np.triu_indices(problem.num_layers + 1)
@@ -90,16 +81,15 @@ class Solver:
 
     def _least_bottleneck(self, wanted: Sequence[int], cuts: Sequence[int]) -> Split | None:
         if self._uniform is not None:
-            bound = self._uniform.bottleneck()
-            return self._uniform.choose(bound, wanted, cuts) if np.isfinite(bound) else None
+            return self._uniform.choose(self._row, wanted, cuts)
         best = search_orders(self._problem, self._k)
-        if best is not None and len(wanted) == self._k:
+        if best is not None and len(wanted) == self._k and len(cuts) == self._k - 1:
             return split_near(self._problem, wanted, best.largest, cuts) or best
         return best
 
     def _least_sum(self, bound: float, start: Split) -> Split | None:
         if self._uniform is not None:
-            return self._uniform.least_sum(bound, start)
+            return self._uniform.least_sum(self._row, bound, start)
         return search_orders(self._problem, self._k, bound, by_sum=True)
 
 
@@ -207,10 +197,10 @@ def _improve(problem: Problem, k: int, bound: float, by_sum: bool) -> Split | No
         layers=np.repeat(problem.layers.mean(axis=1, keepdims=True), problem.num_layers, axis=1),
         layer_bytes=np.full(problem.num_layers, problem.layer_bytes.mean()),
     )
-    uniform = Uniform(average, k)
-    start = uniform.choose(uniform.bottleneck(), (), ())
+    uniform = Uniform([average], [k])
+    start = uniform.choose(0, (), ())
     if start is not None and by_sum:
-        start = uniform.least_sum(bound, start) or start
+        start = uniform.least_sum(0, bound, start) or start
     if start is None:
         return None
     best = split_order(problem, start.order, bound, by_sum=by_sum)

@@ -68,12 +68,13 @@ class Split:
 
 def stage_times(problem: Problem, order: Sequence[int], counts: Sequence[int]) -> list[float]:
     """Seconds of each stage."""
-    times, start = [], 0
-    for device, count in zip(order, counts, strict=True):
-        times.append(float(problem.stage[device] + problem.layers[device, start : start + count].sum()))
-        start += count
-    times[-1] += float(problem.last[order[-1]])
-    return times
+    chosen, stops = np.asarray(order), np.cumsum(counts)
+    until = np.zeros((len(chosen), problem.num_layers + 1))
+    np.cumsum(problem.layers[chosen], axis=1, out=until[:, 1:])
+    places = np.arange(len(chosen))
+    times = problem.stage[chosen] + until[places, stops] - until[places, stops - np.asarray(counts)]
+    times[-1] += problem.last[chosen[-1]]
+    return times.tolist()
 
 
 def make_split(problem: Problem, order: Sequence[int], counts: Sequence[int]) -> Split:

@@ -11,11 +11,13 @@ Never true: a step here carries a whole number of rows. These are means.
 """
 
 import math
-from typing import Literal, TypeAlias
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
 
 import msgspec
+import numpy as np
 
-from scheduler.planning.cost import Work
+from scheduler.planning.cost import Works
 
 Objective: TypeAlias = Literal["throughput", "latency", "goodput"]
 
@@ -79,55 +81,59 @@ class Serving(msgspec.Struct, frozen=True):
         return num_sequences * math.ceil(traffic.mean_context / self.block_size) * self.block_size
 
 
-class Steps(msgspec.Struct, frozen=True):
-    """The mean steps of a pipeline with `num_sequences` in service: a share of steps only decodes, the rest also prefills.
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """The mean steps of G pipelines with `num_sequences` in service, ``[G]`` each: a share of steps only decodes, the rest also prefills.
 
     `in_flight` is how many steps are in the pipeline at a time; `requests` how many requests a step finishes; `prefill_steps`
-    how many steps read one prompt; `free_tokens` what a step has room for beside its decode rows.
+    how many steps read one prompt. `works` ``[2 G]`` are the steps that only decode, then those that also prefill.
     """
 
-    num_sequences: float
-    in_flight: float
-    requests: float
-    num_tokens: float
-    prefill_share: float
-    prefill_steps: float
-    free_tokens: float
-    decode: Work
-    prefill: Work
+    num_sequences: np.ndarray
+    in_flight: np.ndarray
+    requests: np.ndarray
+    num_tokens: np.ndarray
+    prefill_share: np.ndarray
+    prefill_steps: np.ndarray
+    works: Works
 
 
-def mean_steps(traffic: Traffic, serving: Serving, num_microbatches: int, num_sequences: float) -> Steps:
-    """What the batcher makes of `traffic` with `num_sequences` in service, at least 1."""
+def mean_steps(traffic: Traffic, serving: Serving, num_microbatches: Any, num_sequences: Any) -> Steps:
+    """What the batcher makes of `traffic` with `num_sequences` in service, at least 1.
+
+    The last two are numbers or arrays ``[G]``.
+    """
     output, prompt, budget = traffic.output_tokens, traffic.new_tokens, float(serving.max_step_tokens)
-    num_sequences = max(1.0, num_sequences)
-    in_flight = min(float(num_microbatches), num_sequences)
+    num_sequences = np.atleast_1d(np.maximum(1.0, num_sequences))
+    in_flight = np.minimum(num_microbatches, num_sequences)
     alone = num_sequences <= num_microbatches  # a step then carries one sequence: a token of it, or a chunk
-    requests, decode_rows, chunks = 0.0, 0.0, 1.0
+    shared, decode_rows = ~alone, np.zeros(num_sequences.shape)
+    requests = chunks = decode_rows
     for _ in range(2):  # the chunks of a prompt depend on the room that decode rows leave, and the other way round
-        chunks = float(math.ceil(prompt / max(1.0, budget - decode_rows)))
-        most = 1.0 / (chunks + output - 1.0) if alone else budget / (prompt + output - 1.0)
-        requests = min(num_sequences / (in_flight * output + chunks - 1.0), most)
-        decode_rows = 0.0 if alone else requests * (output - 1.0)
-    free = max(1.0, budget - decode_rows)
+        chunks = np.ceil(prompt / np.maximum(1.0, budget - decode_rows))
+        most = np.where(alone, 1.0 / (chunks + (output - 1.0)), budget / (prompt + output - 1.0))
+        requests = np.minimum(num_sequences / (in_flight * output + chunks - 1.0), most)
+        decode_rows = requests * (output - 1.0) * shared
+    free = np.maximum(1.0, budget - decode_rows)
     read = requests * prompt
-    if alone:
-        share = min(1.0, requests * chunks)
-    else:
-        share = min(1.0, max(read / free, -math.expm1(-read / min(free, prompt))))
+    shares = np.maximum(read / free, -np.expm1(-read / np.minimum(free, prompt)))
+    share = np.minimum(1.0, np.where(alone, requests * chunks, shares))
     chunk = read / share
     rows = requests * (output - 1.0)
-    context = traffic.mean_context
-    decoding = rows / (1.0 - share) if alone and share < 1.0 else rows
-    prefill = Work(decode_rows, context, chunk, traffic.cached_tokens + prompt / 2, decode_rows + chunk / prompt)
+    decoding = rows / np.where(alone & (share < 1.0), 1.0 - share, 1.0)
+    none = np.zeros(rows.shape)
     return Steps(
         num_sequences=num_sequences,
         in_flight=in_flight,
         requests=requests,
-        num_tokens=rows + requests * prompt,
+        num_tokens=rows + read,
         prefill_share=share,
         prefill_steps=chunks,
-        free_tokens=free,
-        decode=Work(decoding, context, 0.0, 0.0, decoding),
-        prefill=prefill,
+        works=Works(
+            decode_rows=np.concatenate([decoding, decode_rows]),
+            decode_context=np.full(2 * len(rows), traffic.mean_context),
+            prefill_tokens=np.concatenate([none, chunk]),
+            prefill_context=np.concatenate([none, none + (traffic.cached_tokens + prompt / 2)]),
+            samples=np.concatenate([decoding, decode_rows + chunk / prompt]),
+        ),
     )

@@ -3,8 +3,8 @@
 *Bottleneck.* Under a bound B a device holds at most ``floor((B - stage) / layer)`` layers, fewer as the first or the last
 stage and where memory is short. k devices can keep B exactly when, for some first and some last, these two and the
 largest k - 2 of the others hold all layers: a sort and a sum, for any number of devices. B lies less than one layer above
-the bound that layers cut in pieces would give (`relaxed_bottleneck`), and only at values where some device can
-take one more layer; a binary search among those is exact.
+the bound that layers cut in pieces would give (`relaxed_bottlenecks`), and only at values where some device can
+take one more layer; a search among those is exact.
 
 *Sum.* With the devices, the first and the last given, layers go to the device on which one costs least, up to its cap under
 B; all choices are tried where there are few devices, otherwise a set is improved by exchanging devices (then bounded).
@@ -13,136 +13,127 @@ Never true: this is called for layers that differ.
 """
 
 import itertools
-import math
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 
 from scheduler.planning.splits import SLACK, Problem, Split, make_split
 
 _EXACT_DEVICES = 8
-_MANY = 16
-"""From so many devices on arrays beat a loop."""
-_NEVER = -(10**9)
+_NEVER = -1e9
 """The cap of a device that cannot hold its role at all: it spoils any sum, and unlike -inf it can be subtracted again."""
+_NARROW = 1 / 15
+_STEPS = np.array([*np.linspace(0.0, 1.0, 17)[1:], *2.0 ** np.arange(1, 12)])
+"""Where the bottleneck is looked for first, in layers above the relaxed one: 1 is enough unless memory is short."""
+_PROBES = np.linspace(0.0, 1.0, 20)
 
 
-def relaxed_bottleneck(problem: Problem, k: int) -> float:
+def relaxed_bottlenecks(
+    stage: np.ndarray, layer: np.ndarray, last: np.ndarray, num_layers: int, ks: np.ndarray
+) -> np.ndarray:
     """The largest stage if layers could be cut anywhere and memory did not matter: no split has a smaller one.
 
-    The share that k devices hold under a bound is a convex, piecewise linear function of it, so Newton's method finds
-    the bound in a few steps, and exactly.
+    ``[R]``, of R problems with n devices, ``[R, n]`` each, and ``ks [R]`` stages. The share that k devices hold under a bound is
+    a convex, piecewise linear function of it, so Newton's method finds the bound in a few steps, and exactly.
     """
-    layer = problem.layers[:, 0]
     rate = 1.0 / layer
-    idle = problem.stage * rate
-    wanted = problem.num_layers + float((problem.last * rate).min())
-    bound = math.inf
-    chosen = np.argsort(-rate)[:k]
+    idle = stage * rate
+    wanted = num_layers + (last * rate).min(axis=1)
+    rows, ends = np.arange(len(ks)), ks - 1
+    bounds, order = np.full(len(ks), np.inf), np.argsort(-rate, axis=1)
     for _ in range(20):
-        following = (wanted + float(idle[chosen].sum())) / float(rate[chosen].sum())
-        if not following < bound * (1 - SLACK):
+        held, lost = (part[rows[:, None], order].cumsum(axis=1)[rows, ends] for part in (rate, idle))
+        following = np.minimum(bounds, (wanted + lost) / held)
+        if not (following < bounds * (1 - SLACK)).any():
             break
-        bound = following
-        chosen = np.argsort(idle - bound * rate)[:k]
-    return min(bound, following)
+        bounds = following
+        order = np.argsort(idle - bounds[:, None] * rate, axis=1)
+    return following
+
+
+def memory_caps(
+    room: np.ndarray, first_bytes: float, last_bytes: float, layer_bytes: np.ndarray, num_layers: int
+) -> np.ndarray:
+    """``[4, n, ...]``: the layers of ``layer_bytes [...]`` for which devices with ``room [n]`` have memory, as an inner, a first, a last and
+    an only stage, or `_NEVER`."""
+    ends = np.array([0.0, first_bytes, last_bytes, first_bytes + last_bytes])
+    left = (room - ends[:, None]).reshape(4, len(room), *[1] * layer_bytes.ndim)
+    return _or_never(_whole(np.minimum(left / layer_bytes, num_layers)))
 
 
 class Uniform:
-    """One problem with equal layers, for k stages."""
+    """R problems with equal layers on the same devices, each for its own number of stages ``ks [R]``."""
 
-    def __init__(self, problem: Problem, k: int) -> None:
-        self.problem, self.k = problem, k
-        size = float(problem.layer_bytes[0])
-        ends = (0.0, problem.first_bytes, problem.last_bytes, problem.first_bytes + problem.last_bytes)
-        n = problem.num_layers
-        self._stage = [float(x) for x in problem.stage]
-        self._layer = [float(x) for x in problem.layers[:, 0]]
-        self._last = [float(x) for x in problem.last]
-        self._memory = [
-            tuple(_whole(min((room - end) / size, n)) if room >= end else _NEVER for end in ends)
-            for room in map(float, problem.room)
-        ]
-        """Per device: the layers that memory allows an inner, a first, a last and an only stage."""
-        self._most = max(s + c * n + e for s, c, e in zip(self._stage, self._layer, self._last, strict=True))
-
-    def caps(self, bound: float) -> list[tuple[int, int, int, int]]:
-        """Per device: the layers that it may hold under `bound` as an inner, first, last and only stage, or `_NEVER`."""
-        bound = min(bound, 2 * self._most)
-        found = []
-        for stage, layer, last, (inner, first, final, only) in zip(
-            self._stage, self._layer, self._last, self._memory, strict=True
-        ):
-            room = bound - stage
-            free, ending = _whole_of(room, layer), _whole_of(room - last, layer)
-            inner = free if free < inner else inner
-            found.append((
-                inner if inner >= 1 else _NEVER,
-                _at_least_none(free if free < first else first),
-                _at_least_none(ending if ending < final else final),
-                _at_least_none(ending if ending < only else only),
-            ))  # fmt: skip
-        return found
-
-    def holds(self, bound: float) -> bool:
-        """Whether k devices can hold all layers with no stage above `bound`."""
-        if len(self._stage) >= _MANY and self.k > 1:
-            return _coverage_of_many(*self._caps_of_many(bound), self.k) >= self.problem.num_layers
-        return _coverage(self.caps(bound), self.k) >= self.problem.num_layers
-
-    def _caps_of_many(self, bound: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """`caps` of an inner, a first and a last stage, in arrays: for many devices that is faster."""
-        problem, (inner, first, final) = self.problem, self._memory_of_many
-        room = min(bound, 2 * self._most) - problem.stage
-        layer = problem.layers[:, 0]
-        free, ending = _whole_of_many(room, layer), _whole_of_many(room - problem.last, layer)
-        held = np.minimum(free, inner)
-        return (
-            np.where(held >= 1, held, _NEVER),
-            np.maximum(np.minimum(free, first), _NEVER),
-            np.maximum(np.minimum(ending, final), _NEVER),
+    def __init__(self, problems: Sequence[Problem], ks: Sequence[int]) -> None:
+        self.problems, self.ks = problems, np.array(ks)
+        self._num_layers = problems[0].num_layers
+        self._stage = np.array([problem.stage for problem in problems])
+        self._layer = np.array([problem.layers[:, 0] for problem in problems])
+        self._last = np.array([problem.last for problem in problems])
+        size = np.array([problem.layer_bytes[0] for problem in problems])
+        self._memory = memory_caps(
+            problems[0].room, problems[0].first_bytes, problems[0].last_bytes, size, self._num_layers
         )
+        self._most = (self._stage + self._layer * self._num_layers + self._last).max(axis=1)
+
+    def caps(self, bounds: np.ndarray, rows: Any = slice(None)) -> np.ndarray:
+        """``[4, n, R, V]``: the layers that each device may hold under ``bounds [R, V]`` as an inner, first, last and only stage, or
+        `_NEVER`. With `rows` only of those problems."""
+        stage, layer, last = (part[rows].T[:, :, None] for part in (self._stage, self._layer, self._last))
+        room = np.minimum(bounds, 2 * self._most[rows, None]) - stage
+        free, ending = _whole(room / layer), _whole((room - last) / layer)
+        return _or_never(np.minimum(np.stack([free, free, ending, ending]), self._memory[:, :, rows, None]))
+
+    def holds(self, bounds: np.ndarray) -> np.ndarray:
+        """``[R, V]``: whether the devices can hold all layers with no stage above ``bounds [R, V]``."""
+        return most_layers(self.caps(bounds), self.ks) >= self._num_layers
 
     @cached_property
-    def _memory_of_many(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        inner, first, final, _ = np.array(self._memory).T
-        return inner, first, final
-
-    def bottleneck(self) -> float:
-        """The least possible largest stage; inf where nothing fits the memory."""
-        if not self.holds(self._most):
-            return math.inf
-        low = relaxed_bottleneck(self.problem, self.k)
-        width = max(self._layer)
-        high = low + width  # enough, unless memory is short somewhere
-        while not self.holds(high):
-            width *= 2
-            low, high = high, min(high + width, self._most)
+    def bottlenecks(self) -> np.ndarray:
+        """``[R]``: the least possible largest stage; inf where nothing fits the memory."""
+        rows, width = np.arange(len(self.ks)), self._layer.max(axis=1)
+        low = relaxed_bottlenecks(self._stage, self._layer, self._last, self._num_layers, self.ks)
+        bounds = np.minimum(low[:, None] + width[:, None] * _STEPS, self._most[:, None])
+        while True:
+            held = self.holds(bounds)
+            first = held.argmax(axis=1)
+            low, high = np.where(first > 0, bounds[rows, first - 1], low), bounds[rows, first]
+            if (high - low <= width * _NARROW).all():
+                break
+            bounds = low[:, None] + (high - low)[:, None] * _PROBES
+            bounds[:, -1] = high
         values = self._values_between(low, high)
-        left, right = 0, len(values) - 1
-        while left < right:
-            middle = (left + right) // 2
-            if self.holds(values[middle]):
-                right = middle
-            else:
-                left = middle + 1
-        return values[left]
+        left, right = np.zeros(len(rows), dtype=np.intp), (values < values[:, -1:]).sum(axis=1)
+        while (left < right).any():
+            probes = left[:, None] + ((right - left)[:, None] * _PROBES).astype(np.intp)
+            first = self.holds(values[rows[:, None], probes]).argmax(axis=1)
+            left = np.where(first > 0, probes[rows, first - 1] + 1, left)
+            right = probes[rows, first]
+        return np.where(held.any(axis=1), values[rows, right], np.inf)
 
-    def choose(self, bound: float, wanted: Sequence[int], cuts: Sequence[int]) -> Split | None:
-        """A split within `bound`, among equals one near the present: devices `wanted`, boundaries `cuts`."""
-        caps = self.caps(bound * (1 + SLACK))
-        if len(wanted) == self.k:
-            split = self._within(caps, wanted, cuts)
+    def choose(self, row: int, wanted: Sequence[int], cuts: Sequence[int]) -> Split | None:
+        """A split with the least bottleneck, among equals one near the present: devices `wanted`, boundaries `cuts`."""
+        if self.bottlenecks[row] == np.inf:
+            return None
+        caps = self._caps_of_best[:, :, row]
+        if len(wanted) == self.ks[row]:
+            split = self._within(row, caps, wanted, cuts)
             if split is not None:
                 return split
-        order = self._some_order(caps, wanted)
-        return None if order is None else self._within(caps, order, ())
+        order = self._some_order(row, caps, wanted)
+        return None if order is None else self._within(row, caps, order, ())
 
-    def least_sum(self, bound: float, start: Split | None) -> Split | None:
+    @cached_property
+    def _caps_of_best(self) -> np.ndarray:
+        """``[4, n, R]``: `caps` under the least bottleneck."""
+        return self.caps(self.bottlenecks[:, None] * (1 + SLACK))[..., 0]
+
+    def least_sum(self, row: int, bound: float, start: Split | None) -> Split | None:
         """The split with the least sum of stages none of which exceeds `bound`."""
-        problem, k = self.problem, self.k
-        caps = np.array(self.caps(bound * (1 + SLACK)), dtype=float).T
+        problem, k = self.problems[row], int(self.ks[row])
+        caps = self.caps(np.array([[bound * (1 + SLACK)]]), [row])[..., 0, 0]
         if problem.num_devices <= _EXACT_DEVICES:
             return _fill(problem, caps, _arrangements(problem.num_devices, k))
         best = start
@@ -154,39 +145,28 @@ class Uniform:
             best = found
         return best
 
-    def stage_values(self, low: float) -> list[float]:
+    def stage_values(self, row: int, low: float) -> list[float]:
         """Everything from `low` on that a stage can cost, ascending."""
-        return self._values_between(low, self._most)
+        values = self._values_between(np.array([low]), self._most[[row]], [row])[0]
+        return values[np.append(True, values[1:] > values[:-1])].tolist()
 
-    def _values_between(self, low: float, high: float) -> list[float]:
-        """What stages with a whole number of layers can cost, from `low` to `high`, ascending; the last is `high`."""
-        values = {high}
-        if len(self._stage) >= _MANY:
-            return self._many_values_between(low, high)
-        for stage, layer, last in zip(self._stage, self._layer, self._last, strict=True):
-            for fixed in (stage, stage + last):
-                count = max(0, math.ceil((low * (1 - SLACK) - fixed) / layer))
-                while (value := fixed + count * layer) < high:
-                    if value >= low * (1 - SLACK):
-                        values.add(value)
-                    count += 1
-        return sorted(values)
+    def _values_between(self, low: np.ndarray, high: np.ndarray, rows: Any = slice(None)) -> np.ndarray:
+        """``[R, V]``: what stages with a whole number of layers can cost from ``low [R]`` to `high`, ascending; `high` itself ends it."""
+        stage, layer, last = self._stage[rows], self._layer[rows], self._last[rows]
+        fixed, layer = np.concatenate([stage, stage + last], axis=1), np.concatenate([layer, layer], axis=1)
+        low, high = low[:, None] * (1 - SLACK), high[:, None]
+        start = np.maximum(0.0, np.ceil((low - fixed) / layer))
+        num_values = int(max(0.0, ((high - fixed) / layer - start).max())) + 2
+        values = fixed[:, :, None] + (start[:, :, None] + np.arange(num_values)) * layer[:, :, None]
+        values = values.reshape(len(layer), -1)
+        values = np.where((values >= low) & (values < high), values, high)
+        return np.sort(np.concatenate([values, high], axis=1), axis=1)
 
-    def _many_values_between(self, low: float, high: float) -> list[float]:
-        problem = self.problem
-        layer = np.tile(problem.layers[:, 0], 2)
-        fixed = np.concatenate([problem.stage, problem.stage + problem.last])
-        start = np.maximum(0, np.ceil((low * (1 - SLACK) - fixed) / layer))
-        most = int(max(0.0, float(((high - fixed) / layer - start).max()))) + 2
-        values = fixed[:, None] + (start[:, None] + np.arange(most)) * layer[:, None]
-        inside = values[(values >= low * (1 - SLACK)) & (values < high)]
-        return [*np.unique(inside).tolist(), high]
-
-    def _some_order(self, caps: Sequence[tuple[int, int, int, int]], wanted: Sequence[int]) -> list[int] | None:
+    def _some_order(self, row: int, caps: np.ndarray, wanted: Sequence[int]) -> list[int] | None:
         """Devices that together hold all layers; `wanted` ones, and in their order, where that makes no difference."""
-        n, k, num_layers = len(caps), self.k, self.problem.num_layers
+        inner, first, last, only = caps
+        n, k, num_layers = len(inner), int(self.ks[row]), self._num_layers
         place = {device: position for position, device in enumerate(wanted)}
-        inner, first, last, only = np.array(caps, dtype=float).T
         rank = np.array([place.get(d, n) for d in range(n)])
         if k == 1:
             good = np.flatnonzero(only >= num_layers)
@@ -206,16 +186,11 @@ class Uniform:
         rest = [int(d) for d in sorted_ if d not in (i, j)][: k - 2]
         return [i, *sorted(rest, key=lambda d: (place.get(d, n), d)), j]
 
-    def _within(
-        self, caps: Sequence[tuple[int, int, int, int]], order: Sequence[int], cuts: Sequence[int]
-    ) -> Split | None:
+    def _within(self, row: int, caps: np.ndarray, order: Sequence[int], cuts: Sequence[int]) -> Split | None:
         """Counts for one order within the caps, boundaries as near to `cuts` as that allows; without cuts, even shares."""
-        k, num_layers = len(order), self.problem.num_layers
-        room = [caps[device][0] for device in order]
-        if k == 1:
-            room = [caps[order[0]][3]]
-        else:
-            room[0], room[-1] = caps[order[0]][1], caps[order[-1]][2]
+        k, num_layers = len(order), self._num_layers
+        inner, first, last, only = caps[:, order].astype(int).tolist()
+        room = [first[0], *inner[1:-1], last[-1]] if k > 1 else only
         total, least = sum(room), max(0, k - 2)
         if min(room) < 0 or total < num_layers or least > num_layers:
             return None
@@ -229,86 +204,52 @@ class Uniform:
             stop = min(max(aim, start + mine, num_layers - (total - before)), start + most, num_layers - least)
             counts.append(stop - start)
             start = stop
-        return make_split(self.problem, order, counts)
+        return make_split(self.problems[row], order, counts)
 
 
-def _whole_of_many(room: np.ndarray, layer: np.ndarray) -> np.ndarray:
-    whole = ((room / layer) * (1 + SLACK / 4) + SLACK / 4).astype(np.int64)
-    return np.where(room >= 0, whole, np.where(room < -SLACK * layer, _NEVER, 0))
+def _whole(layers: np.ndarray) -> np.ndarray:
+    return np.floor(layers * (1 + SLACK / 4) + SLACK / 4)
 
 
-def _coverage_of_many(inner: np.ndarray, first: np.ndarray, last: np.ndarray, k: int) -> int:
-    """`_coverage` for k > 1, in arrays."""
-    q = k - 2
-    order = np.argsort(-inner, kind="stable")
-    inner, first, last = inner[order], first[order], last[order]
-    base = int(inner[:q].sum())
-    one_more = base + int(inner[q])
-    two_more = one_more + int(inner[q + 1])
-    best = base + _best_pair_of_many(first[q:], last[q:])
-    best = max(best, two_more + _best_pair_of_many((first - inner)[: q + 2], (last - inner)[: q + 2]))
-    first_in, last_in = int((first - inner)[: q + 1].max()), int((last - inner)[: q + 1].max())
-    return max(best, one_more + first_in + int(last[q + 1 :].max()), one_more + last_in + int(first[q + 1 :].max()))
+def _or_never(caps: np.ndarray) -> np.ndarray:
+    """An inner stage holds a layer at least, the ends may hold none."""
+    caps[0][caps[0] < 1.0] = _NEVER
+    caps[caps < 0.0] = _NEVER
+    return caps
 
 
-def _best_pair_of_many(a: np.ndarray, b: np.ndarray) -> int:
-    """``max(a[i] + b[j])`` over i != j."""
-    i, j = int(a.argmax()), int(b.argmax())
-    if i != j:
-        return int(a[i] + b[j])
-    others = np.arange(len(a)) != i
-    return max(int(a[i]) + int(b[others].max()), int(a[others].max()) + int(b[j]))
+def most_layers(caps: np.ndarray, ks: np.ndarray) -> np.ndarray:
+    """``[R, V]``: the most layers that exactly ``ks [R]`` of n devices can hold, under ``caps [4, n, R, V]``.
 
-
-def _whole(layers: float) -> int:
-    return int(layers * (1 + SLACK / 4) + SLACK / 4)
-
-
-def _whole_of(room: float, layer: float) -> int:
-    return _whole(room / layer) if room >= 0 else int(room < -SLACK * layer) * _NEVER
-
-
-def _at_least_none(layers: int) -> int:
-    return layers if layers >= 0 else _NEVER
-
-
-def _coverage(caps: Sequence[tuple[int, int, int, int]], k: int) -> int:
-    """The most layers that exactly k of the devices can hold.
-
-    With the devices by what they hold as inner stages, largest first, and q = k - 2: either both ends come from beyond
-    the first q, or one of them is among the first q + 1 and those lend one more, or both are among the first q + 2.
+    The q = k - 2 devices that hold most as inner stages do so, unless they are the first or the last. One of them that is
+    makes room for the next one, so that it costs what it holds more than that; if both ends are among the first q + 1, the second
+    makes room for the one after next.
     """
-    if k == 1:
-        return max(only for _, _, _, only in caps)
-    q = k - 2
-    ranked = sorted(caps, reverse=True)
-    base = sum(cap[0] for cap in ranked[:q])
-    one_more = base + ranked[q][0]
-    two_more = one_more + ranked[q + 1][0]
-    best = base + _best_pair([(cap[1], cap[2]) for cap in ranked[q:]])
-    swaps = [(cap[1] - cap[0], cap[2] - cap[0]) for cap in ranked[: q + 2]]
-    best = max(best, two_more + _best_pair(swaps))
-    beyond = ranked[q + 1 :]
-    first_in, last_in = max(s[0] for s in swaps[: q + 1]), max(s[1] for s in swaps[: q + 1])
-    return max(
-        best, one_more + first_in + max(cap[2] for cap in beyond), one_more + last_in + max(cap[1] for cap in beyond)
+    inner, first, last, only = caps
+    rows, q = np.arange(len(ks)), ks - 2
+    ranked = np.sort(-inner.transpose(1, 2, 0), axis=2)
+    sums = ranked.cumsum(axis=2)[rows, :, q] - ranked[rows, :, q]
+    following = -ranked[rows, :, q]
+    further = following + ranked[rows, :, q + 1]  # how much less the one after next holds
+    lost = np.maximum(inner - following, 0.0)
+    first, last, is_among = first - lost, last - lost, inner >= following
+    first_among, last_among = np.where(is_among, first, _NEVER), np.where(is_among, last, _NEVER)
+    first_beyond, last_beyond = np.where(is_among, _NEVER, first), np.where(is_among, _NEVER, last)
+    one = np.maximum(
+        first_among.max(axis=0) + last_beyond.max(axis=0), last_among.max(axis=0) + first_beyond.max(axis=0)
     )
+    both, neither = _best_pair(first_among, last_among) - further, _best_pair(first_beyond, last_beyond)
+    most = np.maximum(np.maximum(one, both), neither) - sums
+    return np.where(ks[:, None] == 1, only.max(axis=0), most)
 
 
-def _best_pair(pairs: Sequence[tuple[int, int]]) -> int:
-    """``max(pairs[i][0] + pairs[j][1])`` over i != j; `pairs` has at least two entries."""
-    first = second = last = runner_up = 4 * _NEVER
-    first_at = last_at = -1
-    for index, (a, b) in enumerate(pairs):
-        if a > first:
-            first, second, first_at = a, first, index
-        elif a > second:
-            second = a
-        if b > last:
-            last, runner_up, last_at = b, last, index
-        elif b > runner_up:
-            runner_up = b
-    return first + last if first_at != last_at else max(first + runner_up, second + last)
+def _best_pair(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """``max(a[i] + b[j])`` over i != j along the first axis, which has at least two entries unless it does not matter."""
+    if len(b) < 2:
+        return a[0]
+    second, best = np.partition(b, -2, axis=0)[-2:]
+    is_best = np.arange(len(b))[:, None, None] == b.argmax(axis=0)
+    return (a + np.where(is_best, second, best)).max(axis=0)
 
 
 def _without(inner: np.ndarray, k: int) -> np.ndarray:
@@ -362,15 +303,12 @@ def _arrangements(n: int, k: int) -> np.ndarray:
 
 def exchanges(order: np.ndarray, n: int) -> np.ndarray:
     """`order` with one device exchanged for one that is not in it, or with two places exchanged."""
-    k = len(order)
-    outside = np.setdiff1d(np.arange(n), order)
-    rows = [order]
-    for position in range(k):
-        for device in outside:
-            rows.append(order.copy())
-            rows[-1][position] = device
-    for position in range(k - 1):
-        for end in {0, k - 1} - {position}:
-            rows.append(order.copy())
-            rows[-1][[position, end]] = rows[-1][[end, position]]
-    return np.array(rows)
+    k, outside = len(order), np.setdiff1d(np.arange(n), order)
+    replaced = np.repeat(order[None], k * len(outside), axis=0)
+    replaced[np.arange(len(replaced)), np.repeat(np.arange(k), len(outside))] = np.tile(outside, k)
+    ends = [(place, end) for place in range(k - 1) for end in {0, k - 1} - {place}]
+    swapped = np.repeat(order[None], len(ends), axis=0)
+    if ends:
+        (places, others), rows = np.array(ends).T, np.arange(len(ends))
+        swapped[rows, places], swapped[rows, others] = order[others], order[places]
+    return np.concatenate([order[None], replaced, swapped])

@@ -7,8 +7,8 @@ from runtime.layout import layout_from_counts
 from scheduler.planning.convoy import round_seconds, slow_weight
 from scheduler.planning.cost import TERMS, Facts, Speed, unit_times
 from scheduler.planning.devices import lookup
-from scheduler.planning.forecast import Device, Pipeline
-from scheduler.planning.rounds import Rounds
+from scheduler.planning.forecast import Cluster, Device, Pipeline
+from scheduler.planning.rounds import Rounds, StepTimes, round_bounds
 from scheduler.planning.splits import Problem, make_split
 from scheduler.planning.traffic import Serving, Traffic, mean_steps
 from tests.planning_harness import every_split, make_spec
@@ -72,29 +72,30 @@ def test_steps_that_are_all_alike_form_no_convoy() -> None:
         assert seconds == pytest.approx(4.0)
 
 
-def rounds_of(facts: Facts, devices: list[Device], traffic: Traffic, k: int) -> tuple[Rounds, Problem, float]:
-    serving = Serving(head_s=0.0)
-    steps = mean_steps(traffic, serving, k, traffic.concurrency)
-    works = [steps.decode, steps.prefill]
-    times = unit_times(facts, [device.speed for device in devices], works)
-    latency = np.array([device.speed.kind.link_latency_s for device in devices])
-    per_token = np.array([facts.hidden_bytes / device.speed.kind.link_bytes_per_s for device in devices])
-    stage = np.stack([times.fixed + latency + work.num_tokens * per_token for work in works])
-    rounds = Rounds(stage, times.layers, times.last, facts.kind_of_layer, steps.prefill_share, steps.in_flight)
-    n, num_layers = len(devices), facts.num_layers
-    share = steps.prefill_share
-    mean = [(1 - share) * part[0] + share * part[1] for part in (stage, times.layers, times.last)]
+def rounds_of(
+    facts: Facts, devices: list[Device], traffic: Traffic, k: int, room: float = np.inf
+) -> tuple[Rounds, float, float]:
+    """The rounds of k stages, what no round is shorter than, and requests in a round."""
+    cluster, num_layers = Cluster(facts, devices), facts.num_layers
+    steps = mean_steps(traffic, Serving(), k, traffic.concurrency)
+    units = unit_times(facts, cluster.speeds, steps.works)
+    times = StepTimes(units.fixed + cluster.hops(steps.works), units.layers, units.last)
+    fast, slow, share = times[:1], times[1:], steps.prefill_share
+    mean = fast.weighted(share, slow)
     problem = Problem(
-        mean[0],
-        np.repeat(mean[1], num_layers, axis=1),
-        mean[2],
-        np.full(n, np.inf),
+        mean.stage[0],
+        np.repeat(mean.layers[0], num_layers, axis=1),
+        mean.last[0],
+        np.full(len(devices), room),
         np.ones(num_layers),
         0.0,
         0.0,
         k,
     )
-    return rounds, problem, steps.requests * steps.in_flight
+    kinds = StepTimes.stack([mean, fast, slow], axis=1)[0]
+    bound_s = round_bounds(mean, fast, slow, share, steps.in_flight, np.array([k]), num_layers)
+    rounds = Rounds(problem, kinds, facts.kind_of_layer, float(share[0]))
+    return rounds, float(bound_s[0]), float(steps.requests[0] * steps.in_flight[0])
 
 
 @pytest.mark.parametrize("counts", [[3, 2, 3], [1, 6, 1], [0, 4, 4]])
@@ -102,10 +103,10 @@ def test_the_planners_round_is_the_forecasts(counts: list[int]) -> None:
     facts = Facts(make_spec(num_layers=8))
     devices = [Device(f"w{i}", Speed(lookup("cpu"), (1.0 + i / 4,) * len(TERMS))) for i in range(3)]
     traffic = Traffic(prompt_tokens=200, output_tokens=40, concurrency=24)
-    rounds, problem, requests = rounds_of(facts, devices, traffic, 3)
+    rounds, _, requests = rounds_of(facts, devices, traffic, 3)
     layout = layout_from_counts(0, ["w2", "w0", "w1"], counts)
     forecast = Pipeline(facts, devices, layout, traffic, Serving(head_s=0.0)).forecast()
-    seconds = rounds.of(make_split(problem, (2, 0, 1), counts))
+    seconds = rounds.of(make_split(rounds.problem, (2, 0, 1), counts))
     assert requests / seconds == pytest.approx(forecast.requests_per_s, rel=1e-9)
 
 
@@ -115,16 +116,13 @@ def test_improving_ends_at_the_best_of_few_devices(seed: int) -> None:
     facts = Facts(make_spec(num_layers=6, vocab=8192))
     devices = [Device(f"w{i}", Speed(lookup("cpu"), tuple(rng.uniform(0.7, 3.0, len(TERMS))))) for i in range(3)]
     traffic = Traffic(prompt_tokens=float(rng.integers(16, 400)), output_tokens=24, concurrency=30)
-    rounds, problem, _ = rounds_of(facts, devices, traffic, 2)
-    splits = [make_split(problem, order, counts) for order, counts in every_split(3, 6, 2)]
+    rounds, bound_s, _ = rounds_of(facts, devices, traffic, 2)
+    splits = [make_split(rounds.problem, order, counts) for order, counts in every_split(3, 6, 2)]
     best = min(map(rounds.of, splits))
-    assert rounds.bound_s(problem, 2) <= best * (1 + 1e-9)
-    found, seconds = rounds.improve(problem, splits[int(rng.integers(len(splits)))])
+    assert bound_s <= best * (1 + 1e-9)
+    found, seconds = rounds.improve(splits[int(rng.integers(len(splits)))])
     assert seconds == pytest.approx(rounds.of(found))
     assert seconds <= best * 1.02
-    tight = Problem(
-        problem.stage, problem.layers, problem.last, np.array([3.0, 3.0, 0.0]), problem.layer_bytes, 0.0, 0.0, 2
-    )
-    held, _ = rounds.improve(tight, make_split(problem, (0, 1), (3, 3)))
-    assert set(held.order) == {0, 1}
+    tight, _, _ = rounds_of(facts, devices, traffic, 2, room=3.0)
+    held, _ = tight.improve(make_split(tight.problem, (0, 1), (3, 3)))
     assert held.counts == (3, 3), "no device has room for a fourth layer"

@@ -3,6 +3,7 @@
 import math
 
 import msgspec
+import numpy as np
 import pytest
 
 from runtime.layout import Layout, layout_from_counts
@@ -73,6 +74,16 @@ def test_the_present_layout_wins_ties() -> None:
     assert worse.gain > 0.5
     assert worse.layout.workers == tuple(names)  # the order is kept where it does not matter
     assert worse.layout.epoch == 7
+
+
+def test_layers_that_differ_need_no_present_layout() -> None:
+    """The order of the devices is preferred among equals, but there are no present cuts to stay near to."""
+    facts = Facts(make_spec(num_layers=6, windows=(64, None) * 3))
+    traffic = Traffic(prompt_tokens=400, concurrency=32)
+    found = plan(facts, cpus(1.0, 1.5, 1.0), traffic, num_stages=3)
+    assert found.layout.num_hops == 3
+    present = layout_from_counts(0, found.layout.workers, found.layout.counts())
+    assert not plan(facts, cpus(1.0, 1.5, 1.0), traffic, num_stages=3, present=present).is_change
 
 
 def test_decoding_and_prefill_want_different_splits() -> None:
@@ -168,18 +179,28 @@ def test_traffic_of_nothing_is_refused() -> None:
 def test_steps_carry_what_requests_need(num_sequences: float, prompt: int, output: int) -> None:
     traffic = Traffic(prompt_tokens=prompt, output_tokens=output)
     steps = mean_steps(traffic, SERVING, 4, num_sequences)
-    decoded = (1 - steps.prefill_share) * steps.decode.decode_rows + steps.prefill_share * steps.prefill.decode_rows
-    read = steps.prefill_share * steps.prefill.prefill_tokens
-    assert read == pytest.approx(steps.requests * prompt, rel=1e-6)
-    if steps.prefill_share != 1.0 or num_sequences > 4:
-        assert decoded == pytest.approx(steps.requests * (output - 1), rel=1e-6, abs=1e-9)
-    assert steps.num_tokens <= SERVING.max_step_tokens * (1 + 1e-9)
-    assert steps.prefill.num_tokens <= SERVING.max_step_tokens * (1 + 1e-9)
+    (share,), (requests,), works = steps.prefill_share, steps.requests, steps.works
+    decoded = (1 - share) * works.decode_rows[0] + share * works.decode_rows[1]
+    assert works.prefill_tokens[0] == 0
+    assert share * works.prefill_tokens[1] == pytest.approx(requests * prompt, rel=1e-6)
+    if share != 1.0 or num_sequences > 4:
+        assert decoded == pytest.approx(requests * (output - 1), rel=1e-6, abs=1e-9)
+    assert steps.num_tokens[0] <= SERVING.max_step_tokens * (1 + 1e-9)
+    assert works.num_tokens[1] <= SERVING.max_step_tokens * (1 + 1e-9)
     # Little's law, unless the steps are full
-    rounds = steps.in_flight * output + steps.prefill_steps - 1
-    assert steps.requests * rounds <= num_sequences * (1 + 1e-9)
-    if num_sequences > 4 and steps.num_tokens < 0.99 * SERVING.max_step_tokens:
-        assert steps.requests * rounds == pytest.approx(max(1, num_sequences))
+    rounds = steps.in_flight[0] * output + steps.prefill_steps[0] - 1
+    assert requests * rounds <= num_sequences * (1 + 1e-9)
+    if num_sequences > 4 and steps.num_tokens[0] < 0.99 * SERVING.max_step_tokens:
+        assert requests * rounds == pytest.approx(max(1, num_sequences))
+
+
+def test_steps_of_many_loads_are_those_of_each() -> None:
+    traffic, numbers, stages = Traffic(prompt_tokens=700, output_tokens=40), [1.0, 3.0, 17.0, 240.0], [1, 4, 8, 8]
+    together = mean_steps(traffic, SERVING, np.array(stages), np.array(numbers))
+    for row, (number, k) in enumerate(zip(numbers, stages, strict=True)):
+        alone = mean_steps(traffic, SERVING, k, number)
+        assert together.requests[row] == alone.requests[0]
+        assert together.works.samples[[row, row + 4]].tolist() == alone.works.samples.tolist()
 
 
 def test_a_forecast_adds_up() -> None:
