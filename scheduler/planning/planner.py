@@ -319,26 +319,33 @@ class _Planning:
 
     def _weighed(self, one: _Posed, known: _Option | None = None) -> _Option:
         """The best split at this operating point and its score; `known` if it is that split again."""
-        one, split = self._solve(one)
+        one, split, begun = self._solve(one)
         if split is None:
             return _Option(None, -math.inf)
         if self.objective == "throughput":
             return _Option(split, self._rate(one, one.rounds.of(split)), posed=one)
-        if known is not None and known.split == split:
-            return known
-        option = self._shown(_Option(split, 0.0), in_full=False)
-        option.posed = one
-        return option
+        splits = (
+            split,
+            *((begun,) if begun not in (None, split) else ()),
+        )  # a shorter round at this load is not all that counts
+        options = [
+            known if known is not None and known.split == each else self._shown(_Option(each, 0.0), in_full=False)
+            for each in splits
+        ]
+        best = max(options, key=lambda option: option.score)
+        best.posed = one
+        return best
 
-    def _solve(self, one: _Posed) -> tuple[_Posed, Split | None]:
-        """A split, the best one of `FEW` devices; where memory allows none, with fewer sequences until it does."""
+    def _solve(self, one: _Posed) -> tuple[_Posed, Split | None, Split | None]:
+        """A split, of `FEW` devices improved, and what it was improved from; where memory allows none, with fewer sequences until
+        it does."""
         while True:
             wanted = self._wanted(one.k)
             split = split_order(one.problem, wanted[0]) if self.keeps_order else one.solver.best(*wanted)
             if split is not None and len(self.devices) <= FEW:
-                return one, one.rounds.improve(split, keep_order=self.keeps_order)[0]
+                return one, one.rounds.improve(split, keep_order=self.keeps_order)[0], split
             if split is not None or one.num_sequences <= 1:
-                return one, split
+                return one, split, split
             (one,) = self._pose(self._load(np.array([one.k]), one.num_sequences / 2))
 
     def _improved(self, best: _Option) -> _Option:
