@@ -16,7 +16,6 @@ import msgspec
 import torch
 
 from kvstore.ids import SequenceId
-from runtime.layout import Layout
 from runtime.messages import (
     Audit,
     Audited,
@@ -70,7 +69,7 @@ from scheduler.state import (
     Tick,
 )
 from scheduler.transition import STRATEGIES
-from scheduler.wishes import LayoutError, read_layout, without_worker
+from scheduler.wishes import Drained, LayoutError, Wish, parse_wish
 
 log = logging.getLogger("midflight.head")
 
@@ -375,8 +374,8 @@ class Driver:
         state = self._state
         if state.layout is None:
             raise Refused(f"the server is {state.status.replace('_', ' ')}; a layout changes while it serves")
-        layout = read_layout(wish, state.layout, state.members.in_order())
-        return self._change(layout, wish)
+        parsed = parse_wish(wish, state.cluster.spec.num_layers, state.members.in_order())
+        return self._change(parsed, wish)
 
     def drain_worker(self, name: str, wish: dict[str, Any]) -> int:
         """Move everything off a worker, balanced over the other ones of the layout; the id of the change.
@@ -392,8 +391,7 @@ class Driver:
             raise LayoutError(f"there is no worker {name!r}; there are {', '.join(names)}", "worker")
         if len(names) == 1:
             raise Refused(f"{name} is the only worker; start another one first")
-        others = max(1, len([worker for worker in state.layout.workers if worker != name]))
-        return self._change(without_worker(state.layout, name, names, state.balanced(others)), wish)
+        return self._change(Drained(name), wish)
 
     def abort_change(self, change: int) -> bool:
         """Abort a change that is queued or has not flipped anything; False when it is too late or unknown."""
@@ -426,15 +424,16 @@ class Driver:
         assert view is not None, f"the report of change {change} was dropped before anybody read it"
         return view
 
-    def _change(self, layout: Layout, wish: dict[str, Any]) -> int:
+    def _change(self, wanted: Wish, wish: dict[str, Any]) -> int:
         change = Change(
             self._state.next_change,
-            layout,
+            self._state.preview(wanted),
             _option(wish, "strategy", "live", lambda v: v in STRATEGIES, f"one of {', '.join(STRATEGIES)}"),
             _option(wish, "deadline_s", 600.0, lambda v: _is_number(v) and v > 0, "a positive number of seconds"),
             _option(
                 wish, "bytes_per_s", SNAPSHOT_BYTES_PER_S, lambda v: type(v) is int and v > 0, "a positive integer"
             ),
+            wanted,
         )
         queue = _option(wish, "queue", False, lambda v: isinstance(v, bool), "true or false")
         self._handle(ChangeLayout(change, queue, self._loop.time()))

@@ -14,7 +14,7 @@ sequences at the flip (`recompute` preempts them).
 
 import math
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from kvstore.block_pool import BlockPool
@@ -41,6 +41,7 @@ from scheduler.batching import Batcher
 from scheduler.lanes import Opening
 from scheduler.membership import Membership
 from scheduler.transition import ABORTABLE, NEXT_PHASES, Phase, Report, Snapshot, Strategy, describe, split_into_hops
+from scheduler.wishes import Wish
 
 MAX_QUEUED = 16
 MAX_REPORTS = 64
@@ -65,6 +66,8 @@ class Change:
     deadline_s: float
     """Seconds from its start after which it is aborted, if nothing has flipped by then."""
     bytes_per_s: int
+    wish: Wish | None = None
+    """What `layout` is resolved from, again when the change begins: those before it may not have led where they were to."""
 
 
 class Head(Protocol):
@@ -81,6 +84,8 @@ class Head(Protocol):
     def spec(self) -> ModelSpec: ...
 
     def new_epoch(self) -> Epoch: ...
+
+    def resolve(self, wish: Wish) -> Layout: ...
 
     def load_message(self, layout: Layout, worker: WorkerName) -> Load: ...
 
@@ -174,6 +179,13 @@ class Reconfiguration:
     @property
     def target(self) -> Layout | None:
         return self._now.new if self._now is not None else None
+
+    @property
+    def last_wanted(self) -> Layout | None:
+        """Where the changes that were asked for lead, if all are committed; None when there is none."""
+        if self._queue:
+            return self._queue[-1].layout
+        return self._now.change.layout if self._now is not None else None
 
     def view(self) -> dict[str, object] | None:
         """The transition under way, for ``GET /admin/layout``."""
@@ -386,6 +398,8 @@ class Reconfiguration:
         head = self._head
         old = head.layout
         assert old is not None, "the state asks only while it serves"
+        if change.wish is not None:
+            change = replace(change, layout=head.resolve(change.wish))
         for name in change.layout.workers:
             if name not in head.members.workers:
                 raise Refused(f"there is no worker {name}; there are {', '.join(head.members.in_order())}")
