@@ -340,7 +340,7 @@ class Reconfiguration:
         """Go as far as what has happened allows."""
         while self._now is not None and self._advance_once(self._now):
             pass
-        if self._now is None and self._queue:
+        while self._now is None and self._queue:
             change = self._queue.popleft()
             try:
                 self._begin(change)
@@ -403,6 +403,9 @@ class Reconfiguration:
         for name in change.layout.workers:
             if name not in head.members.workers:
                 raise Refused(f"there is no worker {name}; there are {', '.join(head.members.in_order())}")
+        if change.layout.segments == old.segments:
+            self._end_at_once(change, old)
+            return
         needed = self._blocks_needed()
         moves = moves_between(old, change.layout)
         for wanted in (needed + head.batcher.growth(GROWTH_BLOCKS), needed):
@@ -438,6 +441,14 @@ class Reconfiguration:
         head.batcher.guard()
         self._start_hop(change, report, old, deque(hops), head.now_s, _Pauses(), self._recomputed())
         head.note(f"transition {change.id} begins: {old.brief()} -> {change.layout.brief()} ({change.strategy})")
+
+    def _end_at_once(self, change: Change, present: Layout) -> None:
+        """It is as it was to be: committed, with no epoch of its own."""
+        shown, epoch = describe(present), present.epoch
+        running = self._head.batcher.num_running
+        self._keep(Report(change.id, change.strategy, shown, shown, epoch, epoch, sequences_at_start=running))
+        self._end_report(self.reports[change.id], "committed", "the layout was this one already")
+        self._head.note(f"transition {change.id} committed: the layout is {present.brief()} already")
 
     def _start_hop(
         self,
@@ -538,7 +549,7 @@ class Reconfiguration:
         blocks, num_running = head.batcher.live_blocks() if now.copies else ([], 0)
         now.num_needed = len(blocks) if now.change.strategy == "stop-copy" else num_running
         now.snapshot = Snapshot(blocks, len(now.moves) if now.copies else 0)
-        now.report.blocks_copied += len(blocks)
+        now.report.blocks_copied += len(blocks) if now.moves else 0
         rate = NO_LIMIT if now.change.strategy == "stop-copy" else now.change.bytes_per_s
         if blocks:
             for name in sorted({move.source for move in now.moves}):
