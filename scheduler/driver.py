@@ -394,13 +394,17 @@ class Driver:
         return self._change(Drained(name), wish)
 
     def abort_change(self, change: int) -> bool:
-        """Abort a change that is queued or has not flipped anything; False when it is too late or unknown."""
+        """Abort a change that is queued or has not flipped anything, or leave one that is being aborted to it.
+
+        False when it is too late or unknown.
+        """
         report = self._state.reconfiguration.reports.get(change)
         if report is None or report.outcome not in ("running", "queued"):
             return False
         before = self._state.reconfiguration.num_aborts_asked
+        is_aborting = self._state.reconfiguration.is_aborting(change)
         self._handle(AbortChange(change, self._loop.time()))
-        return self._state.reconfiguration.num_aborts_asked > before
+        return is_aborting or self._state.reconfiguration.num_aborts_asked > before
 
     def change_view(self, change: int) -> dict[str, Any] | None:
         """The report of a change so far; None when it is not known (any more)."""

@@ -180,6 +180,10 @@ class Reconfiguration:
     def target(self) -> Layout | None:
         return self._now.new if self._now is not None else None
 
+    def is_aborting(self, change: int) -> bool:
+        """Whether this change is on its way back."""
+        return self._now is not None and self._now.change.id == change and self._now.phase == "abort"
+
     @property
     def last_wanted(self) -> Layout | None:
         """Where the changes that were asked for lead, if all are committed; None when there is none."""
@@ -230,7 +234,10 @@ class Reconfiguration:
         self._begin(change)
 
     def cancel(self, transition: int, why: str) -> bool:
-        """Abort a change that has not flipped anything, or take it out of the queue; False when it is too late."""
+        """Abort a change that has not flipped anything, or take it out of the queue; False when it is too late.
+
+        Nothing happens to one that is being aborted already, but that it is not begun anew.
+        """
         for change in self._queue:
             if change.id == transition:
                 self._queue.remove(change)
@@ -238,7 +245,14 @@ class Reconfiguration:
                 self.num_aborts_asked += 1
                 return True
         now = self._now
-        if now is None or now.change.id != transition or now.phase not in ABORTABLE:
+        if now is None or now.change.id != transition:
+            return False
+        if now.phase == "abort":
+            if now.again:
+                now.again, now.why = False, why
+                self.num_aborts_asked += 1
+            return True
+        if now.phase not in ABORTABLE:
             return False
         if now.report.num_hops - len(now.later) > 1:
             return False
