@@ -48,6 +48,7 @@ MAX_REPORTS = 64
 NO_LIMIT = 1 << 62
 NEAR_S = 0.25
 """A flip that is expected within so long is near: prompts are cut small, as one that is being read then would hold it up."""
+ASK_AGAIN = "a layout over the workers that are left comes up; ask again when the server serves"
 GROWTH_BLOCKS = 8
 """Blocks by which each running sequence may grow during a change without being preempted; smaller hops make the room."""
 
@@ -344,9 +345,10 @@ class Reconfiguration:
                 if worker in self._head.members.workers:
                     self._head.send(worker, Cancel(now.new.epoch))
             now.report.total_s = self._head.now_s - now.began_s
-            self._end_report(now.report, "aborted", why)
+            self._end_report(now.report, "aborted", f"{why}; {ASK_AGAIN}")
         while self._queue:
-            self._end_report(self.reports[self._queue.popleft().id], "aborted", why)
+            queued = self.reports[self._queue.popleft().id]
+            self._end_report(queued, "aborted", f"{why} before its turn had come; {ASK_AGAIN}")
 
     # -- going on -------------------------------------------------------------------------------------------
 
