@@ -93,7 +93,8 @@ def progress_line(view: dict[str, Any]) -> str:
     phase = view["phase"]
     parts = []
     if phase == "shadow" and view["loading"]:
-        parts.append(f"weights: {', '.join(view['loading'])} loading")
+        arriving = [_arriving(weights) for weights in view["weights"]]
+        parts.append("weights: " + ("; ".join(arriving) or f"{', '.join(view['loading'])} loading"))
     if phase in ("copy", "flip") and view["snapshot_blocks"]:
         parts.append(f"snapshot {view['snapshot_blocks_arrived']} of {view['snapshot_blocks']} blocks")
     if phase == "flip":
@@ -262,10 +263,14 @@ def _pause(report: dict[str, Any]) -> str:
     if report["strategy"] == "stop-copy":
         return f"all steps stopped for {held_s:.2f} s, from the start to the flip; {waits}"
     if report["strategy"] == "drain":
-        return f"running sequences ended first; new ones waited up to {held_s:.2f} s, from the start to the flip; {waits}"
+        return (
+            f"running sequences ended first; new ones waited up to {held_s:.2f} s, from the start to the flip; {waits}"
+        )
     if report["strategy"] == "recompute" and report["recomputed_tokens"]:
         tokens = _count(report["recomputed_tokens"], "token")
-        return f"running sequences waited until {tokens} had been prefilled again, for how long is not measured; {waits}"
+        return (
+            f"running sequences waited until {tokens} had been prefilled again, for how long is not measured; {waits}"
+        )
     if not pause:
         return f"none measured: no running sequence went over; {waits}"
     beyond = ""
@@ -275,6 +280,11 @@ def _pause(report: dict[str, Any]) -> str:
             f" (between two other steps: p99 {pause['ordinary_p99']:.1f} ms)"
         )
     return f"p50 {pause['p50']:.1f} ms, max {pause['max']:.1f} ms over {pause['count']:.0f} flips{beyond}; {waits}"
+
+
+def _arriving(weights: dict[str, Any]) -> str:
+    loaded, total = _size(weights["bytes_loaded"]), _size(weights["bytes_total"])
+    return f"{weights['worker']} {weights['units_loaded']} of {_count(weights['units_total'], 'unit')}, {loaded} of {total}"
 
 
 def _count(number: int, what: str) -> str:

@@ -75,7 +75,7 @@ log = logging.getLogger("midflight.head")
 
 HEARTBEAT_INTERVAL_S = 1.0
 TICK_INTERVAL_S = 0.5
-_WATCHED = ("id", "phase", "hop", "loading", "snapshot_blocks_arrived", "sequences_flipped")
+_WATCHED = ("id", "phase", "hop", "loading", "weights", "snapshot_blocks_arrived", "sequences_flipped")
 AUDIT_TIMEOUT_S = 30.0
 TRACE_TIMEOUT_S = 10.0
 _TRACED_AS = {SendStep: "send step", Send: "send", Emit: "emit", EvictWorker: "evict", Report: "report", Look: "look"}

@@ -32,6 +32,7 @@ from runtime.messages import (
     Prepared,
     Retire,
     Retired,
+    ShadowProgress,
     ShadowReady,
     StartMirror,
     ToWorker,
@@ -129,6 +130,8 @@ class _Transition:
     fly_through: int = -1
     awaiting: set[WorkerName] = field(default_factory=set)
     not_warm: set[WorkerName] = field(default_factory=set)
+    loaded: dict[WorkerName, ShadowProgress] = field(default_factory=dict)
+    """By worker that has units to load, how far it is."""
     starts: dict[int, int] = field(default_factory=dict)
     prepared: list[Prepared] = field(default_factory=list)
     snapshot: Snapshot | None = None
@@ -206,6 +209,7 @@ class Reconfiguration:
             "hop": now.report.num_hops - len(now.later),
             "num_hops": now.report.num_hops,
             "loading": sorted(now.not_warm),
+            "weights": [_shown(now.loaded[name]) for name in sorted(now.loaded)],
             "snapshot_blocks": snapshot.num_blocks if snapshot else 0,
             "snapshot_blocks_arrived": snapshot.num_arrived if snapshot else 0,
             "sequences_flipped": now.report.sequences_flipped + (opening.num_flipped if opening else 0),
@@ -276,6 +280,11 @@ class Reconfiguration:
             now.awaiting.discard(message.worker)
             now.starts.update(message.starts)
 
+    def shadow_progress(self, message: ShadowProgress) -> None:
+        now = self._current(message.transition)
+        if now is not None and message.worker in now.not_warm:
+            now.loaded[message.worker] = message
+
     def shadow_ready(self, message: ShadowReady) -> None:
         now = self._current(message.transition)
         if now is not None and message.worker in now.not_warm:
@@ -286,6 +295,7 @@ class Reconfiguration:
             worker = self._head.members.workers.get(message.worker)
             if worker is not None:
                 worker.weight_bytes = message.weight_bytes
+                worker.implementation = message.implementation or worker.implementation
 
     def copied(self, message: Copied) -> None:
         now = self._current(message.transition)
@@ -688,3 +698,13 @@ class Reconfiguration:
     def _end_report(self, report: Report, outcome: str, why: str) -> None:
         report.outcome, report.why = outcome, why
         self.num_outcomes[outcome] = self.num_outcomes.get(outcome, 0) + 1
+
+
+def _shown(progress: ShadowProgress) -> dict[str, object]:
+    return {
+        "worker": progress.worker,
+        "units_loaded": progress.units_loaded,
+        "units_total": progress.units_total,
+        "bytes_loaded": progress.bytes_loaded,
+        "bytes_total": progress.bytes_total,
+    }

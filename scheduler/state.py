@@ -37,6 +37,7 @@ from runtime.messages import (
     Mirroring,
     Prepared,
     Retired,
+    ShadowProgress,
     ShadowReady,
     StepFailed,
     StepPlan,
@@ -385,6 +386,8 @@ class SchedulerState:
                 self.reconfiguration.mirroring(message)
             case Prepared():
                 self.reconfiguration.prepared(message)
+            case ShadowProgress():
+                self.reconfiguration.shadow_progress(message)
             case ShadowReady():
                 self.reconfiguration.shadow_ready(message)
             case Copied():

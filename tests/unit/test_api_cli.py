@@ -35,8 +35,8 @@ LAYOUT: dict[str, Any] = {
 }
 
 VIEW: dict[str, Any] = {
-    "id": 1, "strategy": "live", "phase": "flip", "target": [], "hop": 1, "num_hops": 2, "loading": [], "snapshot_blocks": 4,
-    "snapshot_blocks_arrived": 3, "sequences_flipped": 1, "sequences_left": 2, "elapsed_s": 0.5,
+    "id": 1, "strategy": "live", "phase": "flip", "target": [], "hop": 1, "num_hops": 2, "loading": [], "weights": [],
+    "snapshot_blocks": 4, "snapshot_blocks_arrived": 3, "sequences_flipped": 1, "sequences_left": 2, "elapsed_s": 0.5,
 }  # fmt: skip
 
 
@@ -361,6 +361,18 @@ def test_a_change_to_what_serves_says_that_nothing_happened() -> None:
         "transition 4 committed after 0.00 s (live): the layout was this one already",
         "  at  w0 [0, 4), epoch 2",
     ]
+
+
+def test_arriving_weights_are_shown_by_worker() -> None:
+    view = {**VIEW, "phase": "shadow", "num_hops": 1, "loading": ["w1", "w2"]}
+    assert layouts.progress_line(view) == "  0.50 s  shadow: weights: w1, w2 loading"
+    weights = [
+        {"worker": "w1", "units_loaded": 2, "units_total": 5, "bytes_loaded": 12_300_000, "bytes_total": 31_000_000},
+        {"worker": "w2", "units_loaded": 0, "units_total": 1, "bytes_loaded": 0, "bytes_total": 900},
+    ]
+    assert layouts.progress_line({**view, "weights": weights}) == (
+        "  0.50 s  shadow: weights: w1 2 of 5 units, 12.3 MB of 31.0 MB; w2 0 of 1 unit, 0 B of 900 B"
+    )
 
 
 def test_a_terminal_gets_one_line_written_over() -> None:
