@@ -76,6 +76,9 @@ log = logging.getLogger("midflight.head")
 HEARTBEAT_INTERVAL_S = 1.0
 TICK_INTERVAL_S = 0.5
 _WATCHED = ("id", "phase", "hop", "loading", "weights", "snapshot_blocks_arrived", "sequences_flipped")
+MIN_BYTES_PER_S = 1_000_000
+"""The slowest that an operator may have a snapshot copied: at less, what a few long requests hold outlives any deadline."""
+_RATE = f"a whole number of {MIN_BYTES_PER_S:,} bytes per second or more; leave it out for {SNAPSHOT_BYTES_PER_S:,}"
 AUDIT_TIMEOUT_S = 30.0
 TRACE_TIMEOUT_S = 10.0
 _TRACED_AS = {SendStep: "send step", Send: "send", Emit: "emit", EvictWorker: "evict", Report: "report", Look: "look"}
@@ -434,9 +437,7 @@ class Driver:
             self._state.preview(wanted),
             _option(wish, "strategy", "live", lambda v: v in STRATEGIES, f"one of {', '.join(STRATEGIES)}"),
             _option(wish, "deadline_s", 600.0, lambda v: _is_number(v) and v > 0, "a positive number of seconds"),
-            _option(
-                wish, "bytes_per_s", SNAPSHOT_BYTES_PER_S, lambda v: type(v) is int and v > 0, "a positive integer"
-            ),
+            _option(wish, "bytes_per_s", SNAPSHOT_BYTES_PER_S, _is_rate, _RATE),
             wanted,
         )
         queue = _option(wish, "queue", False, lambda v: isinstance(v, bool), "true or false")
@@ -596,6 +597,10 @@ def _option(wish: dict[str, Any], name: str, default: Any, is_valid: Callable[[A
     if not is_valid(value):
         raise LayoutError(f"{name}: {value!r} is not {wanted}", name)
     return value
+
+
+def _is_rate(value: Any) -> bool:
+    return type(value) is int and value >= MIN_BYTES_PER_S
 
 
 def _is_number(value: Any) -> bool:

@@ -15,6 +15,8 @@ from typing import Any, TypeAlias, assert_never
 from kvstore.ids import LayerRange, WorkerName
 from runtime.layout import Layout, Segment, layout_from_counts
 
+_STAGE_FIELDS = ("worker", "layers")
+
 
 class LayoutError(ValueError):
     """What was written is not a layout of this model over these workers; the message says what would be."""
@@ -125,6 +127,9 @@ def _read_stages(stages: Any, num_layers: int, workers: Sequence[WorkerName]) ->
         where = f"stages[{index}]"
         if not isinstance(stage, dict):
             raise LayoutError(f'{where}: {{"worker": NAME, "layers": [START, STOP]}} is wanted', "stages")
+        for key in stage:
+            if key not in _STAGE_FIELDS:
+                raise LayoutError(f"{where}: {key!r} is no field of a stage; there are worker, layers", "stages")
         name, layers = stage.get("worker"), stage.get("layers")
         if name not in workers:
             raise LayoutError(f"{where}.worker: there is no worker {name!r}; there are {', '.join(workers)}", "stages")

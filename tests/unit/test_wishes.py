@@ -63,6 +63,7 @@ def test_counts_are_kept_and_stages_are_a_layout() -> None:
         ({"layers": "5,7"}, "not a list"),
         ({"stages": [{"worker": "w9", "layers": [0, 12]}]}, "no worker 'w9'"),
         ({"stages": [{"worker": "w0", "layers": [0, 11]}]}, "covers 11 layers"),
+        ({"stages": [{"worker": "w0", "layers": [0, 12], "x": 1}]}, r"stages\[0\]: 'x' is no field of a stage"),
     ],
 )
 def test_what_makes_no_sense_is_said_at_once(wish: dict[str, Any], said: str) -> None:
