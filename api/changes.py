@@ -46,7 +46,7 @@ async def transition(request: web.Request) -> web.Response:
 
 
 async def abort_transition(request: web.Request) -> web.Response:
-    """200 and the report when the change is aborted, 409 when it is too late for that."""
+    """200 and the report when the change is aborted or on its way to that, 409 when it is too late for that."""
     engine, change = request.app[CONTEXT].engine, _id(request)
     view = _view(request, change)
     if not engine.abort_change(change):

@@ -138,8 +138,12 @@ class _Head:
             loop.call_soon_threadsafe(self._local_ended, name, code)
 
     def _local_ended(self, name: str, code: int) -> None:
-        if code != 0 and not self._is_ending:
+        if self._is_ending:
+            return
+        if code != 0:
             self._fail(f"local worker {name} ended with code {code} and will not be started again")
+        else:
+            log.warning("local worker %s was told to end, and is not started again", name)
 
     def _fail(self, reason: str) -> None:
         self._failure = self._failure or reason

@@ -20,6 +20,7 @@ _SILENCE_S = 60.0
 """The server says something at least every 15 s."""
 _POLL_S = 0.25
 _OVER = ("committed", "aborted", "refused")
+_BEFORE_FLIP = ("reserve", "prepare", "shadow", "copy")
 
 
 # -- looking ---------------------------------------------------------------------------------------------------
@@ -92,11 +93,12 @@ def progress_line(view: dict[str, Any]) -> str:
     phase = view["phase"]
     parts = []
     if phase == "shadow" and view["loading"]:
-        parts.append(f"weights: {', '.join(view['loading'])} loading")
+        arriving = [_arriving(weights) for weights in view["weights"]]
+        parts.append("weights: " + ("; ".join(arriving) or f"{', '.join(view['loading'])} loading"))
     if phase in ("copy", "flip") and view["snapshot_blocks"]:
         parts.append(f"snapshot {view['snapshot_blocks_arrived']} of {view['snapshot_blocks']} blocks")
     if phase == "flip":
-        parts.append(f"{view['sequences_flipped']} sequences over, {view['sequences_left']} left")
+        parts.append(f"{_count(view['sequences_flipped'], 'sequence')} over, {view['sequences_left']} left")
     hop = f" (hop {view['hop']} of {view['num_hops']})" if view["num_hops"] > 1 else ""
     return f"{view['elapsed_s']:6.2f} s  {phase}{hop}" + (": " if parts else "") + "; ".join(parts)
 
@@ -110,6 +112,9 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     if report["source"]:
         rows.append(["from", f"{chain(report['source'])}, epoch {report['source_epoch']}"])
     committed = outcome == "committed"
+    if committed and report["source_epoch"] == report["target_epoch"]:
+        rows[0][0] = "at"
+        return lines + ["  " + line for line in _table(rows)]
     rows.append(
         ["to" if committed else "wanted", chain(report["target"]) + f", epoch {report['target_epoch']}" * committed]
     )
@@ -251,10 +256,23 @@ def _show(url: str, key: str, as_json: bool, lines: Callable[[dict[str, Any]], l
 
 
 def _pause(report: dict[str, Any]) -> str:
-    pause = report["engine_pause_ms"]
+    """What running sequences felt, by what each strategy makes them wait for."""
+    pause, spent = report["engine_pause_ms"], report["phases_s"]
     waits = f"{_count(report['fence_waits'], 'fence wait')} ({report['fence_wait_ms']:.1f} ms)"
+    held_s = sum(spent.get(phase, 0.0) for phase in _BEFORE_FLIP)
+    if report["strategy"] == "stop-copy":
+        return f"all steps stopped for {held_s:.2f} s, from the start to the flip; {waits}"
+    if report["strategy"] == "drain":
+        return (
+            f"running sequences ended first; new ones waited up to {held_s:.2f} s, from the start to the flip; {waits}"
+        )
+    if report["strategy"] == "recompute" and report["recomputed_tokens"]:
+        tokens = _count(report["recomputed_tokens"], "token")
+        return (
+            f"running sequences waited until {tokens} had been prefilled again, for how long is not measured; {waits}"
+        )
     if not pause:
-        return f"none measured: nothing was running; {waits}"
+        return f"none measured: no running sequence went over; {waits}"
     beyond = ""
     if "excess_max" in pause and "ordinary_p99" in pause:
         beyond = (
@@ -262,6 +280,11 @@ def _pause(report: dict[str, Any]) -> str:
             f" (between two other steps: p99 {pause['ordinary_p99']:.1f} ms)"
         )
     return f"p50 {pause['p50']:.1f} ms, max {pause['max']:.1f} ms over {pause['count']:.0f} flips{beyond}; {waits}"
+
+
+def _arriving(weights: dict[str, Any]) -> str:
+    loaded, total = _size(weights["bytes_loaded"]), _size(weights["bytes_total"])
+    return f"{weights['worker']} {weights['units_loaded']} of {_count(weights['units_total'], 'unit')}, {loaded} of {total}"
 
 
 def _count(number: int, what: str) -> str:

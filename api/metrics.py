@@ -51,6 +51,9 @@ class TransitionSums:
         self.num_bytes = dict.fromkeys(self._KINDS, 0)
         self.sequences_flipped = 0
         self.recomputed_tokens = 0
+        self.dropped_requests = 0
+        self.fence_waits = 0
+        self.fence_wait_s = 0.0
         self.last: dict[str, Any] | None = None
 
     def on_event(self, event: dict[str, Any]) -> None:
@@ -62,6 +65,9 @@ class TransitionSums:
             self.num_bytes[kind] += report[f"{kind}_bytes"]
         self.sequences_flipped += report["sequences_flipped"]
         self.recomputed_tokens += report["recomputed_tokens"]
+        self.dropped_requests += report["dropped_requests"]
+        self.fence_waits += report["fence_waits"]
+        self.fence_wait_s += report["fence_wait_ms"] / 1e3
 
     def families(self) -> Iterator[Metric]:
         outcomes = CounterMetricFamily("midflight_transitions", "Changes of layout that ended", labels=["outcome"])
@@ -74,15 +80,24 @@ class TransitionSums:
         yield num_bytes
         yield _counter("midflight_transition_sequences_flipped", "Running sequences taken over", self.sequences_flipped)
         yield _counter("midflight_transition_recomputed_tokens", "Computed again by changes", self.recomputed_tokens)
+        yield _counter("midflight_transition_dropped_requests", "Dropped by changes: none", self.dropped_requests)
+        yield _counter("midflight_transition_fence_waits", "Steps that waited for mirrored rows", self.fence_waits)
+        yield _counter("midflight_transition_fence_wait_seconds", "How long they waited", self.fence_wait_s)
         if self.last is not None:
             yield _gauge("midflight_last_transition_seconds", "Duration of the last change", self.last["total_s"])
             pauses = GaugeMetricFamily(
                 "midflight_last_transition_pause_seconds", "Engine pause of the last change", labels=["statistic"]
             )
-            for statistic in ("p50", "max"):
+            for statistic in ("p50", "p99", "max"):
                 if statistic in self.last["engine_pause_ms"]:
                     pauses.add_metric([statistic], self.last["engine_pause_ms"][statistic] / 1e3)
             yield pauses
+            phases = GaugeMetricFamily(
+                "midflight_last_transition_phase_seconds", "Time in each phase of the last change", labels=["phase"]
+            )
+            for phase, spent_s in self.last["phases_s"].items():
+                phases.add_metric([phase], spent_s)
+            yield phases
 
 
 class Metrics:

@@ -93,9 +93,11 @@ function showChange() {
   fillStrip(at("target"), change.target);
   const now = PHASES.indexOf(change.phase);
   at("phases").replaceChildren(...PHASES.map((name, i) => make("li", name, i < now ? "past" : i === now ? "now" : "")));
-  const loading = change.loading.length ? `loading on ${change.loading.join(", ")}` : now >= 2 ? "ready" : "–";
+  const arriving = key => change.weights.reduce((sum, weights) => sum + weights[key], 0);
+  const units = change.weights.length ? `${arriving("units_loaded")} of ${arriving("units_total")} units, ` : "";
+  const loading = change.loading.length ? `${units}loading on ${change.loading.join(", ")}` : now >= 2 ? "ready" : "–";
   const left = change.sequences_left === null ? null : change.sequences_left;
-  showProgress("weights", loading, now > 2 || (now === 2 && !change.loading.length) ? 1 : 0);
+  showProgress("weights", loading, now > 2 || (now === 2 && !change.loading.length) ? 1 : arriving("bytes_loaded") / Math.max(1, arriving("bytes_total")));
   showProgress("snapshot", change.snapshot_blocks ? `${change.snapshot_blocks_arrived} of ${change.snapshot_blocks} blocks` : now > 2 ? "nothing to copy" : "–",
     change.snapshot_blocks ? change.snapshot_blocks_arrived / change.snapshot_blocks : now > 2 ? 1 : 0);
   showProgress("flipped", left === null ? `${change.sequences_flipped} sequences` : `${change.sequences_flipped} sequences, ${left} left`,

@@ -2,8 +2,9 @@
 
 It joins the head, serves until it is told to end, and exits with 0 (its agent does not start it again). When the
 head goes away a worker that was started by hand keeps its weights and looks for a new head at the same address; one
-that was started by a head (``--lifeline-pid``) ends with it. A crash exits with 1, and the agent starts a new process,
-which joins under the next name (``w0``, ``w0-r1``, ...).
+that was started by a head (``--lifeline-pid``) ends with it. When that head lives but has given the worker up (it was
+evicted because it stood still for too long), it exits with 1 as after a crash. A crash exits with 1, and the agent starts a
+new process, which joins under the next name (``w0``, ``w0-r1``, ...).
 """
 
 import argparse
@@ -19,6 +20,8 @@ from typing import Any
 
 from runtime.pace import parse_pace
 
+_HEAD_ENDS_WITHIN_S = 1.0
+"""How long after its connections a head that dies may be seen as a process; a living one has given the worker up."""
 _SWITCH_INTERVAL_S = 0.0005
 """How long the compute thread may wait for the interpreter's lock while another thread (a shadow's loader) has it."""
 
@@ -89,8 +92,13 @@ class _Process:
             except StepError:
                 return 1
             except (HeadLost, DoorError) as error:
-                if self._leaving or self._args.lifeline_pid:
+                if self._args.lifeline_pid and not self._leaving:
+                    time.sleep(_HEAD_ENDS_WITHIN_S)  # if it has died, the lifeline ends us here
+                if self._leaving:
                     return 0
+                if self._args.lifeline_pid:
+                    log.warning("the head lives and has given this worker up (%s): it starts again", error)
+                    return 1
                 now_s = time.monotonic()
                 if now_s - started_s > 60.0 or lost_since_s is None:
                     lost_since_s = now_s

@@ -47,10 +47,12 @@ PIECE_S = 0.001
 
 OnShadow = Callable[[int, float, int, Exception | None], None]
 """Called with the transition, seconds, bytes that came from peers, and what went wrong."""
+OnProgress = Callable[[int, int, int, int, int], None]
+"""Called with the transition, the units of it that are loaded and that arrive, and the bytes of both."""
 
 
 class Loader:
-    """The units of one worker (`runtime.member.UnitStore`). `on_shadow` is called in the shadow's thread."""
+    """The units of one worker (`runtime.member.UnitStore`). `on_shadow` and `on_progress` are called in the shadow's thread."""
 
     def __init__(self, device: DeviceInfo) -> None:
         self.queued = Queued(device.device) if device.device.type == "cuda" else None
@@ -63,6 +65,7 @@ class Loader:
         self.profile: list[ProfilePoint] = []
         self._is_profiled = False
         self.on_shadow: OnShadow = lambda transition, seconds, peer_bytes, error: None
+        self.on_progress: OnProgress = lambda transition, units_loaded, units_total, bytes_loaded, bytes_total: None
         self.importer = Importer()
         self._most_bytes = 0
         self._device = device
@@ -243,23 +246,27 @@ class Loader:
         peer_bytes: int | None = 0
         try:
             with self.queued.loading() if self.queued is not None else contextlib.nullcontext():
-                peer_bytes = self._load_units(load, keys, pace, token)
+                peer_bytes = self._load_units(load, keys, transition, pace, token)
         except Exception as problem:
             log.exception("loading the shadow of transition %d failed", transition)
             error = problem
         if token == self._shadow_token and peer_bytes is not None:
             self.on_shadow(transition, time.perf_counter() - started_s, peer_bytes, error)
 
-    def _load_units(self, load: Load, keys: Sequence[UnitKey], pace: Pace, token: int) -> int | None:
+    def _load_units(self, load: Load, keys: Sequence[UnitKey], transition: int, pace: Pace, token: int) -> int | None:
         """Bytes that came from peers; None when the shadow was cancelled meanwhile."""
         spec, peer_bytes = self._open(load), 0
         missing = [key for key in keys if self._get(key) is None]
         self._check_room(spec, missing)
-        for key in missing:
+        sizes = [_unit_bytes(spec, key) for key in missing]
+        for count, key in enumerate(missing):
+            self.on_progress(transition, count, len(sizes), sum(sizes[:count]), sum(sizes))
             from_peer = self._add_to_shadow(key, load, spec, pace, token)
             if from_peer is None:
                 return None
             peer_bytes += from_peer
+        if missing:
+            self.on_progress(transition, len(sizes), len(sizes), sum(sizes), sum(sizes))
         self._count_bytes()
         if pace.is_idle:
             self._compile(spec)

@@ -450,7 +450,8 @@ class Member:
         if error is not None:
             self._outbox.to_head(TransitionFailed(self._name, transition, f"{type(error).__name__}: {error}"))
         else:
-            ready = ShadowReady(self._name, transition, self._store.weight_bytes, seconds, peer_bytes)
+            store = self._store
+            ready = ShadowReady(self._name, transition, store.weight_bytes, seconds, peer_bytes, store.implementation)
             self._outbox.to_head(ready)
 
     def fetch(self, fetch: Fetch) -> None:

@@ -455,11 +455,22 @@ class Prepared(msgspec.Struct, frozen=True, array_like=True, tag=41):
     room_bytes: int = 0
 
 
+class ShadowProgress(msgspec.Struct, frozen=True, array_like=True, tag=48):
+    """How many of the units that arrive are loaded, and what they weigh as the model has them."""
+
+    worker: WorkerName
+    transition: int
+    units_loaded: int
+    units_total: int
+    bytes_loaded: int
+    bytes_total: int
+
+
 class ShadowReady(msgspec.Struct, frozen=True, array_like=True, tag=42):
     """All units that the next layout gives to this worker are loaded and warm.
 
     `weight_bytes` is what it holds now, `peer_bytes` how much of that came from peers just now; `seconds` is what loading
-    took, the limiter's rests included.
+    took, the limiter's rests included. `implementation` is that of its layers.
     """
 
     worker: WorkerName
@@ -467,6 +478,7 @@ class ShadowReady(msgspec.Struct, frozen=True, array_like=True, tag=42):
     weight_bytes: int
     seconds: float
     peer_bytes: int = 0
+    implementation: str = ""
 
 
 class TransitionFailed(msgspec.Struct, frozen=True, array_like=True, tag=43):
@@ -541,6 +553,7 @@ ToHead: TypeAlias = (
     | Leave
     | Audited
     | Prepared
+    | ShadowProgress
     | ShadowReady
     | TransitionFailed
     | Copied

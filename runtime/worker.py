@@ -41,6 +41,7 @@ from runtime.messages import (
     Pages,
     Prepare,
     Retire,
+    ShadowProgress,
     Shutdown,
     StartMirror,
     Step,
@@ -122,6 +123,7 @@ class Worker:
         copies = loader.queued.copies if loader.queued is not None else None
         self._member = Member(name, device.device, loader, self, time.perf_counter, self._tracer, pacer, copies)
         loader.on_shadow = lambda *built: self._put(_ShadowBuilt(*built))
+        loader.on_progress = lambda *progress: self.to_head(ShadowProgress(name, *progress))
         loader.importer.name = name
         loader.importer.send = lambda peer, fetch: self.to_peer(peer, fetch, ())
         self._loader = loader

@@ -16,7 +16,6 @@ import msgspec
 import torch
 
 from kvstore.ids import SequenceId
-from runtime.layout import Layout
 from runtime.messages import (
     Audit,
     Audited,
@@ -70,13 +69,16 @@ from scheduler.state import (
     Tick,
 )
 from scheduler.transition import STRATEGIES
-from scheduler.wishes import LayoutError, read_layout, without_worker
+from scheduler.wishes import Drained, LayoutError, Wish, parse_wish
 
 log = logging.getLogger("midflight.head")
 
 HEARTBEAT_INTERVAL_S = 2.0
 TICK_INTERVAL_S = 0.5
-_WATCHED = ("id", "phase", "hop", "loading", "snapshot_blocks_arrived", "sequences_flipped")
+_WATCHED = ("id", "phase", "hop", "loading", "weights", "snapshot_blocks_arrived", "sequences_flipped")
+MIN_BYTES_PER_S = 1_000_000
+"""The slowest that an operator may have a snapshot copied: at less, what a few long requests hold outlives any deadline."""
+_RATE = f"a whole number of {MIN_BYTES_PER_S:,} bytes per second or more; leave it out for {SNAPSHOT_BYTES_PER_S:,}"
 AUDIT_TIMEOUT_S = 30.0
 TRACE_TIMEOUT_S = 10.0
 _TRACED_AS = {SendStep: "send step", Send: "send", Emit: "emit", EvictWorker: "evict", Report: "report", Look: "look"}
@@ -375,8 +377,8 @@ class Driver:
         state = self._state
         if state.layout is None:
             raise Refused(f"the server is {state.status.replace('_', ' ')}; a layout changes while it serves")
-        layout = read_layout(wish, state.layout, state.members.in_order())
-        return self._change(layout, wish)
+        parsed = parse_wish(wish, state.cluster.spec.num_layers, state.members.in_order())
+        return self._change(parsed, wish)
 
     def drain_worker(self, name: str, wish: dict[str, Any]) -> int:
         """Move everything off a worker, balanced over the other ones of the layout; the id of the change.
@@ -392,17 +394,20 @@ class Driver:
             raise LayoutError(f"there is no worker {name!r}; there are {', '.join(names)}", "worker")
         if len(names) == 1:
             raise Refused(f"{name} is the only worker; start another one first")
-        others = max(1, len([worker for worker in state.layout.workers if worker != name]))
-        return self._change(without_worker(state.layout, name, names, state.balanced(others)), wish)
+        return self._change(Drained(name), wish)
 
     def abort_change(self, change: int) -> bool:
-        """Abort a change that is queued or has not flipped anything; False when it is too late or unknown."""
+        """Abort a change that is queued or has not flipped anything, or leave one that is being aborted to it.
+
+        False when it is too late or unknown.
+        """
         report = self._state.reconfiguration.reports.get(change)
         if report is None or report.outcome not in ("running", "queued"):
             return False
         before = self._state.reconfiguration.num_aborts_asked
+        is_aborting = self._state.reconfiguration.is_aborting(change)
         self._handle(AbortChange(change, self._loop.time()))
-        return self._state.reconfiguration.num_aborts_asked > before
+        return is_aborting or self._state.reconfiguration.num_aborts_asked > before
 
     def change_view(self, change: int) -> dict[str, Any] | None:
         """The report of a change so far; None when it is not known (any more)."""
@@ -426,15 +431,14 @@ class Driver:
         assert view is not None, f"the report of change {change} was dropped before anybody read it"
         return view
 
-    def _change(self, layout: Layout, wish: dict[str, Any]) -> int:
+    def _change(self, wanted: Wish, wish: dict[str, Any]) -> int:
         change = Change(
             self._state.next_change,
-            layout,
+            self._state.preview(wanted),
             _option(wish, "strategy", "live", lambda v: v in STRATEGIES, f"one of {', '.join(STRATEGIES)}"),
             _option(wish, "deadline_s", 600.0, lambda v: _is_number(v) and v > 0, "a positive number of seconds"),
-            _option(
-                wish, "bytes_per_s", SNAPSHOT_BYTES_PER_S, lambda v: type(v) is int and v > 0, "a positive integer"
-            ),
+            _option(wish, "bytes_per_s", SNAPSHOT_BYTES_PER_S, _is_rate, _RATE),
+            wanted,
         )
         queue = _option(wish, "queue", False, lambda v: isinstance(v, bool), "true or false")
         self._handle(ChangeLayout(change, queue, self._loop.time()))
@@ -596,6 +600,10 @@ def _option(wish: dict[str, Any], name: str, default: Any, is_valid: Callable[[A
     if not is_valid(value):
         raise LayoutError(f"{name}: {value!r} is not {wanted}", name)
     return value
+
+
+def _is_rate(value: Any) -> bool:
+    return type(value) is int and value >= MIN_BYTES_PER_S
 
 
 def _is_number(value: Any) -> bool:

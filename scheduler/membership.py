@@ -52,6 +52,8 @@ class Worker:
         following = _NEXT.get((self.status, action))
         assert following is not None, f"worker {self.info.name} is {self.status} and cannot {action}"
         self.status = following
+        if following == "idle":
+            self.units_loaded = self.units_total = 0
 
 
 @dataclass(slots=True)

@@ -15,7 +15,7 @@ sequences at the flip (`recompute` preempts them).
 import math
 from collections import deque
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from kvstore.block_pool import BlockPool
@@ -33,6 +33,7 @@ from runtime.messages import (
     Prepared,
     Retire,
     Retired,
+    ShadowProgress,
     ShadowReady,
     StartMirror,
     ToWorker,
@@ -43,6 +44,7 @@ from scheduler.hops import NO_LIMIT, capacity, find_course, roomiest, split_into
 from scheduler.lanes import Opening
 from scheduler.membership import Membership
 from scheduler.transition import ABORTABLE, NEXT_PHASES, Phase, Report, Snapshot, Strategy, describe
+from scheduler.wishes import Wish
 
 MAX_QUEUED = 16
 MAX_REPORTS = 64
@@ -50,6 +52,7 @@ MAX_RETRIES = 2
 """How often the rest of a change is planned anew after something of it has flipped and a hop then failed."""
 NEAR_S = 0.25
 """A flip that is expected within so long is near: prompts are cut small, as one that is being read then would hold it up."""
+ASK_AGAIN = "a layout over the workers that are left comes up; ask again when the server serves"
 GROWTH_BLOCKS = 8
 """Blocks by which each running sequence may grow during a change without being preempted; smaller hops make the room."""
 
@@ -68,6 +71,8 @@ class Change:
     deadline_s: float
     """Seconds from its start after which it is aborted, if nothing has flipped by then."""
     bytes_per_s: int
+    wish: Wish | None = None
+    """What `layout` is resolved from, again when the change begins: those before it may not have led where they were to."""
 
 
 class Head(Protocol):
@@ -84,6 +89,8 @@ class Head(Protocol):
     def spec(self) -> ModelSpec: ...
 
     def new_epoch(self) -> Epoch: ...
+
+    def resolve(self, wish: Wish) -> Layout: ...
 
     def load_message(self, layout: Layout, worker: WorkerName) -> Load: ...
 
@@ -141,6 +148,8 @@ class _Transition:
     fly_through: int = -1
     awaiting: set[WorkerName] = field(default_factory=set)
     not_warm: set[WorkerName] = field(default_factory=set)
+    loaded: dict[WorkerName, ShadowProgress] = field(default_factory=dict)
+    """By worker that has units to load, how far it is."""
     starts: dict[int, int] = field(default_factory=dict)
     prepared: list[Prepared] = field(default_factory=list)
     snapshot: Snapshot | None = None
@@ -204,6 +213,17 @@ class Reconfiguration:
     def target(self) -> Layout | None:
         return self._now.new if self._now is not None else None
 
+    def is_aborting(self, change: int) -> bool:
+        """Whether this change is on its way back."""
+        return self._now is not None and self._now.change.id == change and self._now.phase == "abort"
+
+    @property
+    def last_wanted(self) -> Layout | None:
+        """Where the changes that were asked for lead, if all are committed; None when there is none."""
+        if self._queue:
+            return self._queue[-1].layout
+        return self._now.change.layout if self._now is not None else None
+
     def view(self) -> dict[str, object] | None:
         """The transition under way, for ``GET /admin/layout``."""
         now = self._now
@@ -218,6 +238,7 @@ class Reconfiguration:
             "hop": now.course.hop,
             "num_hops": now.report.num_hops,
             "loading": sorted(now.not_warm),
+            "weights": [_shown(now.loaded[name]) for name in sorted(now.loaded)],
             "snapshot_blocks": snapshot.num_blocks if snapshot else 0,
             "snapshot_blocks_arrived": snapshot.num_arrived if snapshot else 0,
             "sequences_flipped": now.report.sequences_flipped + (opening.num_flipped if opening else 0),
@@ -247,7 +268,10 @@ class Reconfiguration:
         self._begin(change)
 
     def cancel(self, transition: int, why: str) -> bool:
-        """Abort a change that has not flipped anything, or take it out of the queue; False when it is too late."""
+        """Abort a change that has not flipped anything, or take it out of the queue; False when it is too late.
+
+        Nothing happens to one that is being aborted already, but that it is not begun anew.
+        """
         for change in self._queue:
             if change.id == transition:
                 self._queue.remove(change)
@@ -255,7 +279,14 @@ class Reconfiguration:
                 self.num_aborts_asked += 1
                 return True
         now = self._now
-        if now is None or now.change.id != transition or not now.can_leave_no_trace:
+        if now is None or now.change.id != transition:
+            return False
+        if now.phase == "abort" and now.course.hop == 1:
+            if now.again:
+                now.again, now.why = False, why
+                self.num_aborts_asked += 1
+            return True
+        if not now.can_leave_no_trace:
             return False
         self._abort(now, why)
         self.num_aborts_asked += 1
@@ -276,6 +307,11 @@ class Reconfiguration:
             now.awaiting.discard(message.worker)
             now.starts.update(message.starts)
 
+    def shadow_progress(self, message: ShadowProgress) -> None:
+        now = self._current(message.transition)
+        if now is not None and message.worker in now.not_warm:
+            now.loaded[message.worker] = message
+
     def shadow_ready(self, message: ShadowReady) -> None:
         now = self._current(message.transition)
         if now is not None and message.worker in now.not_warm:
@@ -286,6 +322,7 @@ class Reconfiguration:
             worker = self._head.members.workers.get(message.worker)
             if worker is not None:
                 worker.weight_bytes = message.weight_bytes
+                worker.implementation = message.implementation or worker.implementation
 
     def copied(self, message: Copied) -> None:
         now = self._current(message.transition)
@@ -350,9 +387,10 @@ class Reconfiguration:
                 if worker in self._head.members.workers:
                     self._head.send(worker, Cancel(now.new.epoch))
             now.report.total_s = self._head.now_s - now.course.began_s
-            self._end_report(now.report, "aborted", why)
+            self._end_report(now.report, "aborted", f"{why}; {ASK_AGAIN}")
         while self._queue:
-            self._end_report(self.reports[self._queue.popleft().id], "aborted", why)
+            queued = self.reports[self._queue.popleft().id]
+            self._end_report(queued, "aborted", f"{why} before its turn had come; {ASK_AGAIN}")
 
     # -- going on -------------------------------------------------------------------------------------------
 
@@ -360,7 +398,7 @@ class Reconfiguration:
         """Go as far as what has happened allows."""
         while self._now is not None and self._advance_once(self._now):
             pass
-        if self._now is None and self._queue:
+        while self._now is None and self._queue:
             change = self._queue.popleft()
             try:
                 self._begin(change)
@@ -418,6 +456,11 @@ class Reconfiguration:
         head = self._head
         old = head.layout
         assert old is not None, "the state asks only while it serves"
+        if change.wish is not None:
+            change = replace(change, layout=head.resolve(change.wish))
+        if change.layout.segments == old.segments:
+            self._end_at_once(change, old)
+            return
         hops = self._plan(old, change.layout, self._blocks_needed())
         report = Report(
             id=change.id,
@@ -434,6 +477,14 @@ class Reconfiguration:
         head.batcher.guard()
         self._start_hop(_Course(change, report, head.now_s, self._recomputed(), deque(hops)), old)
         head.note(f"transition {change.id} begins: {old.brief()} -> {change.layout.brief()} ({change.strategy})")
+
+    def _end_at_once(self, change: Change, present: Layout) -> None:
+        """It is as it was to be: committed, with no epoch of its own."""
+        shown, epoch = describe(present), present.epoch
+        running = self._head.batcher.num_running
+        self._keep(Report(change.id, change.strategy, shown, shown, epoch, epoch, sequences_at_start=running))
+        self._end_report(self.reports[change.id], "committed", "the layout was this one already")
+        self._head.note(f"transition {change.id} committed: the layout is {present.brief()} already")
 
     def _plan(self, old: Layout, new: Layout, needed: int) -> list[Layout]:
         """The hops from `old` to `new` with `needed` blocks in use, and as much room to grow as there is. Raises `Refused` when
@@ -596,7 +647,7 @@ class Reconfiguration:
         blocks, num_running = head.batcher.live_blocks() if now.copies else ([], 0)
         now.num_needed = len(blocks) if now.change.strategy == "stop-copy" else num_running
         now.snapshot = Snapshot(blocks, len(now.moves) if now.copies else 0)
-        now.report.blocks_copied += len(blocks)
+        now.report.blocks_copied += len(blocks) if now.moves else 0
         rate = NO_LIMIT if now.change.strategy == "stop-copy" else now.change.bytes_per_s
         if blocks:
             for name in sorted({move.source for move in now.moves}):
@@ -722,3 +773,13 @@ class Reconfiguration:
 def _as_asked(layout: Layout) -> str:
     """A layout as `midflight layout` takes it."""
     return ",".join(f"{s.worker}:{s.layers.start}-{s.layers.stop}" for s in layout.segments)
+
+
+def _shown(progress: ShadowProgress) -> dict[str, object]:
+    return {
+        "worker": progress.worker,
+        "units_loaded": progress.units_loaded,
+        "units_total": progress.units_total,
+        "bytes_loaded": progress.bytes_loaded,
+        "bytes_total": progress.bytes_total,
+    }

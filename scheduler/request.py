@@ -226,7 +226,10 @@ class Engine(Protocol):
         ...
 
     def abort_change(self, change: int) -> bool:
-        """Abort a change that is queued or has not flipped anything; False when it is too late or unknown."""
+        """Abort a change that is queued or has not flipped anything, or leave one that is being aborted to it.
+
+        False when it is too late or unknown.
+        """
         ...
 
     def change_view(self, change: int) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ While it serves, a `Reconfiguration` may take it from one layout to the next wit
 What is never true: a result of an epoch that is neither the present one nor, in a transition, the next changes anything.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, assert_never
 
@@ -38,6 +39,7 @@ from runtime.messages import (
     Mirroring,
     Prepared,
     Retired,
+    ShadowProgress,
     ShadowReady,
     StepFailed,
     StepPlan,
@@ -60,6 +62,7 @@ from scheduler.planning.planner import default_counts
 from scheduler.planning.traffic import Serving
 from scheduler.reconfiguration import Change, Reconfiguration, Refused
 from scheduler.request import AdmissionError, FinishReason, Request, StageStats, TokenOutput
+from scheduler.wishes import LayoutError, Wish, resolve
 
 PILOT_DEADLINE_S = 300.0
 """After which a change that the autopilot asked for is aborted, if nothing has flipped by then."""
@@ -386,6 +389,8 @@ class SchedulerState:
                 self.reconfiguration.mirroring(message)
             case Prepared():
                 self.reconfiguration.prepared(message)
+            case ShadowProgress():
+                self.reconfiguration.shadow_progress(message)
             case ShadowReady():
                 self.reconfiguration.shadow_ready(message)
             case Copied():
@@ -498,16 +503,16 @@ class SchedulerState:
     def _counts(self, num_stages: int) -> tuple[int, ...]:
         if self.cluster.layers is not None and len(self.cluster.layers) == num_stages:
             return self.cluster.layers
-        return self.balanced(num_stages)
+        return self.balanced(self.members.in_order()[:num_stages])
 
-    def balanced(self, num_stages: int) -> tuple[int, ...]:
-        """Layers per stage that keep the first `num_stages` workers equally busy under the usual traffic."""
+    def balanced(self, names: Sequence[WorkerName]) -> tuple[int, ...]:
+        """Layers per stage that keep these workers, in this order, equally busy under the usual traffic."""
         devices = []
-        for name in self.members.in_order()[:num_stages]:
+        for name in names:
             info = self.members.workers[name].info
             devices.append(Device(name, speed_of_worker(self.cluster.spec, info)))
         serving = Serving(
-            self.batching.max_step_tokens, self.batching.max_running, self.batching.num_microbatches or num_stages
+            self.batching.max_step_tokens, self.batching.max_running, self.batching.num_microbatches or len(names)
         )
         return default_counts(Facts(self.cluster.spec), devices, serving)
 
@@ -570,6 +575,24 @@ class SchedulerState:
                 raise Refused(f"there is no worker {name}; there are {', '.join(self.members.in_order())}")
         self.reconfiguration.request(change, queue=event.queue)
         self.next_change = max(self.next_change, change.id + 1)
+
+    def preview(self, wish: Wish) -> Layout:
+        """What `wish` will mean if the changes that were asked for before are all committed.
+
+        Raises:
+            LayoutError: there are too few workers for it.
+        """
+        present = self.reconfiguration.last_wanted or self.layout
+        assert present is not None, "a wish is looked at while a layout serves"
+        return resolve(wish, present, self.members.in_order(), self.balanced)
+
+    def resolve(self, wish: Wish) -> Layout:
+        """What `wish` means now that its turn has come. Raises `Refused` when there are too few workers for it."""
+        assert self.layout is not None, "changes begin while a layout serves"
+        try:
+            return resolve(wish, self.layout, self.members.in_order(), self.balanced)
+        except LayoutError as error:
+            raise Refused(str(error)) from None
 
     @property
     def spec(self) -> ModelSpec:

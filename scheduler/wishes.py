@@ -1,14 +1,21 @@
-"""What an operator writes about a layout, turned into a `Layout`. Pure.
+"""What an operator wants of a layout: read into a `Wish`, and turned into a `Layout`. Pure.
 
-Two forms: ``{"layers": [11, 19]}``, counts for the present workers in their order (more counts than stages take in idle
-workers, fewer leave the last ones out), and ``{"stages": [{"worker": "w1", "layers": [0, 12]}, ...]}``, which says it all.
+Two forms are written: ``{"layers": [11, 19]}``, counts for the present workers in their order (more counts than stages take
+in idle workers, fewer leave the last ones out), and ``{"stages": [{"worker": "w1", "layers": [0, 12]}, ...]}``, which says it
+all. A third wish is that a worker be drained.
+
+What counts and drains mean depends on the layout that they change. So a wish is kept as it is while it waits behind
+another change, and is resolved against the layout that it finds when its turn comes.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias, assert_never
 
 from kvstore.ids import LayerRange, WorkerName
 from runtime.layout import Layout, Segment, layout_from_counts
+
+_STAGE_FIELDS = ("worker", "layers")
 
 
 class LayoutError(ValueError):
@@ -19,11 +26,28 @@ class LayoutError(ValueError):
         self.param = param
 
 
-def read_layout(wish: dict[str, Any], present: Layout, workers: Sequence[WorkerName]) -> Layout:
-    """The layout that `wish` asks for; its epoch is 0 until a transition takes it up.
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """So many layers for each of the workers that serve, in their order, and then for idle ones."""
+
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """Nothing on `worker`; what it had is balanced over the other ones that serve."""
+
+    worker: WorkerName
+
+
+Wish: TypeAlias = Layout | Counts | Drained
+
+
+def parse_wish(wish: dict[str, Any], num_layers: int, workers: Sequence[WorkerName]) -> Layout | Counts:
+    """What the body of ``POST /admin/layout`` asks for. A layout's epoch is 0 until a transition takes it up.
 
     Raises:
-        LayoutError: with what is wrong, and the numbers that would be right.
+        LayoutError: it is none of a model of `num_layers` layers over `workers`, with the numbers that would be right.
     """
     counts, stages = wish.get("layers"), wish.get("stages")
     if (counts is None) == (stages is None):
@@ -31,35 +55,71 @@ def read_layout(wish: dict[str, Any], present: Layout, workers: Sequence[WorkerN
             'say either "layers" (counts, such as [11, 19]) or "stages" (worker and layers each)', "layers"
         )
     if counts is not None:
-        return _from_counts(counts, present, workers)
-    return _from_stages(stages, present, workers)
+        return _read_counts(counts, num_layers)
+    return _read_stages(stages, num_layers, workers)
 
 
-def without_worker(present: Layout, name: WorkerName, workers: Sequence[WorkerName], counts: Sequence[int]) -> Layout:
-    """A layout over the other workers of `present`, or over idle ones when there is no other."""
-    rest = [worker for worker in present.workers if worker != name]
+def resolve(
+    wish: Wish,
+    present: Layout,
+    workers: Sequence[WorkerName],
+    balanced: Callable[[Sequence[WorkerName]], Sequence[int]],
+) -> Layout:
+    """The layout that `wish` means where `present` serves and `workers` are there, in their order.
+
+    `balanced` gives the layers that keep workers equally busy.
+
+    Raises:
+        LayoutError: there are too few workers for it.
+    """
+    match wish:
+        case Layout():
+            return wish
+        case Counts():
+            return _from_counts(wish.counts, present, workers)
+        case Drained():
+            return _without(wish.worker, present, workers, balanced)
+        case _:
+            assert_never(wish)
+
+
+def _without(
+    name: WorkerName,
+    present: Layout,
+    workers: Sequence[WorkerName],
+    balanced: Callable[[Sequence[WorkerName]], Sequence[int]],
+) -> Layout:
+    """A layout over the other workers of `present`, or over an idle one when there is no other."""
+    if name not in present.workers:
+        return present
+    rest = [worker for worker in present.workers if worker != name and worker in workers]
     rest = rest or [worker for worker in workers if worker != name][:1]
-    return layout_from_counts(0, rest[: len(counts)], counts)
+    if not rest:
+        raise LayoutError(f"{name} is the only worker; start another one first", "worker")
+    return layout_from_counts(0, rest, balanced(rest))
 
 
-def _from_counts(counts: Any, present: Layout, workers: Sequence[WorkerName]) -> Layout:
-    if not isinstance(counts, list) or not counts or not all(_is_count(count) for count in counts):
-        raise LayoutError(f"layers: {counts!r} is not a list of layer counts, such as [11, 19]", "layers")
-    if sum(counts) != present.num_layers:
-        raise LayoutError(
-            f"layers: {counts} adds up to {sum(counts)}, the model has {present.num_layers} layers", "layers"
-        )
-    chain = [*present.workers, *(name for name in workers if name not in present.workers)]
+def _from_counts(counts: tuple[int, ...], present: Layout, workers: Sequence[WorkerName]) -> Layout:
+    chain = [name for name in present.workers if name in workers]
+    chain += [name for name in workers if name not in chain]
     if len(counts) > len(chain):
         raise LayoutError(
             f"layers: {len(counts)} stages are asked for, {len(chain)} workers are here ({', '.join(chain)})", "layers"
         )
-    if any(count == 0 for count in counts[1:-1]):
-        raise LayoutError(f"layers: {counts} leaves a stage in the middle without layers", "layers")
     return layout_from_counts(0, chain[: len(counts)], counts)
 
 
-def _from_stages(stages: Any, present: Layout, workers: Sequence[WorkerName]) -> Layout:
+def _read_counts(counts: Any, num_layers: int) -> Counts:
+    if not isinstance(counts, list) or not counts or not all(_is_count(count) for count in counts):
+        raise LayoutError(f"layers: {counts!r} is not a list of layer counts, such as [11, 19]", "layers")
+    if sum(counts) != num_layers:
+        raise LayoutError(f"layers: {counts} adds up to {sum(counts)}, the model has {num_layers} layers", "layers")
+    if any(count == 0 for count in counts[1:-1]):
+        raise LayoutError(f"layers: {counts} leaves a stage in the middle without layers", "layers")
+    return Counts(tuple(counts))
+
+
+def _read_stages(stages: Any, num_layers: int, workers: Sequence[WorkerName]) -> Layout:
     if not isinstance(stages, list) or not stages:
         raise LayoutError('stages: a list of {"worker": NAME, "layers": [START, STOP]} is wanted', "stages")
     segments = []
@@ -67,6 +127,9 @@ def _from_stages(stages: Any, present: Layout, workers: Sequence[WorkerName]) ->
         where = f"stages[{index}]"
         if not isinstance(stage, dict):
             raise LayoutError(f'{where}: {{"worker": NAME, "layers": [START, STOP]}} is wanted', "stages")
+        for key in stage:
+            if key not in _STAGE_FIELDS:
+                raise LayoutError(f"{where}: {key!r} is no field of a stage; there are worker, layers", "stages")
         name, layers = stage.get("worker"), stage.get("layers")
         if name not in workers:
             raise LayoutError(f"{where}.worker: there is no worker {name!r}; there are {', '.join(workers)}", "stages")
@@ -77,7 +140,7 @@ def _from_stages(stages: Any, present: Layout, workers: Sequence[WorkerName]) ->
         except ValueError as error:
             raise LayoutError(f"{where}.layers: {error}", "stages") from None
     try:
-        return Layout(0, present.num_layers, tuple(segments))
+        return Layout(0, num_layers, tuple(segments))
     except ValueError as error:
         raise LayoutError(f"stages: {error}", "stages") from None
 

@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 
@@ -41,7 +41,7 @@ class Server:
         self.process: subprocess.Popen[bytes] | None = None
         self.model = Path(model).name
 
-    def __enter__(self) -> "Server":
+    def __enter__(self) -> Self:
         self.start()
         return self
 

@@ -214,10 +214,12 @@ async def test_a_slow_reader_loses_the_oldest_and_is_told() -> None:
 async def test_changes_are_counted(api: Api) -> None:
     for _ in range(3):
         await api.post("/admin/layout", {"layers": [1, 3]})
-    pauses = {"max": 4.0, "p50": 1.5, "count": 8.0}
+    pauses = {"max": 4.0, "p50": 1.5, "p99": 3.5, "count": 8.0}
     sums = {"weight_bytes": 1000, "snapshot_bytes": 20, "mirror_bytes": 3, "sequences_flipped": 5}
+    sums |= {"fence_waits": 2, "fence_wait_ms": 250.0}
+    phases = {"shadow": 1.25, "flip": 0.25}
     api.engine.end_change(2, "committed", total_s=9.0, **sums)
-    api.engine.end_change(1, "committed", total_s=1.5, engine_pause_ms=pauses, **sums)
+    api.engine.end_change(1, "committed", total_s=1.5, engine_pause_ms=pauses, phases_s=phases, **sums)
     _, text = await api.get("/metrics")
     for line in (
         'midflight_transitions_total{outcome="committed"} 2.0',
@@ -226,7 +228,12 @@ async def test_changes_are_counted(api: Api) -> None:
         'midflight_transition_bytes_total{kind="snapshot"} 40.0',
         'midflight_transition_bytes_total{kind="mirror"} 6.0',
         "midflight_transition_sequences_flipped_total 10.0",
+        "midflight_transition_fence_waits_total 4.0",
+        "midflight_transition_fence_wait_seconds_total 0.5",
+        "midflight_transition_dropped_requests_total 0.0",
         "midflight_last_transition_seconds 1.5",
+        'midflight_last_transition_phase_seconds{phase="shadow"} 1.25',
+        'midflight_last_transition_pause_seconds{statistic="p99"} 0.0035',
         'midflight_last_transition_pause_seconds{statistic="p50"} 0.0015',
         'midflight_last_transition_pause_seconds{statistic="max"} 0.004',
         "midflight_layout_epoch 1.0",

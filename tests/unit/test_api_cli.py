@@ -35,8 +35,8 @@ LAYOUT: dict[str, Any] = {
 }
 
 VIEW: dict[str, Any] = {
-    "id": 1, "strategy": "live", "phase": "flip", "target": [], "hop": 1, "num_hops": 2, "loading": [], "snapshot_blocks": 4,
-    "snapshot_blocks_arrived": 3, "sequences_flipped": 1, "sequences_left": 2, "elapsed_s": 0.5,
+    "id": 1, "strategy": "live", "phase": "flip", "target": [], "hop": 1, "num_hops": 2, "loading": [], "weights": [],
+    "snapshot_blocks": 4, "snapshot_blocks_arrived": 3, "sequences_flipped": 1, "sequences_left": 2, "elapsed_s": 0.5,
 }  # fmt: skip
 
 
@@ -242,7 +242,7 @@ async def test_a_change_is_followed_to_its_end() -> None:
         api.engine.end_change(1, "committed", total_s=1.5, layers_moved=2, sequences_flipped=1)
         code, out, err = await running
         assert code == 0
-        assert err == "  0.50 s  flip (hop 1 of 2): snapshot 3 of 4 blocks; 1 sequences over, 2 left\n"
+        assert err == "  0.50 s  flip (hop 1 of 2): snapshot 3 of 4 blocks; 1 sequence over, 2 left\n"
         assert out.startswith(
             "transition 1 committed after 1.50 s (drain)\n  from     w0 [0, 3) | w1 [3, 4), epoch 1\n"
         )
@@ -322,11 +322,57 @@ def test_reports_are_readable() -> None:
         "  pause    p50 2.5 ms, max 19.7 ms over 4 flips; beyond the mean gap p50 -0.4 ms, max 3.1 ms"
         " (between two other steps: p99 12.0 ms); 1 fence wait (0.0 ms)"
     )
+    untaken = {**report, "engine_pause_ms": {}, "sequences_flipped": 0}
+    assert "pause    none measured: no running sequence went over;" in layouts.report_lines(untaken)[5]
     queued = {**report, "outcome": "aborted", "why": "gone", "source": [], "phases_s": {}, "total_s": 0.0}
     assert layouts.report_lines(queued) == [
         "transition 4 aborted after 0.00 s (live): gone",
         "  wanted  w0 [0, 1) | w1 [1, 4)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"strategy": "stop-copy", "engine_pause_ms": {}}, "all steps stopped for 0.27 s, from the start to the flip"),
+        (
+            {"strategy": "recompute", "recomputed_tokens": 57},
+            "waited until 57 tokens had been prefilled again, for how long is not measured",
+        ),
+        ({"strategy": "drain", "engine_pause_ms": {}}, "new ones waited up to 0.27 s"),
+    ],
+)
+def test_the_pause_of_the_other_strategies_is_not_that_of_flips(fields: dict[str, Any], said: str) -> None:
+    pause = {"max": 5.8, "p50": 5.8, "count": 1.0}
+    phases = {"reserve": 0.01, "prepare": 0.02, "shadow": 0.2, "copy": 0.04, "flip": 0.3, "retire": 0.01}
+    report = {**make_report(4, "live"), "outcome": "committed", "engine_pause_ms": pause, "phases_s": phases, **fields}
+    (line,) = [line for line in layouts.report_lines(report) if line.startswith("  pause")]
+    assert said in line
+    assert "5.8" not in line
+
+
+def test_a_change_to_what_serves_says_that_nothing_happened() -> None:
+    same = [{"worker": "w0", "layers": [0, 4]}]
+    report = {
+        **make_report(4, "live"), "outcome": "committed", "why": "the layout was this one already", "source": same,
+        "target": same, "source_epoch": 2, "target_epoch": 2,
+    }  # fmt: skip
+    assert layouts.report_lines(report) == [
+        "transition 4 committed after 0.00 s (live): the layout was this one already",
+        "  at  w0 [0, 4), epoch 2",
+    ]
+
+
+def test_arriving_weights_are_shown_by_worker() -> None:
+    view = {**VIEW, "phase": "shadow", "num_hops": 1, "loading": ["w1", "w2"]}
+    assert layouts.progress_line(view) == "  0.50 s  shadow: weights: w1, w2 loading"
+    weights = [
+        {"worker": "w1", "units_loaded": 2, "units_total": 5, "bytes_loaded": 12_300_000, "bytes_total": 31_000_000},
+        {"worker": "w2", "units_loaded": 0, "units_total": 1, "bytes_loaded": 0, "bytes_total": 900},
+    ]
+    assert layouts.progress_line({**view, "weights": weights}) == (
+        "  0.50 s  shadow: weights: w1 2 of 5 units, 12.3 MB of 31.0 MB; w2 0 of 1 unit, 0 B of 900 B"
+    )
 
 
 def test_a_terminal_gets_one_line_written_over() -> None:
