@@ -66,6 +66,9 @@ def faulty(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     with Faulty(model, *options, log=folder / "log") as server:
         server.folder = model
         wait_for(lambda: len(server.worker_pids()) == 4, "the fourth worker", 60.0)
+        stages = [{"worker": f"w{index}", "layers": layers} for index, layers in enumerate(([0, 2], [2, 3], [3, 4]))]
+        status, answer = server.post("/admin/layout?wait=true", {"stages": stages})  # w3 may have joined before another
+        assert (status, answer["outcome"]) == (200, "committed"), answer
         server.expected = asyncio.run(undisturbed(server))
         server.stopped = server.worker_pids()["w3"]
         os.kill(server.stopped, signal.SIGSTOP)
