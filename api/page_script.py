@@ -108,10 +108,12 @@ function showProgress(name, text, share) {
   at(name).textContent = text;
   at(name + "-bar").style.width = `${100 * share}%`;
 }
+// Of a flip: what stop-copy, drain and recompute make sequences wait for is something else.
+function pauseOf(report) { return report.strategy === "live" ? report.engine_pause_ms : {}; }
 function showEnd(report) {
   change = null;
   lingerUntil = Date.now() + LINGER_MS;
-  const box = at("change"), pause = report.engine_pause_ms;
+  const box = at("change"), pause = pauseOf(report);
   box.hidden = false;
   box.className = "change ended " + report.outcome;
   at("change-title").textContent = `Change ${report.id} ${report.outcome}` + (report.why ? `: ${report.why}` : "");
@@ -126,7 +128,7 @@ function showReports() {
   at("no-changes").hidden = over.length > 0;
   at("changes").hidden = over.length === 0;
   at("changes").tBodies[0].replaceChildren(...over.map(r => {
-    const row = make("tr"), pause = r.engine_pause_ms;
+    const row = make("tr"), pause = pauseOf(r);
     const to = make("td"), strategy = r.strategy === "live" ? "" : ` (${r.strategy})`;
     to.append(make("div", chain(r.target)), make("div", r.source.length ? `from ${chain(r.source)}${strategy}` : "never begun", "quiet small"));
     if (r.why) to.append(make("div", r.why, "small why"));

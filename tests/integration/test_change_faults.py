@@ -66,6 +66,9 @@ def faulty(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     with Faulty(model, *options, log=folder / "log") as server:
         server.folder = model
         wait_for(lambda: len(server.worker_pids()) == 4, "the fourth worker", 60.0)
+        stages = [{"worker": f"w{index}", "layers": layers} for index, layers in enumerate(([0, 2], [2, 3], [3, 4]))]
+        status, answer = server.post("/admin/layout?wait=true", {"stages": stages})  # w3 may have joined before another
+        assert (status, answer["outcome"]) == (200, "committed"), answer
         server.expected = asyncio.run(undisturbed(server))
         server.stopped = server.worker_pids()["w3"]
         os.kill(server.stopped, signal.SIGSTOP)
@@ -120,9 +123,9 @@ async def report(server: Server, change: int) -> dict[str, Any]:
 
 async def stop_in_shadow(session: aiohttp.ClientSession, server: Faulty, **options: Any) -> tuple[int, int]:
     """Have the idle worker take the last layer in, and stop it (SIGSTOP) while it loads; the change and the process."""
-    name, last = server.idle(), owners(server)[-1][0]
+    name, first = server.idle(), owners(server)[0][0]
     pid = server.worker_pids()[name]
-    stages = [{"worker": last, "layers": [0, 3]}, {"worker": name, "layers": [3, 4]}]
+    stages = [{"worker": first, "layers": [0, 3]}, {"worker": name, "layers": [3, 4]}]
     change = await ask_for(session, server, {"stages": stages, **options})
 
     def is_loading() -> bool:
@@ -204,11 +207,11 @@ async def test_a_target_that_dies_in_the_shadow(faulty: Faulty) -> None:
 async def test_a_checkpoint_that_has_vanished(faulty: Faulty) -> None:
     before = faulty.get("/admin/layout")[1]
     weights = faulty.folder / "model.safetensors"
-    name, last = faulty.idle(), owners(faulty)[-1][0]
+    name, first = faulty.idle(), owners(faulty)[0][0]
     async with streams(faulty) as session:
         kept = weights.rename(faulty.folder / "kept")
         try:
-            stages = [{"worker": last, "layers": [0, 3]}, {"worker": name, "layers": [3, 4]}]
+            stages = [{"worker": first, "layers": [0, 3]}, {"worker": name, "layers": [3, 4]}]
             ended = await report(faulty, await ask_for(session, faulty, {"stages": stages}))
         finally:
             kept.rename(weights)

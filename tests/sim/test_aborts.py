@@ -76,3 +76,49 @@ def test_an_abort_leaves_no_trace(cause: Callable[[SimCluster], None], deadline_
     assert layout.workers == ("w0", "w1"), "the old layout serves"
     assert cluster.head.epoch == report.source_epoch
     cluster.audit()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_dead_stage_takes_along_what_waits(seed: int) -> None:
+    cluster = SimCluster(seed, num_stages=2, batching=BatchingConfig(), num_blocks=64, num_spares=1)
+    request = Request("sim", [1, 2, 3], Sampling(temperature=0.0), max_tokens=160)
+    cluster.at(0.5, lambda: cluster.submit(0, request))
+    cluster.at(0.6, lambda: cluster.change(TARGET, "drain"))
+    cluster.at(0.61, lambda: cluster.change(TARGET, queue=True))
+    cluster.at(0.62, lambda: cluster.crash("w1"))
+    for index in range(1, 60):
+        cluster.at(0.1 * index, cluster.tick)
+    cluster.run(until=20.0)
+
+    begun, queued = cluster.head.reconfiguration.reports.values()
+    assert (begun.outcome, queued.outcome) == ("aborted", "aborted")
+    for report in (begun, queued):
+        assert report.why.startswith("worker w1 was lost (")
+        assert "ask again when the server serves" in report.why
+    assert "before its turn had come" in queued.why
+    assert cluster.streams[0].tokens == reference(request)
+    cluster.audit()
+
+
+def test_an_abort_is_an_abort_however_often_it_is_asked_for() -> None:
+    """One that has begun to go back is not too late; it has been aborted once, and goes nowhere else."""
+    cluster = SimCluster(0, num_stages=2, batching=BatchingConfig(), num_blocks=64, num_spares=1)
+    request = Request("sim", [1, 2, 3], Sampling(temperature=0.0), max_tokens=160)
+    cluster.at(0.5, lambda: cluster.submit(0, request))
+    cluster.at(0.6, lambda: cluster.change(TARGET))
+    seen: list[tuple[bool, int]] = []
+
+    def ask() -> None:
+        cluster.abort_change(1)
+        reconfiguration = cluster.head.reconfiguration
+        seen.append((reconfiguration.is_aborting(1), reconfiguration.num_aborts_asked))
+
+    cluster.at(0.601, ask)
+    cluster.at(0.602, ask)
+    cluster.run(until=20.0)
+    assert seen == [(True, 1), (True, 1)]
+    (report,) = cluster.head.reconfiguration.reports.values()
+    assert (report.outcome, report.why) == ("aborted", "the operator aborted it")
+    assert not cluster.head.reconfiguration.is_aborting(1)
+    assert cluster.streams[0].tokens == reference(request)
+    cluster.audit()
