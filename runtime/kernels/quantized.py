@@ -332,6 +332,17 @@ def _share(like, num_rows, x, x_stride, w, depth, scales, out, out_stride, add, 
         first = stop
 
 
+@intrinsic
+def _ask_for(typingctx, place):
+    """Ask the cache for the line at this address."""
+
+    def codegen(context, builder, signature, args):
+        prefetch_line(builder, args[0])
+        return context.get_dummy_value()
+
+    return types.void(types.intp), codegen
+
+
 @kernel
 def _amx_rows(num_rows, x, x_stride, w, depth, out, out_stride, add, scratch):
     """As `_rows`, by matrix registers where the depth is a multiple of `DEPTH`; half the scratch is for a tile's sums."""
@@ -344,7 +355,10 @@ def _amx_rows(num_rows, x, x_stride, w, depth, out, out_stride, add, scratch):
     elif num_rows == NEAR_ROWS:
         _even_odd_2(x, x_stride, w, depth, scales, out, out_stride, add, ahead)
     else:
-        _widen_group(_BFLOAT16, 2, w, depth, scratch)
+        for line in range(depth // 2):
+            _ask_for(ahead + 2 * line * PANEL)
+            _ask_for(ahead + 2 * line * PANEL + CACHE_LINE)
+            _widen_line(_BFLOAT16, w + 2 * line * PANEL, scratch + 4 * line * PANEL)
         sums, shaped = scratch + GROUP * PANEL * 2, 0
         for first in range(0, num_rows, 2 * ROWS):
             count, x_tile, out_tile = min(2 * ROWS, num_rows - first), x + first * x_stride, out + first * out_stride
@@ -355,7 +369,7 @@ def _amx_rows(num_rows, x, x_stride, w, depth, out, out_stride, add, scratch):
             if count <= ROWS:
                 amx_tile_16(x_tile, x_stride, scratch, depth, sums, PANEL * 4, False)
             else:
-                amx_tile_32(x_tile, x_stride, scratch, depth, sums, PANEL * 4, False, ahead, CACHE_LINE // 2)
+                amx_tile_32(x_tile, x_stride, scratch, depth, sums, PANEL * 4, False, scratch, 0)
             _add_scaled_rows(count, sums, scales, out_tile, out_stride, add)
         amx_release()
 
