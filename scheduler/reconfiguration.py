@@ -14,7 +14,6 @@ sequences at the flip (`recompute` preempts them).
 
 import math
 from collections import deque
-from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -40,10 +39,11 @@ from runtime.messages import (
 )
 from runtime.model.spec import ModelSpec
 from scheduler.batching import Batcher
-from scheduler.hops import NO_LIMIT, capacity, find_course, roomiest, split_into_hops
+from scheduler.hops import NO_LIMIT
 from scheduler.lanes import Opening
 from scheduler.membership import Membership
-from scheduler.transition import ABORTABLE, NEXT_PHASES, Phase, Report, Snapshot, Strategy, describe
+from scheduler.room import KvRoom
+from scheduler.transition import ABORTABLE, NEXT_PHASES, Phase, Refused, Report, Snapshot, Strategy, describe
 from scheduler.wishes import Wish
 
 MAX_QUEUED = 16
@@ -53,12 +53,6 @@ MAX_RETRIES = 2
 NEAR_S = 0.25
 """A flip that is expected within so long is near: prompts are cut small, as one that is being read then would hold it up."""
 ASK_AGAIN = "a layout over the workers that are left comes up; ask again when the server serves"
-GROWTH_BLOCKS = 8
-"""Blocks by which each running sequence may grow during a change without being preempted; smaller hops make the room."""
-
-
-class Refused(Exception):
-    """A change that cannot be made; nothing has changed. The message says why and what would work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +192,7 @@ class Reconfiguration:
 
     def __init__(self, head: Head) -> None:
         self._head = head
+        self._room = KvRoom(head)
         self._now: _Transition | None = None
         self._queue: deque[Change] = deque()
         self.reports: dict[int, Report] = {}
@@ -461,7 +456,7 @@ class Reconfiguration:
         if change.layout.segments == old.segments:
             self._end_at_once(change, old)
             return
-        hops = self._plan(old, change.layout, self._blocks_needed())
+        hops = self._room.plan(old, change.layout, self._room.blocks_needed())
         report = Report(
             id=change.id,
             strategy=change.strategy,
@@ -485,47 +480,6 @@ class Reconfiguration:
         self._keep(Report(change.id, change.strategy, shown, shown, epoch, epoch, sequences_at_start=running))
         self._end_report(self.reports[change.id], "committed", "the layout was this one already")
         self._head.note(f"transition {change.id} committed: the layout is {present.brief()} already")
-
-    def _plan(self, old: Layout, new: Layout, needed: int) -> list[Layout]:
-        """The hops from `old` to `new` with `needed` blocks in use, and as much room to grow as there is. Raises `Refused` when
-        there is no way."""
-        head = self._head
-        for name in new.workers:
-            if name not in head.members.workers:
-                raise Refused(f"there is no worker {name}; there are {', '.join(head.members.in_order())}")
-        moves = moves_between(old, new)
-        tokens, block_size = head.max_context_tokens(), head.pool.block_size
-        if (holds := self._capacity(new, new)) * block_size < tokens:
-            raise Refused(
-                f"the new layout holds {holds * block_size} KV tokens, and a request that was accepted may need {tokens}; "
-                f"give the layers to more workers or raise --kv-memory"
-            )
-        wanted = needed + head.batcher.growth(GROWTH_BLOCKS)
-        if self._capacity(old, new) < wanted:
-            wanted = min(wanted, roomiest(old, new, moves, self._room))
-        if wanted < needed or not (hops := split_into_hops(old, new, moves, self._room, wanted)):
-            raise Refused(self._no_room(old, new, moves, needed))
-        return hops
-
-    def _no_room(self, old: Layout, new: Layout, moves: tuple[Move, ...], needed: int) -> str:
-        """What is missing, where, and what would fit."""
-        size = self._head.pool.block_size
-        most = roomiest(old, new, moves, self._room)
-        text = (
-            f"no room: {needed} KV blocks ({needed * size} tokens) are in use or about to be, and this change can be made with "
-            f"{most} at most ({most * size} tokens), even one layer at a time"
-        )
-        course = find_course(old, new, moves, self._room, needed)
-        if course.blocked is not None:
-            worker = self._head.members.workers[course.blocked]
-            num_layers = len(course.reached.layers_of(course.blocked)) + 1
-            missing = (needed * num_layers - worker.num_pages) * worker.page_bytes
-            text += f"; {course.blocked} has pages for {worker.num_pages // num_layers} blocks of {num_layers} layers"
-            if not worker.room_bytes:
-                text += f", {missing / 2**20:.1f} MiB of --kv-memory too few"
-        if course.layers:
-            text += f". This much of it fits: {_as_asked(course.reached)}"
-        return f"{text}. Or wait for requests to end, or give fewer layers to a worker that has little memory"
 
     def _start_hop(self, course: _Course, old: Layout) -> None:
         head, change = self._head, course.change
@@ -561,7 +515,7 @@ class Reconfiguration:
         try:
             if course.num_retries >= MAX_RETRIES:
                 raise Refused(f"tried again {MAX_RETRIES} times")
-            course.later = deque(self._plan(head.layout, course.change.layout, head.pool.num_used))
+            course.later = deque(self._room.plan(head.layout, course.change.layout, head.pool.num_used))
         except Refused as error:
             self._end_course(course, "aborted", f"{why}; {error}. It stays as {head.layout.brief()}, part of the way")
             return
@@ -575,7 +529,7 @@ class Reconfiguration:
         """The change is over, and this is its report."""
         head, report = self._head, course.report
         assert head.layout is not None, "there is always one, but for a pipeline that is broken"
-        head.set_capacity(self._capacity(head.layout, head.layout))
+        head.set_capacity(self._room.capacity(head.layout, head.layout))
         head.batcher.is_squeezed = False
         head.batcher.unguard()
         self._now = None
@@ -589,10 +543,10 @@ class Reconfiguration:
 
     def _shrink(self, now: _Transition) -> None:
         """Reduce the pool to what both layouts hold; the retired ids are free, and given back by `prepare`."""
-        capacity = self._capacity(now.old, now.new)
+        capacity = self._room.capacity(now.old, now.new)
         if capacity < self._head.pool.num_blocks:
             self._head.set_capacity(capacity)
-        self._head.batcher.is_squeezed = capacity < self._capacity(now.old, now.old)
+        self._head.batcher.is_squeezed = capacity < self._room.capacity(now.old, now.old)
 
     def _must_wait(self, now: _Transition) -> bool:
         """Whether the room is not there yet, or what holds it is not settled."""
@@ -629,7 +583,7 @@ class Reconfiguration:
             worker = head.members.workers[message.worker]
             worker.num_pages, worker.page_bytes = message.num_pages, message.page_bytes
             worker.room_bytes = message.room_bytes
-        if head.pool.num_blocks <= self._capacity(now.old, now.new):
+        if head.pool.num_blocks <= self._room.capacity(now.old, now.new):
             return True
         now.again = True
         self._abort(now, "the pool of a worker that joins is smaller than was thought")
@@ -685,7 +639,7 @@ class Reconfiguration:
     def _finish_hop(self, now: _Transition) -> None:
         head, course = self._head, now.course
         course.report.paced_s += now.load_s + now.copy_s
-        head.set_capacity(self._capacity(now.new, now.new))
+        head.set_capacity(self._room.capacity(now.new, now.new))
         head.batcher.is_squeezed = False
         if not course.later:
             now.enter("done", head.now_s)
@@ -714,7 +668,7 @@ class Reconfiguration:
             course.hop -= 1  # those that were made
             self._go_on(course, now.why)
         elif now.again:
-            head.set_capacity(self._capacity(now.old, now.old))
+            head.set_capacity(self._room.capacity(now.old, now.old))
             head.batcher.is_squeezed = False
             head.batcher.unguard()
             self._now = None
@@ -725,28 +679,6 @@ class Reconfiguration:
                 self._end_report(now.report, "refused", str(error))
         else:
             self._end_course(course, "aborted", now.why)
-
-    # -- room -----------------------------------------------------------------------------------------------
-
-    def _capacity(self, a: Layout, b: Layout) -> int:
-        """Blocks that every worker's pages hold when it has the layers of both layouts."""
-        return capacity(self._room, a, b)
-
-    def _room(self, worker: WorkerName, layers: Collection[int], *, embedding: bool, lm_head: bool) -> int:
-        """As `scheduler.hops.Room`. A pool of unknown size limits nothing."""
-        pool = self._head.members.workers.get(worker)
-        if pool is None or not pool.num_pages:
-            return NO_LIMIT
-        num_pages = pool.num_pages
-        if pool.room_bytes:  # they are what the weights leave
-            weights = self._head.spec.weight_bytes(layers, embedding=embedding, lm_head=lm_head)
-            num_pages = max(0, pool.room_bytes - weights) // pool.page_bytes
-        return num_pages // len(layers)
-
-    def _blocks_needed(self) -> int:
-        """What runs must go on without preemption: its blocks, one more for each sequence, and a little air."""
-        pool, batcher = self._head.pool, self._head.batcher
-        return pool.num_used + batcher.num_running + 2
 
     # -- reports --------------------------------------------------------------------------------------------
 
@@ -768,11 +700,6 @@ class Reconfiguration:
         report.outcome, report.why = outcome, why
         report.reached = describe(self._head.layout) if self._head.layout is not None else []
         self.num_outcomes[outcome] = self.num_outcomes.get(outcome, 0) + 1
-
-
-def _as_asked(layout: Layout) -> str:
-    """A layout as `midflight layout` takes it."""
-    return ",".join(f"{s.worker}:{s.layers.start}-{s.layers.stop}" for s in layout.segments)
 
 
 def _shown(progress: ShadowProgress) -> dict[str, object]:

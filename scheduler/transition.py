@@ -40,6 +40,10 @@ ABORTABLE: tuple[Phase, ...] = ("reserve", "prepare", "shadow", "copy")
 """``flip -> done`` is a worker's death after the first flip; ``retire -> reserve`` the next hop of a change in place."""
 
 
+class Refused(Exception):
+    """A change that cannot be made; nothing has changed. The message says why and what would work."""
+
+
 class Snapshot:
     """Which of the blocks that were live when the mirrors began are at their targets (`scheduler.lanes.Arrived`)."""
 
