@@ -283,12 +283,6 @@ def _add_scaled_rows(typingctx, num_rows, sums, scales, out, out_stride, add):
 
 
 @kernel
-def _widen_group(like, pair, w, depth, scratch):
-    for line in range(depth // pair):
-        _widen_line(like, w + line * pair * PANEL, scratch + line * pair * PANEL * like.itemsize)
-
-
-@kernel
 def _rows(like, pair, num_rows, x, x_stride, w, depth, out, out_stride, add, scratch):
     scales = w + depth * PANEL
     block_bytes = (depth + SCALE_BYTES) * PANEL
@@ -306,7 +300,8 @@ def _rows(like, pair, num_rows, x, x_stride, w, depth, out, out_stride, add, scr
     elif num_rows == 6 and TILE_ROWS >= 6:
         _near_6(like, x, x_stride, w, depth, scales, out, out_stride, add, ahead, CACHE_LINE)
     else:
-        _widen_group(like, pair, w, depth, scratch)
+        for line in range(depth // pair):
+            _widen_line(like, w + line * pair * PANEL, scratch + line * pair * PANEL * like.itemsize)
         _share(like, num_rows, x, x_stride, scratch, depth, scales, out, out_stride, add, ahead, block_bytes)
 
 

@@ -6,9 +6,7 @@ when the first test has ended; from then on it is the idle worker that changes a
 
 import asyncio
 import contextlib
-import json
 import os
-import shutil
 import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -19,7 +17,6 @@ import pytest
 
 from tests.integration.server import Server
 from tests.integration.test_layout_http import (
-    CONTEXT,
     LONG,
     PROMPTS,
     ask,
@@ -30,6 +27,7 @@ from tests.integration.test_layout_http import (
     start_cli,
     until,
     wait_for,
+    with_long_context,
 )
 
 NUM_TOKENS = 250
@@ -59,9 +57,7 @@ class Faulty(Server):
 @pytest.fixture(scope="module")
 def faulty(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faulty]:
     folder = tmp_path_factory.mktemp("faults")
-    model = shutil.copytree(tiny_llama, folder / "long-llama")
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": CONTEXT}))
+    model = with_long_context(tiny_llama, folder)
     options = ("--layers", "2,1,1", "--local-workers", "4", "--dtype", "float32", "--kv-memory", "16M")
     with Faulty(model, *options, log=folder / "log") as server:
         server.folder = model

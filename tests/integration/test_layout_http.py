@@ -27,13 +27,19 @@ CONTEXT = 8192
 def own(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Three workers, two of which serve at first. Tests leave any layout behind, but no change under way."""
     folder = tmp_path_factory.mktemp("layouts")
-    model = shutil.copytree(tiny_llama, folder / "long-llama")
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": CONTEXT}))
+    model = with_long_context(tiny_llama, folder)
     options = ("--layers", "2,2", "--local-workers", "3", "--dtype", "float32", "--kv-memory", "16M")
     with Server(model, *options, log=folder / "log") as server:
         wait_for(lambda: len(server.worker_pids()) == 3, "the third worker")
         yield server
+
+
+def with_long_context(model: Path, folder: Path) -> Path:
+    """A copy of `model` in `folder` that reads `CONTEXT` tokens."""
+    copy = shutil.copytree(model, folder / "long-llama")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "max_position_embeddings": CONTEXT}))
+    return copy
 
 
 def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
