@@ -54,6 +54,7 @@ def build_app(engine: Engine, text: Text, settings: ApiSettings) -> web.Applicat
     app.router.add_delete("/admin/transitions/{id}", changes.abort_transition)
     app.router.add_get("/admin/workers", admin.workers)
     app.router.add_post("/admin/workers/{name}/drain", changes.drain_worker)
+    app.router.add_post("/admin/workers/{name}/resume", changes.resume_worker)
     app.router.add_get("/admin/plan", plans.plan)
     app.router.add_post("/admin/autopilot", plans.autopilot)
     app.router.add_get("/admin/events", admin.events)

@@ -36,6 +36,16 @@ async def drain_worker(request: web.Request) -> web.Response:
     return await _begin(request, wait, functools.partial(request.app[CONTEXT].engine.drain_worker, name, wish))
 
 
+async def resume_worker(request: web.Request) -> web.Response:
+    """A drained worker may have layers again; 404 when there is no such worker."""
+    name = request.match_info["name"]
+    try:
+        request.app[CONTEXT].engine.resume_worker(name)
+    except LayoutError as error:
+        raise ApiError(_short(error), status=404, param=error.param, code="invalid_layout") from None
+    return json_response({"name": name, "drained": False})
+
+
 async def transitions(request: web.Request) -> web.Response:
     """The reports of the last changes, newest first."""
     return json_response({"transitions": request.app[CONTEXT].engine.changes_view()[::-1]})

@@ -89,11 +89,13 @@ def _layout(options: argparse.Namespace, environment: Mapping[str, str]) -> int:
 
 
 def _workers(options: argparse.Namespace, environment: Mapping[str, str]) -> int:
-    from api.layouts import drain_worker, show_workers
+    from api.layouts import drain_worker, resume_worker, show_workers
 
     url, key = _url(options, environment), environment.get("MIDFLIGHT_ADMIN_KEY", "")
     if options.action == "drain":
         return drain_worker(url, key, options.name, _change_options(options), not options.no_wait, options.json)
+    if options.action == "resume":
+        return resume_worker(url, key, options.name, options.json)
     return show_workers(url, key, options.json)
 
 
@@ -161,13 +163,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_url(layout)
     _add_change(layout)
-    workers = commands.add_parser("workers", help="show the workers, or drain one")
+    workers = commands.add_parser("workers", help="show the workers, drain one, or take it back")
     _add_url(workers)
-    actions = workers.add_subparsers(dest="action", metavar="drain", parser_class=_Parser)
-    drain = actions.add_parser("drain", help="move everything off a worker")
+    actions = workers.add_subparsers(dest="action", metavar="drain|resume", parser_class=_Parser)
+    drain = actions.add_parser("drain", help="move everything off a worker, and leave it idle")
     drain.add_argument("name", metavar="NAME")
     _add_url(drain, is_inner=True)
     _add_change(drain)
+    resume = actions.add_parser("resume", help="let a drained worker have layers again")
+    resume.add_argument("name", metavar="NAME")
+    _add_url(resume, is_inner=True)
     plan = commands.add_parser("plan", help="show which layout the planner would choose and why, or set the autopilot")
     _add_url(plan)
     plan.add_argument(

@@ -64,7 +64,7 @@ def worker_lines(view: dict[str, Any]) -> list[str]:
         rows.append(
             [
                 worker["name"],
-                str(worker.get("status", "")),
+                str(worker.get("status", "")) + ", drained" * bool(worker.get("drained")),
                 _ranges(worker.get("layers") or []),
                 " ".join(dict.fromkeys(str(worker.get(key) or "") for key in ("device", "device_name"))).strip(),
                 *(str(worker.get(key, "")) for key in ("host", "pid")),
@@ -86,6 +86,17 @@ def change_layout(url: str, admin_key: str, wish: dict[str, Any], wait: bool, as
 def drain_worker(url: str, admin_key: str, name: str, wish: dict[str, Any], wait: bool, as_json: bool) -> int:
     """Move everything off a worker; as `change_layout`."""
     return _change(_Server(url, admin_key), f"/admin/workers/{quote(name, safe='')}/drain", wish, wait, as_json)
+
+
+def resume_worker(url: str, admin_key: str, name: str, as_json: bool) -> int:
+    """Let a drained worker have layers again; 1 when the server refuses or cannot be asked."""
+    try:
+        answer = _Server(url, admin_key).ask(f"/admin/workers/{quote(name, safe='')}/resume", {})
+    except ServerError as error:
+        print(f"midflight: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(answer) if as_json else f"{name} may have layers again")
+    return 0
 
 
 def progress_line(view: dict[str, Any]) -> str:

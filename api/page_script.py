@@ -215,8 +215,13 @@ function showWorkers(workers) {
       button.title = `Move everything off ${w.name}`;
       button.addEventListener("click", () => wishFor(`/admin/workers/${encodeURIComponent(w.name)}/drain`, {}));
       last.append(button);
+    } else if (w.drained) {
+      const button = make("button", "resume", "plain");
+      button.title = `Let ${w.name} have layers again`;
+      button.addEventListener("click", () => wishFor(`/admin/workers/${encodeURIComponent(w.name)}/resume`, {}));
+      last.append(button);
     }
-    row.append(name, make("td", w.status || ""), make("td", ranges(w.layers) || "idle"), make("td", [w.device, w.device_name].filter(Boolean).join(" · ")),
+    row.append(name, make("td", (w.status || "") + (w.drained ? ", drained" : "")), make("td", ranges(w.layers) || "idle"), make("td", [w.device, w.device_name].filter(Boolean).join(" · ")),
       make("td", `${w.host || ""}${w.pid ? ", " + w.pid : ""}`), make("td", w.rss ? size(w.rss) : "", "right"),
       make("td", w.num_sequences === undefined ? "" : String(w.num_sequences), "right"), last);
     return row;
@@ -247,9 +252,10 @@ async function wishFor(path, body) {
   const said = at("said");
   try {
     const {id} = await ask(path, {method: "POST", headers: {"Content-Type": "application/json"}, body: JSON.stringify(body)});
-    said.textContent = `change ${id} accepted`;
+    const text = id ? `change ${id} accepted` : "done";
+    said.textContent = text;
     said.className = "quiet";
-    setTimeout(() => { if (said.textContent === `change ${id} accepted`) said.textContent = ""; }, LINGER_MS);
+    setTimeout(() => { if (said.textContent === text) said.textContent = ""; }, LINGER_MS);
     if (!isListening) refresh();
   } catch (error) {
     said.textContent = error.message;

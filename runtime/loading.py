@@ -90,6 +90,7 @@ class Loader:
             ModelError: when the model cannot be read.
             MemoryError, RuntimeError: when it does not fit.
         """
+        self._wait_for(self._shadow)
         spec = self._open(load)
         assert self._builder is not None
         self._builder.rest = lambda: None
@@ -222,23 +223,37 @@ class Loader:
 
     def shadow(self, load: Load, keys: Sequence[UnitKey], transition: int, pace: Pace) -> None:
         self.cancel_shadow()
-        with self._lock:
-            self._shadow_token += 1
-            token = self._shadow_token
+        before, token = self._shadow, self._shadow_token
         self._shadow = threading.Thread(
-            target=self._load_shadow, args=(load, keys, transition, pace, token), name="shadow", daemon=True
+            target=self._load_shadow, args=(load, keys, transition, pace, token, before), name="shadow", daemon=True
         )
         self._shadow.start()
 
     def cancel_shadow(self) -> None:
-        """Stop a shadow's loading; waits for the unit being built."""
+        """Nothing more of a shadow arrives. The unit that is being built is finished and dropped; nobody waits for that here, as a
+        disk that hangs must not hold up steps, but whoever builds next does. (Where graphs are captured, they are waited for.)"""
         with self._lock:
             self._shadow_token += 1
-        thread, self._shadow = self._shadow, None
+        if self.queued is not None:
+            self._wait_for(self._shadow)
+
+    def _wait_for(self, thread: threading.Thread | None) -> None:
+        """Until `thread` builds nothing any more."""
         if thread is not None and thread is not threading.current_thread():
             thread.join()
 
-    def _load_shadow(self, load: Load, keys: Sequence[UnitKey], transition: int, pace: Pace, token: int) -> None:
+    def _load_shadow(
+        self,
+        load: Load,
+        keys: Sequence[UnitKey],
+        transition: int,
+        pace: Pace,
+        token: int,
+        before: threading.Thread | None,
+    ) -> None:
+        self._wait_for(before)
+        if token != self._shadow_token:
+            return
         started_s = time.perf_counter()
         if pace.is_idle:
             thread_gives_way()
@@ -248,7 +263,8 @@ class Loader:
             with self.queued.loading() if self.queued is not None else contextlib.nullcontext():
                 peer_bytes = self._load_units(load, keys, transition, pace, token)
         except Exception as problem:
-            log.exception("loading the shadow of transition %d failed", transition)
+            if token == self._shadow_token:
+                log.exception("loading the shadow of transition %d failed", transition)
             error = problem
         if token == self._shadow_token and peer_bytes is not None:
             self.on_shadow(transition, time.perf_counter() - started_s, peer_bytes, error)

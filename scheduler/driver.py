@@ -61,6 +61,7 @@ from scheduler.state import (
     Looked,
     PeerDown,
     Report,
+    Resume,
     SchedulerState,
     Send,
     SendStep,
@@ -252,6 +253,7 @@ class Driver:
                 "name": name,
                 "status": worker.status,
                 "layers": list(layout.layers_of(name)) if layout else [],
+                "drained": worker.drained,
                 "host": worker.info.host,
                 "pid": worker.info.pid,
                 "device": worker.info.device,
@@ -389,12 +391,24 @@ class Driver:
         state = self._state
         if state.layout is None:
             raise Refused(f"the server is {state.status.replace('_', ' ')}; a worker is drained while it serves")
-        names = state.members.in_order()
-        if name not in names:
-            raise LayoutError(f"there is no worker {name!r}; there are {', '.join(names)}", "worker")
-        if len(names) == 1:
+        self._check_worker(name)
+        if len(state.members.workers) == 1:
             raise Refused(f"{name} is the only worker; start another one first")
         return self._change(Drained(name), wish)
+
+    def resume_worker(self, name: str) -> None:
+        """Let a drained worker have layers again; nothing happens to one that is not.
+
+        Raises:
+            LayoutError: there is no such worker.
+        """
+        self._check_worker(name)
+        self._handle(Resume(name, self._loop.time()))
+
+    def _check_worker(self, name: str) -> None:
+        names = self._state.members.in_order()
+        if name not in names:
+            raise LayoutError(f"there is no worker {name!r}; there are {', '.join(names)}", "worker")
 
     def abort_change(self, change: int) -> bool:
         """Abort a change that is queued or has not flipped anything, or leave one that is being aborted to it.

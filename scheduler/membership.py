@@ -5,6 +5,7 @@ of a worker; a restarted worker joins under another name and says whom it replac
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -47,6 +48,8 @@ class Worker:
     rss: int = 0
     pages_used: int = 0
     num_sequences: int = 0
+    drained: bool = False
+    """An operator has taken everything off it; it gets layers again when one says so, or when there is no other worker."""
 
     def advance(self, action: str) -> None:
         following = _NEXT.get((self.status, action))
@@ -85,6 +88,23 @@ class Membership:
     def in_order(self) -> list[WorkerName]:
         """The order in which workers become stages: by name, numbers by value (w2 before w10)."""
         return sorted(self.workers, key=_natural)
+
+    def drain(self, name: WorkerName) -> None:
+        if name in self.workers:
+            self.workers[name].drained = True
+
+    def resume(self, names: Iterable[WorkerName]) -> None:
+        for name in names:
+            self.workers[name].drained = False
+
+    def drained(self) -> set[WorkerName]:
+        return {name for name, worker in self.workers.items() if worker.drained}
+
+    def to_serve(self, num_stages: int) -> list[WorkerName]:
+        """In their order, the workers for `num_stages` stages, or as many as there are: drained ones only if there is nobody else."""
+        drained = self.drained()
+        free = [name for name in self.in_order() if name not in drained]
+        return (free or self.in_order())[: max(1, num_stages)]
 
     def all_ready(self, names: tuple[WorkerName, ...], epoch: Epoch) -> bool:
         return all(

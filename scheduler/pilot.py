@@ -214,11 +214,14 @@ class Pilot:
         return step_prices(self.facts, layout, speeds, load)
 
     def devices(self, head: Head) -> list[Device]:
-        """Every worker that is there, and what it may use for weights and KV."""
+        """Every worker that may have layers or has some, and what it may use for weights and KV."""
         found = []
+        serving = head.layout.workers if head.layout is not None else ()
         same_host = head.members.same_host()
         for name in head.members.in_order():
             worker = head.members.workers[name]
+            if worker.drained and name not in serving:
+                continue
             share = self._fraction / same_host[name]
             pages = worker.num_pages * self._block_size * self._spec.kv_bytes_per_token_layer()
             kv_bytes = pages or self._kv_bytes or round(worker.info.memory_available * share)

@@ -44,7 +44,7 @@ from scheduler.lanes import Opening
 from scheduler.membership import Membership
 from scheduler.room import KvRoom
 from scheduler.transition import ABORTABLE, NEXT_PHASES, Phase, Refused, Report, Snapshot, Strategy, describe
-from scheduler.wishes import Wish
+from scheduler.wishes import Drained, Wish
 
 MAX_QUEUED = 16
 MAX_REPORTS = 64
@@ -479,7 +479,16 @@ class Reconfiguration:
         running = self._head.batcher.num_running
         self._keep(Report(change.id, change.strategy, shown, shown, epoch, epoch, sequences_at_start=running))
         self._end_report(self.reports[change.id], "committed", "the layout was this one already")
+        self._mark(change)
         self._head.note(f"transition {change.id} committed: the layout is {present.brief()} already")
+
+    def _mark(self, change: Change) -> None:
+        """What an operator drained stays so, until a layout that was asked for names it."""
+        match change.wish:
+            case Drained(worker):
+                self._head.members.drain(worker)
+            case Layout():
+                self._head.members.resume(change.wish.workers)
 
     def _start_hop(self, course: _Course, old: Layout) -> None:
         head, change = self._head, course.change
@@ -537,6 +546,8 @@ class Reconfiguration:
         report.recomputed_tokens = self._recomputed() - course.recomputed_before
         report.total_s = head.now_s - course.began_s
         self._end_report(report, outcome, why)
+        if outcome == "committed":
+            self._mark(course.change)
         after = f" after {report.total_s:.3f} s" if outcome == "committed" else ""
         what = head.layout.brief() if outcome == "committed" else why
         head.note(f"transition {report.id} {outcome}{after}: {what}")

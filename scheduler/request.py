@@ -225,6 +225,10 @@ class Engine(Protocol):
         """Move everything off a worker; the id of the change. `wish` has options only. Raises as `change_layout`."""
         ...
 
+    def resume_worker(self, name: str) -> None:
+        """Let a drained worker have layers again. Raises `scheduler.wishes.LayoutError` when there is no such worker."""
+        ...
+
     def abort_change(self, change: int) -> bool:
         """Abort a change that is queued or has not flipped anything, or leave one that is being aborted to it.
 

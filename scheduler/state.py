@@ -126,6 +126,14 @@ class AbortChange:
 
 
 @dataclass(frozen=True, slots=True)
+class Resume:
+    """A drained worker may get layers again."""
+
+    worker: WorkerName
+    now_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class SetAutopilot:
     mode: Mode
     now_s: float
@@ -141,7 +149,7 @@ class Looked:
 
 
 Event: TypeAlias = (
-    Looked | Submit | Cancel | FromWorker | PeerDown | Tick | Drain | ChangeLayout | AbortChange | SetAutopilot
+    Looked | Submit | Cancel | FromWorker | PeerDown | Tick | Drain | ChangeLayout | AbortChange | Resume | SetAutopilot
 )
 
 # -- effects --------------------------------------------------------------------------------------------------
@@ -299,6 +307,10 @@ class SchedulerState:
                 self.reconfiguration.cancel(event.change, "the operator aborted it")
             case Looked():
                 self._looked(event, effects)
+            case Resume():
+                if event.worker in self.members.workers:
+                    self.members.resume([event.worker])
+                    effects.append(Report("info", f"worker {event.worker} may have layers again"))
             case SetAutopilot():
                 self.pilot.autopilot.set_mode(event.now_s, event.mode)
             case _:
@@ -453,7 +465,9 @@ class SchedulerState:
         """Begin what the autopilot decides."""
         pilot = self.pilot
         decision = pilot.heard(self, event.question, event.answer)
-        if decision is not None and self.status == "serving" and not self.draining:
+        if decision is not None and (drained := self.members.drained() & set(decision.layout.workers)):
+            pilot.autopilot.failed(self.now_s, decision.layout, f"{min(drained)} was drained meanwhile")
+        elif decision is not None and self.status == "serving" and not self.draining:
             rate = pilot.autopilot.settings.snapshot_bytes_per_s
             change = Change(self.next_change, decision.layout, "live", PILOT_DEADLINE_S, rate)
             try:
@@ -477,12 +491,12 @@ class SchedulerState:
         """Pick a layout and have it loaded, when none is chosen yet and enough workers are there."""
         if self.layout is not None or self.status == "failed":
             return
-        names = self.members.in_order()
-        if len(names) < self.cluster.num_stages:
+        names, drained = self.members.to_serve(self.cluster.num_stages), self.members.drained()
+        num_there = 0 if drained.intersection(names) else len(names) + len(drained)
+        if num_there < self.cluster.num_stages:
             waited_s = now_s - self._recovering_since_s
             if self.status != "recovering" or not names or waited_s < self.cluster.rejoin_timeout_s:
                 return
-        names = names[: self.cluster.num_stages]
         self.epoch = self.new_epoch()
         self.layout = layout_from_counts(self.epoch, names, self._counts(len(names)))
         self.open_layout(self.layout)
@@ -503,7 +517,7 @@ class SchedulerState:
     def _counts(self, num_stages: int) -> tuple[int, ...]:
         if self.cluster.layers is not None and len(self.cluster.layers) == num_stages:
             return self.cluster.layers
-        return self.balanced(self.members.in_order()[:num_stages])
+        return self.balanced(self.members.to_serve(num_stages))
 
     def balanced(self, names: Sequence[WorkerName]) -> tuple[int, ...]:
         """Layers per stage that keep these workers, in this order, equally busy under the usual traffic."""
@@ -584,15 +598,18 @@ class SchedulerState:
         """
         present = self.reconfiguration.last_wanted or self.layout
         assert present is not None, "a wish is looked at while a layout serves"
-        return resolve(wish, present, self.members.in_order(), self.balanced)
+        return self._resolve(wish, present)
 
     def resolve(self, wish: Wish) -> Layout:
         """What `wish` means now that its turn has come. Raises `Refused` when there are too few workers for it."""
         assert self.layout is not None, "changes begin while a layout serves"
         try:
-            return resolve(wish, self.layout, self.members.in_order(), self.balanced)
+            return self._resolve(wish, self.layout)
         except LayoutError as error:
             raise Refused(str(error)) from None
+
+    def _resolve(self, wish: Wish, present: Layout) -> Layout:
+        return resolve(wish, present, self.members.in_order(), self.members.drained(), self.balanced)
 
     @property
     def spec(self) -> ModelSpec:

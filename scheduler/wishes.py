@@ -8,7 +8,7 @@ What counts and drains mean depends on the layout that they change. So a wish is
 another change, and is resolved against the layout that it finds when its turn comes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, assert_never
 
@@ -28,14 +28,14 @@ class LayoutError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """So many layers for each of the workers that serve, in their order, and then for idle ones."""
+    """So many layers for each of the workers that serve, in their order, and then for idle ones that are not drained."""
 
     counts: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Drained:
-    """Nothing on `worker`; what it had is balanced over the other ones that serve."""
+    """Nothing on `worker` from now on; what it had is balanced over the other ones that serve."""
 
     worker: WorkerName
 
@@ -63,9 +63,10 @@ def resolve(
     wish: Wish,
     present: Layout,
     workers: Sequence[WorkerName],
+    drained: Collection[WorkerName],
     balanced: Callable[[Sequence[WorkerName]], Sequence[int]],
 ) -> Layout:
-    """The layout that `wish` means where `present` serves and `workers` are there, in their order.
+    """The layout that `wish` means where `present` serves and `workers` are there, in their order, some of them drained.
 
     `balanced` gives the layers that keep workers equally busy.
 
@@ -76,9 +77,9 @@ def resolve(
         case Layout():
             return wish
         case Counts():
-            return _from_counts(wish.counts, present, workers)
+            return _from_counts(wish.counts, present, workers, drained)
         case Drained():
-            return _without(wish.worker, present, workers, balanced)
+            return _without(wish.worker, present, workers, drained, balanced)
         case _:
             assert_never(wish)
 
@@ -87,26 +88,35 @@ def _without(
     name: WorkerName,
     present: Layout,
     workers: Sequence[WorkerName],
+    drained: Collection[WorkerName],
     balanced: Callable[[Sequence[WorkerName]], Sequence[int]],
 ) -> Layout:
-    """A layout over the other workers of `present`, or over an idle one when there is no other."""
+    """A layout over the other workers of `present`, or over an idle one that is not drained when there is no other."""
     if name not in present.workers:
         return present
     rest = [worker for worker in present.workers if worker != name and worker in workers]
-    rest = rest or [worker for worker in workers if worker != name][:1]
+    rest = rest or [worker for worker in workers if worker != name and worker not in drained][:1]
     if not rest:
-        raise LayoutError(f"{name} is the only worker; start another one first", "worker")
+        raise LayoutError(f"{name} is the only worker; start another one first{_drained(drained)}", "worker")
     return layout_from_counts(0, rest, balanced(rest))
 
 
-def _from_counts(counts: tuple[int, ...], present: Layout, workers: Sequence[WorkerName]) -> Layout:
+def _from_counts(
+    counts: tuple[int, ...], present: Layout, workers: Sequence[WorkerName], drained: Collection[WorkerName]
+) -> Layout:
     chain = [name for name in present.workers if name in workers]
-    chain += [name for name in workers if name not in chain]
+    chain += [name for name in workers if name not in chain and name not in drained]
     if len(counts) > len(chain):
         raise LayoutError(
-            f"layers: {len(counts)} stages are asked for, {len(chain)} workers are here ({', '.join(chain)})", "layers"
+            f"layers: {len(counts)} stages are asked for, {len(chain)} workers are here ({', '.join(chain)})"
+            f"{_drained(drained)}",
+            "layers",
         )
     return layout_from_counts(0, chain[: len(counts)], counts)
+
+
+def _drained(names: Collection[WorkerName]) -> str:
+    return f"; {', '.join(sorted(names))} drained: resume it, or name it in a layout" if names else ""
 
 
 def _read_counts(counts: Any, num_layers: int) -> Counts:

@@ -143,7 +143,7 @@ async def stop_in_shadow(session: aiohttp.ClientSession, server: Faulty, **optio
 
 
 async def test_queued_wishes_are_for_the_layout_that_they_find(faulty: Faulty) -> None:
-    """Two workers are drained in a row, and counts that wait behind are for those that serve then."""
+    """Two workers are drained in a row, and counts that wait behind are for those that serve then, and may serve."""
     async with streams(faulty) as session:
         long = asyncio.ensure_future(generate(session, faulty, PROMPTS[0], LONG))
         await goes_on(faulty)
@@ -151,17 +151,24 @@ async def test_queued_wishes_are_for_the_layout_that_they_find(faulty: Faulty) -
         queued = [
             await ask_for(session, faulty, {"queue": True}, "workers/w0/drain"),
             await ask_for(session, faulty, {"queue": True}, "workers/w1/drain"),
-            await ask_for(session, faulty, {"queue": True, "layers": [3, 1]}),
+            await ask_for(session, faulty, {"queue": True, "layers": [2, 1, 1]}),
+            await ask_for(session, faulty, {"queue": True, "layers": [4]}),
         ]
         status, answer = await ask(session, "POST", f"{faulty.url}/admin/layout", {"queue": True, "layers": [3, 2]})
         assert (status, answer["error"]["param"]) == (400, "layers"), "what makes no sense is not queued"
-        assert [report_of(faulty, change)["outcome"] for change in queued] == ["queued"] * 3
+        assert [report_of(faulty, change)["outcome"] for change in queued] == ["queued"] * 4
         assert not long.done()
         long.cancel()
         reports = [await report(faulty, change) for change in (holding, *queued)]
-    assert [ended["outcome"] for ended in reports] == ["committed"] * 4
-    targets = [[stage["worker"] for stage in ended["target"]] for ended in reports]
-    assert targets == [["w0", "w1", "w2"], ["w1", "w2"], ["w2"], ["w2", "w0"]]
+    assert [ended["outcome"] for ended in reports] == ["committed"] * 3 + ["refused", "committed"]
+    assert "3 stages are asked for" in reports[3]["why"]
+    assert reports[3]["why"].endswith("; w0, w1 drained: resume it, or name it in a layout")
+    reached = [[stage["worker"] for stage in ended["reached"]] for ended in reports]
+    assert reached == [["w0", "w1", "w2"], ["w1", "w2"], ["w2"], ["w2"], ["w2"]]
+    status, answer = faulty.post("/admin/layout?wait=true", {"layers": [2, 1, 1]})
+    assert (status, answer["error"]["param"]) == (400, "layers"), "both are drained"
+    assert faulty.post("/admin/workers/w0/resume", {}) == (200, {"name": "w0", "drained": False})
+    assert faulty.post("/admin/layout?wait=true", {"layers": [3, 1]})[1]["outcome"] == "committed"
     assert owners(faulty) == [("w2", [0, 3]), ("w0", [3, 4])]
     epoch = faulty.get("/admin/layout")[1]["epoch"]
     for wish in ({"layers": [3, 1]}, {"layers": [3, 1], "strategy": "stop-copy"}):
@@ -171,6 +178,8 @@ async def test_queued_wishes_are_for_the_layout_that_they_find(faulty: Faulty) -
     status, ended = faulty.post("/admin/workers/w1/drain?wait=true", {})
     assert (status, ended["outcome"], ended["target_epoch"]) == (200, "committed", epoch), "w1 serves nothing"
     assert faulty.get("/admin/layout")[1]["epoch"] == epoch
+    assert {worker["name"] for worker in faulty.get("/admin/workers")[1]["workers"] if worker["drained"]} == {"w1"}
+    faulty.post("/admin/workers/w1/resume", {})
 
 
 def test_a_worker_that_stood_still_starts_again(faulty: Faulty) -> None:

@@ -168,11 +168,18 @@ async def test_a_worker_is_drained(own: Server) -> None:
     status, report = own.post(f"/admin/workers/{name}/drain?wait=true", {})
     assert (status, report["outcome"]) == (200, "committed")
     assert name not in [worker for worker, _ in owners(own)]
-    workers = {worker["name"]: worker["layers"] for worker in own.get("/admin/workers")[1]["workers"]}
+    shown = {worker["name"]: worker for worker in own.get("/admin/workers")[1]["workers"]}
+    workers = {worker: view["layers"] for worker, view in shown.items()}
     assert workers[name] == []
+    assert [worker for worker, view in shown.items() if view["drained"]] == [name]
+    rest = [worker for worker in shown if worker != name]
+    stages = [{"worker": rest[0], "layers": [0, 3]}, {"worker": name, "layers": [3, 4]}]
+    assert own.post("/admin/layout?wait=true", {"stages": stages})[1]["outcome"] == "committed"
+    assert not any(worker["drained"] for worker in own.get("/admin/workers")[1]["workers"]), "it was named"
     assert sorted(layer for layers in workers.values() for layer in layers) == [0, 1, 2, 3]
-    status, answer = own.post("/admin/workers/w9/drain", {})
-    assert (status, answer["error"]["param"]) == (404, "worker")
+    for action in ("drain", "resume"):
+        status, answer = own.post(f"/admin/workers/w9/{action}", {})
+        assert (status, answer["error"]["param"]) == (404, "worker")
     assert own.audit()["problems"] == []
 
 

@@ -160,6 +160,11 @@ class ScriptedEngine:
     def drain_worker(self, name: str, wish: dict[str, Any]) -> int:
         return self.change_layout({"drain": name, **wish})
 
+    def resume_worker(self, name: str) -> None:
+        if self.refusal is not None:
+            raise self.refusal
+        self.wishes.append({"resume": name})
+
     def abort_change(self, change: int) -> bool:
         report = self.reports.get(change)
         if report is None or report["outcome"] != "running" or report["phases_s"].get("flip"):

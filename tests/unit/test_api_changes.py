@@ -118,8 +118,9 @@ async def test_a_worker_is_drained(api: Api) -> None:
     status, answer = await api.post("/admin/workers/w1/drain", {"layers": [4]})
     assert (status, answer["error"]["param"]) == (400, "layers")
     api.engine.refusal = LayoutError("there is no worker 'w9'; there are w0, w1", "worker")
-    status, answer = await api.post("/admin/workers/w9/drain", {})
-    assert (status, answer["error"]["param"]) == (404, "worker")
+    for action in ("drain", "resume"):
+        status, answer = await api.post(f"/admin/workers/w9/{action}", {})
+        assert (status, answer["error"]["param"]) == (404, "worker")
 
 
 async def test_aborting_in_time_too_late_and_nothing(api: Api) -> None:
@@ -158,7 +159,7 @@ async def test_the_admin_key_guards_changes() -> None:
     async with serve(Text(build_tokenizer()), [1], admin_key="a") as api:
         for method, path in (
             ("POST", "/admin/layout"), ("GET", "/admin/transitions"), ("GET", "/admin/transitions/1"), ("DELETE", "/admin/transitions/1"),
-            ("POST", "/admin/workers/w0/drain"), ("GET", "/admin/events"), ("GET", "/"),
+            ("POST", "/admin/workers/w0/drain"), ("POST", "/admin/workers/w0/resume"), ("GET", "/admin/events"), ("GET", "/"),
         ):  # fmt: skip
             async with api.client.request(method, api.url + path) as response:
                 assert response.status == 401, path

@@ -20,6 +20,7 @@ from api.text import Text
 from scheduler import transition
 from scheduler.reconfiguration import Refused
 from scheduler.request import Health
+from scheduler.wishes import LayoutError
 from tests.tiny_models import build_tokenizer
 from tests.unit.api_harness import make_report, serve
 
@@ -259,6 +260,18 @@ async def test_a_change_that_came_to_nothing_is_a_failure(outcome: str) -> None:
         api.engine.end_change(1, outcome, why="no room")
         code, out, _ = await running
         assert (code, json.loads(out)["why"]) == (1, "no room")
+
+
+async def test_a_worker_is_taken_back() -> None:
+    async with serve(Text(build_tokenizer()), [1]) as api:
+        assert await run("workers", "resume", "w1", "--url", api.url) == (0, "w1 may have layers again\n", "")
+        assert api.engine.wishes == [{"resume": "w1"}]
+        api.engine.refusal = LayoutError("there is no worker 'w9'; there are w0, w1", "worker")
+        assert await run("workers", "resume", "w9", "--url", api.url) == (
+            1,
+            "",
+            "midflight: there is no worker 'w9'; there are w0, w1\n",
+        )
 
 
 async def test_a_refusal_is_one_line() -> None:

@@ -1,7 +1,10 @@
 """The page pool beside the weights: what the units of a layout leave of a worker's memory."""
 
+import queue
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +14,9 @@ from kvstore.ids import LayerRange
 from kvstore.page_pool import PagePool, PoolExhausted
 from runtime.layout import Layout, Segment
 from runtime.loading import Loader
-from runtime.member import unit_keys
+from runtime.member import Pace, unit_keys
 from runtime.messages import MIN_FREE_BYTES, Load
+from runtime.model import checkpoint
 from runtime.model.config import inspect_model
 from tests.tiny_models import NUM_LAYERS, write_tiny
 
@@ -120,3 +124,35 @@ def test_a_machine_without_such_memory_has_a_fixed_pool(tiny: Path, monkeypatch:
     pool = load(loader, load_message(tiny, split(2, 2)))
     loader.fit_pool(pool, range(NUM_LAYERS))
     assert (loader.room_bytes, pool.num_pages) == (0, BUDGET // pool.page_bytes)
+
+
+def test_a_disk_that_hangs_holds_up_neither_the_cancel_nor_what_is_there(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader, narrow, wide = loader_of(), split(2, 2), split(3, 1)
+    load(loader, load_message(tiny, narrow))
+    hangs, goes_on = threading.Event(), threading.Event()
+    read_into = checkpoint._read_into
+
+    def hang(*arguments: Any) -> None:
+        hangs.set()
+        assert goes_on.wait(60.0)
+        read_into(*arguments)
+
+    ready: queue.SimpleQueue[tuple[int, Exception | None]] = queue.SimpleQueue()
+    loader.on_shadow = lambda transition, seconds, peer_bytes, error: ready.put((transition, error))
+    pace = Pace(share=lambda: 1.0, loading_share=lambda: 1.0, is_idle=False, holders={})
+    monkeypatch.setattr(checkpoint, "_read_into", hang)
+    loader.shadow(load_message(tiny, wide), unit_keys(wide, "w0"), 1, pace)
+    assert hangs.wait(60.0)
+    loader.cancel_shadow()
+    loader.retain(unit_keys(narrow, "w0"))
+    assert sorted(loader.units.layers) == [0, 1]
+    monkeypatch.setattr(checkpoint, "_read_into", read_into)
+    loader.shadow(load_message(tiny, wide), unit_keys(wide, "w0"), 2, pace)
+    assert ready.empty(), "one builds at a time, and the first still does"
+    assert sorted(loader.units.layers) == [0, 1]
+    goes_on.set()
+    assert ready.get(timeout=60.0) == (2, None)
+    assert ready.empty(), "nobody hears of what was cancelled"
+    assert sorted(loader.units.layers) == [0, 1, 2]

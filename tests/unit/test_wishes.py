@@ -37,15 +37,29 @@ def over(names: Sequence[str]) -> Layout:
 def test_a_wish_depends_on_the_layout_that_it_finds(
     wish: Wish, present: list[str], workers: list[str], expected: list[tuple[str, int]]
 ) -> None:
-    found = resolve(wish, over(present), workers, evenly)
+    found = resolve(wish, over(present), workers, (), evenly)
     assert [(segment.worker, len(segment.layers)) for segment in found.segments] == expected
 
 
 def test_what_no_longer_can_be_says_why() -> None:
     with pytest.raises(LayoutError, match="3 stages are asked for, 2 workers are here"):
-        resolve(Counts((4, 4, 4)), over(["w0"]), ["w0", "w1"], evenly)
+        resolve(Counts((4, 4, 4)), over(["w0"]), ["w0", "w1"], (), evenly)
     with pytest.raises(LayoutError, match="w0 is the only worker"):
-        resolve(Drained("w0"), over(["w0"]), ["w0"], evenly)
+        resolve(Drained("w0"), over(["w0"]), ["w0"], (), evenly)
+
+
+def test_what_was_drained_is_left_out_unless_it_is_named() -> None:
+    def workers_of(wish: Wish, present: list[str], drained: set[str]) -> tuple[str, ...]:
+        return resolve(wish, over(present), WORKERS, drained, evenly).workers
+
+    assert workers_of(Counts((4, 4, 4)), ["w1", "w2"], {"w0"}) == ("w1", "w2", "w3")
+    assert workers_of(Counts((6, 6)), ["w0", "w2"], {"w0"}) == ("w0", "w2")  # it serves: its drain was aborted
+    assert workers_of(Drained("w1"), ["w1"], {"w0"}) == ("w2",)
+    assert workers_of(over(["w0", "w1"]), ["w1", "w2"], {"w0"}) == ("w0", "w1")
+    with pytest.raises(LayoutError, match=r"3 workers are here .w1, w2, w3.; w0 drained: resume it"):
+        resolve(Counts((3, 3, 3, 3)), over(["w1"]), WORKERS, {"w0"}, evenly)
+    with pytest.raises(LayoutError, match="w1 is the only worker; start another one first; w0 drained: resume it"):
+        resolve(Drained("w1"), over(["w1"]), ["w0", "w1"], {"w0"}, evenly)
 
 
 def test_counts_are_kept_and_stages_are_a_layout() -> None:
