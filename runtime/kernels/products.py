@@ -10,8 +10,9 @@ What is never true: a result never depends on how many rows share the product, s
 summed front to back by itself.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -28,12 +29,29 @@ DEPTH_BLOCK_BYTES = 512
 """How much of a row is summed up at once: bounds what a panel takes of the caches, and how rounding errors add up."""
 AMX_DEPTH_BLOCK_BYTES = 4096
 """The same with matrix registers, which want long ways, read from the second-level cache and sum in sixteen parts."""
-PIECE_ELEMENTS = 1 << 20
-"""How much of a weight is packed between two rests."""
+BLOCK_BYTES = 1 << 19
+"""How much of a weight is packed at a time: what was just read is still in the second-level cache."""
 PLAIN, ADD, SILU_MUL = 0, 1, 2
 """What `product` does with the sums of a row."""
 
 _ONE = np.float32(1.0)
+
+
+class Rows(Protocol):
+    """A weight ``[N, K]`` that comes in blocks of rows."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def blocks(self, num_rows: int) -> Iterator[torch.Tensor]:
+        """Its rows in order, `num_rows` at a time. A block is good until the next is asked for."""
+        ...
+
+
+Weight: TypeAlias = torch.Tensor | Rows
 
 
 @dataclass(slots=True, frozen=True)
@@ -49,34 +67,37 @@ class Packed:
         return self.data.nbytes
 
 
-def pack(weight: torch.Tensor, rest: Callable[[], None] = lambda: None) -> Packed:
+def pack(*weights: Weight, rest: Callable[[], None] = lambda: None) -> Packed:
     """Pack ``[N, K]`` (N outputs, as in `torch.nn.Linear`); N is padded with zeros to a whole panel.
 
-    `rest` is called after every million elements or so.
+    Several weights are packed as one that has the rows of all. `rest` is called between blocks of half a megabyte.
 
     Raises:
         ValueError: when K is odd.
     """
-    num_columns, depth = weight.shape
-    if depth % 2:
-        raise ValueError(f"a packed product needs an even number of inputs, got {depth}")
-    packed = _empty_panels(-(-num_columns // PANEL), weight, is_padded=num_columns % PANEL > 0)
-    rows = max(1, PIECE_ELEMENTS // (depth * PANEL)) * PANEL
-    for first in range(0, num_columns, rows):
-        _fill(packed[first // PANEL :], 0, PANEL, weight[first : first + rows])
-        rest()
-    return Packed(storage(packed.view(weight.dtype).view(-1)), num_columns, depth)
+    num_columns = sum(weight.shape[0] for weight in weights)
+    depth, dtype = weights[0].shape[1], weights[0].dtype
+    packed = _panels(num_columns, depth, dtype, PANEL)
+    first = 0
+    for weight in weights:
+        for block in _blocks(weight, PANEL):
+            _fill(packed, 0, PANEL, first, block)
+            first += len(block)
+            rest()
+    return Packed(storage(packed.view(dtype).view(-1)), num_columns, depth)
 
 
-def pack_gate_up(gate: torch.Tensor, up: torch.Tensor) -> Packed:
-    """Pack two weights ``[I, K]`` so that each panel holds half a panel of gate, then the same columns of up."""
+def pack_gate_up(gate: Weight, up: Weight, rest: Callable[[], None] = lambda: None) -> Packed:
+    """Pack two weights ``[I, K]`` so that each panel holds half a panel of gate, then the same columns of up; as `pack`."""
     half = PANEL // 2
     num_columns, depth = gate.shape
-    if depth % 2:
-        raise ValueError(f"a packed product needs an even number of inputs, got {depth}")
-    packed = _empty_panels(-(-num_columns // half), gate, is_padded=num_columns % half > 0)
-    _fill(packed, 0, half, gate)
-    _fill(packed, half, half, up)
+    packed = _panels(num_columns, depth, gate.dtype, half)
+    for begin, weight in ((0, gate), (half, up)):
+        first = 0
+        for block in _blocks(weight, half):
+            _fill(packed, begin, half, first, block)
+            first += len(block)
+            rest()
     return Packed(storage(packed.view(gate.dtype).view(-1)), num_columns, depth)
 
 
@@ -104,21 +125,41 @@ def _pack_int8(weights: tuple[torch.Tensor, ...], width: int) -> Packed:
     return Packed(packed.view(-1).numpy(), num_columns, depth)
 
 
-def _empty_panels(num_panels: int, weight: torch.Tensor, *, is_padded: bool) -> torch.Tensor:
-    """Room for panels as ``[num_panels, units of depth, PANEL]``; a unit is a pair of bfloat16, or one element."""
-    units = _units(weight)
-    make = torch.zeros if is_padded else torch.empty
-    return make(num_panels, units.shape[1], PANEL, dtype=units.dtype)
+def _blocks(weight: Weight, width: int) -> Iterable[torch.Tensor]:
+    """Of at most `BLOCK_BYTES`, but for whole panels that take `width` rows each."""
+    row_bytes = weight.shape[1] * weight.dtype.itemsize
+    num_rows = max(1, BLOCK_BYTES // (row_bytes * width)) * width
+    return weight.split(num_rows) if isinstance(weight, torch.Tensor) else weight.blocks(num_rows)
 
 
-def _fill(packed: torch.Tensor, first: int, width: int, weight: torch.Tensor) -> None:
-    """Columns [first, first + width) of each panel take the next `width` rows of `weight`."""
+def _panels(num_columns: int, depth: int, dtype: torch.dtype, width: int) -> torch.Tensor:
+    """Room for panels as ``[num_panels, units of depth, PANEL]``; a unit is a pair of bfloat16, or one element.
+
+    Raises:
+        ValueError: when `depth` is odd.
+    """
+    if depth % 2:
+        raise ValueError(f"a packed product needs an even number of inputs, got {depth}")
+    unit, num_units = (torch.int32, depth // 2) if dtype is torch.bfloat16 else (dtype, depth)
+    packed = torch.empty(-(-num_columns // width), num_units, PANEL, dtype=unit)
+    if num_columns % width:
+        packed[-1] = 0
+    return packed
+
+
+def _fill(packed: torch.Tensor, begin: int, width: int, first: int, weight: torch.Tensor) -> None:
+    """Columns [begin, begin + width) of each panel take the rows of `weight`, which are those of the whole from `first` on."""
     units = _units(weight)
+    panel, place = divmod(first, width)
+    if place:
+        head, units = units.split((min(width - place, len(units)), max(0, len(units) - (width - place))))
+        packed[panel, :, begin + place : begin + place + len(head)] = head.T
+        panel += 1
     whole, rest = divmod(len(units), width)
     panels = units[: whole * width].view(whole, width, units.shape[1])
-    packed[:whole, :, first : first + width] = panels.transpose(1, 2)
+    packed[panel : panel + whole, :, begin : begin + width] = panels.transpose(1, 2)
     if rest:
-        packed[whole, :, first : first + rest] = units[whole * width :].T
+        packed[panel + whole, :, begin : begin + rest] = units[whole * width :].T
 
 
 def _units(weight: torch.Tensor) -> torch.Tensor:

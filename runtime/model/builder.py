@@ -20,7 +20,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import torch
 
 from runtime.batch import LayerKV, StepBatch
-from runtime.model.checkpoint import ModelError, Unit
+from runtime.model.checkpoint import ModelError, Stored, Unit
 from runtime.model.config import load_config, load_transformers_config, open_weights
 from runtime.model.spec import ModelSpec
 
@@ -118,7 +118,7 @@ class UnitBuilder:
 
             if parts is not None:
                 return lean.LeanLayer.from_parts(self._config, index, parts, self._device, self._dtype)
-            return lean.LeanLayer(self._config, index, self._state(index), self._device, self._dtype, self._quantize)
+            return lean.LeanLayer(self._config, index, self._stored(index), self._device, self._dtype, self._quantize)
         return self._skeleton().layer(index, self._weights, parts)
 
     def embedding(self, parts: Parts | None = None) -> Embedding:
@@ -128,7 +128,7 @@ class UnitBuilder:
         if self.implementation == "lean":
             from runtime.model import lean
 
-            weight = (self._state("embedding") if parts is None else parts)["weight"]
+            weight = self._stored("embedding")["weight"].whole() if parts is None else parts["weight"]
             unit = lean.LeanEmbedding(weight, self._device, self._dtype)
         else:
             unit = self._skeleton().embedding(self._weights, parts)
@@ -152,9 +152,10 @@ class UnitBuilder:
         eps = self._config.rms_norm_eps
         if parts is not None:
             return lean.LeanHead.from_parts(parts, self._vocab_size, eps, self._device, self._dtype)
-        state = self._state("lm_head", () if shared is None else ("lm_head.weight",))
-        weight = state["lm_head.weight"] if shared is None else shared
-        return lean.LeanHead(state["norm.weight"], weight, eps, self._device, self._dtype, self._quantize, self.rest)
+        stored = self._stored("lm_head")
+        weight = stored["lm_head.weight"] if shared is None else shared
+        norm = stored["norm.weight"].whole()
+        return lean.LeanHead(norm, weight, eps, self._device, self._dtype, self._quantize, self.rest)
 
     def _choose(self, implementation: Implementation, spec: ModelSpec) -> Literal["lean", "transformers"]:
         if implementation == "transformers" and not spec.quantize:
@@ -185,12 +186,8 @@ class UnitBuilder:
             self._generic = GenericModel(load_transformers_config(self._folder), dtype=self._dtype, device=self._device)
         return self._generic
 
-    def _state(self, unit: Unit, without: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
-        state: dict[str, torch.Tensor] = {}
-        for name, tensor in self._weights.stream(unit, self._dtype, without, self.rest):
-            state[name] = tensor
-            self.rest()
-        return state
+    def _stored(self, unit: Unit) -> dict[str, Stored]:
+        return self._weights.stored(unit, self._dtype, self.rest)
 
     def _shared(self, other: "weakref.ref[Any] | None") -> torch.Tensor | None:
         """The weight of the unit at the other end, when the two are tied and it is alive."""

@@ -5,19 +5,23 @@ Two sources give the same thing, `Weights`: a folder of safetensors files (one f
 unit: ``self_attn.q_proj.weight`` in a layer, ``weight`` in the embedding, ``norm.weight`` and ``lm_head.weight`` in
 the head.
 
+A tensor is first only known (`Stored`). Whoever wants it as it is takes the whole; whoever puts it into another form takes it in
+blocks of rows, small enough that a block is still in the cache when it is put into place, and then it never exists as a whole.
+
 Files are read with plain positional reads, straight into the tensor that is returned. They are never mapped: pages of
 a mapped file count as resident memory of the process until the kernel takes them back, so a worker that reads 2 GB of
 layers through a mapping shows 4 GB. Bytes that a plain read leaves in the page cache are counted to nobody. A tensor
 that must change its dtype exists twice only while it is converted; nothing else is ever held twice.
 """
 
+import functools
 import hashlib
 import json
 import math
 import mmap
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
@@ -75,13 +79,31 @@ class Weights(Protocol):
         """The tensors of `unit`: relative name to something with `shape` and `numel`."""
         ...
 
-    def stream(
-        self, unit: Unit, dtype: "torch.dtype", without: Collection[str] = (), rest: Callable[[], None] = lambda: None
-    ) -> "Iterator[tuple[str, torch.Tensor]]":
-        """The tensors of `unit` but those named in `without`, one by one, on the CPU, in `dtype`, for the caller to keep.
+    def stored(self, unit: Unit, dtype: "torch.dtype", rest: Callable[[], None] = lambda: None) -> "dict[str, Stored]":
+        """The tensors of `unit`, to be read in `dtype`. `rest` is called between pieces of the reading."""
+        ...
 
-        `rest` is called between pieces of the reading.
-        """
+
+class Stored(Protocol):
+    """A tensor that has not been read yet.
+
+    Reading it raises `ModelError`: a file has vanished or is shorter than it was when it was opened.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> "torch.dtype":
+        """Of what reading gives, whatever is stored."""
+        ...
+
+    def whole(self) -> "torch.Tensor":
+        """All of it, on the CPU, for the caller to keep."""
+        ...
+
+    def blocks(self, num_rows: int) -> "Iterator[torch.Tensor]":
+        """Its rows in order, `num_rows` at a time, the last time fewer. A block is good until the next is asked for."""
         ...
 
 
@@ -147,28 +169,62 @@ class SafetensorsWeights:
                 sums[info.dtype] = sums.get(info.dtype, 0) + info.nbytes
         return FLOATS[max((dtype for dtype in sums if dtype in FLOATS), key=sums.__getitem__)]
 
-    def stream(
-        self, unit: Unit, dtype: "torch.dtype", without: Collection[str] = (), rest: Callable[[], None] = lambda: None
-    ) -> "Iterator[tuple[str, torch.Tensor]]":
-        """Read one unit in the order of the file. One tensor at a time is converted.
+    def stored(self, unit: Unit, dtype: "torch.dtype", rest: Callable[[], None] = lambda: None) -> "dict[str, Stored]":
+        """In the order of the file.
 
         Raises:
-            ModelError: a file has vanished or is shorter than it was when it was opened, or a dtype is not a float.
+            ModelError: what is stored is no float.
         """
+        found: dict[str, Stored] = {}
         for name, info in sorted(self._units[unit].items(), key=lambda item: (item[1].file, item[1].start)):
-            if name not in without:
-                yield name, self._read(info, dtype, rest)
+            if info.dtype not in FLOATS:
+                raise ModelError(
+                    f"{info.file} holds weights of dtype {info.dtype}; only floating point ones are supported"
+                )
+            found[name] = _InFile(info, dtype, rest, self._count)
+        return found
 
-    def _read(self, info: TensorInfo, dtype: "torch.dtype", rest: Callable[[], None]) -> "torch.Tensor":
+    def _count(self, num_bytes: int) -> None:
+        self.bytes_read += num_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _InFile:
+    """Of `SafetensorsWeights`."""
+
+    info: TensorInfo
+    dtype: "torch.dtype"
+    rest: Callable[[], None]
+    count: Callable[[int], None]
+    """Told how many bytes were read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.info.shape
+
+    def whole(self) -> "torch.Tensor":
+        raw = _allocate(self.shape, self._as_stored())
+        self._read(0, raw)
+        return raw if raw.dtype == self.dtype else _allocate(self.shape, self.dtype).copy_(raw)
+
+    def blocks(self, num_rows: int) -> "Iterator[torch.Tensor]":
         import torch
 
-        if info.dtype not in FLOATS:
-            raise ModelError(f"{info.file} holds weights of dtype {info.dtype}; only floating point ones are supported")
-        stored = getattr(torch, FLOATS[info.dtype])
-        tensor = _allocate(info.shape, stored)
-        _read_into(info, tensor, rest)
-        self.bytes_read += info.nbytes
-        return tensor if stored == dtype else _allocate(info.shape, dtype).copy_(tensor)
+        raw = torch.empty((min(num_rows, self.shape[0]), *self.shape[1:]), dtype=self._as_stored())
+        out = raw if raw.dtype == self.dtype else torch.empty(raw.shape, dtype=self.dtype)
+        for first in range(0, self.shape[0], num_rows):
+            count = min(num_rows, self.shape[0] - first)
+            self._read(first * math.prod(self.shape[1:]) * raw.itemsize, raw[:count])
+            yield out[:count] if out is raw else out[:count].copy_(raw[:count])
+
+    def _as_stored(self) -> "torch.dtype":
+        import torch
+
+        return getattr(torch, FLOATS[self.info.dtype])
+
+    def _read(self, offset: int, into: "torch.Tensor") -> None:
+        _read_into(self.info, offset, into, self.rest)
+        self.count(into.nbytes)
 
 
 class DummyWeights:
@@ -198,12 +254,11 @@ class DummyWeights:
     def infos(self, unit: Unit) -> Mapping[str, TensorInfo]:
         return self._units[unit]
 
-    def stream(
-        self, unit: Unit, dtype: "torch.dtype", without: Collection[str] = (), rest: Callable[[], None] = lambda: None
-    ) -> "Iterator[tuple[str, torch.Tensor]]":
-        for name, info in self._units[unit].items():
-            if name not in without:
-                yield name, self._draw(unit, name, info.shape, dtype)
+    def stored(self, unit: Unit, dtype: "torch.dtype", rest: Callable[[], None] = lambda: None) -> "dict[str, Stored]":
+        return {
+            name: _Drawn(info.shape, dtype, functools.partial(self._draw, unit, name, info.shape, dtype))
+            for name, info in self._units[unit].items()
+        }
 
     def _draw(self, unit: Unit, name: str, shape: tuple[int, ...], dtype: "torch.dtype") -> "torch.Tensor":
         import torch
@@ -225,6 +280,18 @@ class DummyWeights:
             part = whole[start : start + len(block)]
             part.copy_(block[: len(part)])
         return whole.view(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """Of `DummyWeights`."""
+
+    shape: tuple[int, ...]
+    dtype: "torch.dtype"
+    whole: "Callable[[], torch.Tensor]"
+
+    def blocks(self, num_rows: int) -> "Iterator[torch.Tensor]":
+        yield from self.whole().split(num_rows)
 
 
 def _files(folder: Path) -> dict[Path, set[str]]:
@@ -301,16 +368,16 @@ def _sample(info: TensorInfo) -> bytes:
         raise ModelError(f"cannot read {info.file}: {error}") from error
 
 
-def _read_into(info: TensorInfo, tensor: "torch.Tensor", rest: Callable[[], None]) -> None:
-    """Fill a CPU tensor's memory from the file, in pieces with a `rest` after each."""
+def _read_into(info: TensorInfo, offset: int, tensor: "torch.Tensor", rest: Callable[[], None]) -> None:
+    """Fill a CPU tensor's memory from this byte of the stored one on, in pieces with a `rest` after each."""
     import torch
 
     view = tensor.reshape(-1).view(torch.uint8).numpy().data
     try:
         with info.file.open("rb", buffering=0) as file:
             done = 0
-            while done < info.nbytes:
-                got = os.preadv(file.fileno(), [view[done : done + _PIECE_BYTES]], info.start + done)
+            while done < len(view):
+                got = os.preadv(file.fileno(), [view[done : done + _PIECE_BYTES]], info.start + offset + done)
                 if got == 0:
                     raise ModelError(f"{info.file} became shorter while it was being read; download it again")
                 done += got

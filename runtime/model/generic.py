@@ -95,7 +95,10 @@ class GenericModel:
         state: dict[str, torch.Tensor] = {}
         missing = set(wanted)
         fused: dict[str, set[tuple[int, str]]] = {}
-        for name, tensor in weights.stream(unit, self.dtype, without):
+        for name, stored in weights.stored(unit, self.dtype).items():
+            if name in without:
+                continue
+            tensor = stored.whole()
             if name not in wanted:
                 name = name.replace("block_sparse_moe.", "mlp.")
             if name in wanted:

@@ -24,12 +24,24 @@ from runtime.batch import LayerKV, StepBatch
 from runtime.cuda import fused
 from runtime.kernels import has_kernels, storage
 from runtime.kernels.layer import ROW_LENGTH, decoder_layers, layer_row, rms_norm
-from runtime.kernels.products import PANEL, PLAIN, ROW_BLOCK, pack, pack_gate_up, pack_gate_up_int8, pack_int8, product
+from runtime.kernels.products import (
+    PANEL,
+    PLAIN,
+    ROW_BLOCK,
+    pack,
+    pack_gate_up,
+    pack_gate_up_int8,
+    pack_int8,
+    product,
+)
 from runtime.kernels.quantized import GROUP, quantized_tile_address
 from runtime.kernels.tiles import tile_address
+from runtime.model.checkpoint import Stored
 
 Parts: TypeAlias = Mapping[str, torch.Tensor]
 """The tensors of a unit as it holds them, by names of its own."""
+State: TypeAlias = Mapping[str, torch.Tensor | Stored]
+"""The tensors of a unit under `transformers`' names."""
 MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn", "dynamic"})
 """`dynamic` equals `default` up to the trained context, beyond which nothing is served."""
@@ -61,7 +73,8 @@ class LeanLayer:
 
     Args:
         config: a configuration that `supports` accepts.
-        state: the layer's tensors under `transformers`' names (``self_attn.q_proj.weight``, ...), on any device.
+        state: the layer's tensors under `transformers`' names (``self_attn.q_proj.weight``, ...), on any device, or stored in the
+            serving dtype: what is packed is then read in blocks, and there at once only as a block.
         device: where the layer runs.
         dtype: the serving dtype; the tensors are cast to it.
         quantize: "int8" for weights of that kind (norms and biases stay as they are), "" for the serving dtype.
@@ -78,7 +91,7 @@ class LeanLayer:
         self,
         config: Any,
         layer_index: int,
-        state: Mapping[str, torch.Tensor],
+        state: State,
         device: torch.device | str,
         dtype: torch.dtype,
         quantize: str = "",
@@ -257,21 +270,22 @@ class LeanHead:
     def __init__(
         self,
         norm_weight: torch.Tensor,
-        weight: torch.Tensor,
+        weight: torch.Tensor | Stored,
         eps: float,
         device: torch.device | str,
         dtype: torch.dtype,
         quantize: str = "",
         rest: Callable[[], None] = lambda: None,
     ) -> None:
-        weight = weight.detach().to(device, dtype)
         check_quantize(device, dtype, quantize)
-        if has_kernels(device, dtype):
-            packed = torch.from_numpy((pack_int8(weight) if quantize else pack(weight, rest)).data)
+        if not has_kernels(device, dtype):
+            packed = _whole(weight, device, dtype)
+        elif quantize:
+            packed = torch.from_numpy(pack_int8(_whole(weight, device, dtype)).data)
         else:
-            packed = weight
+            packed = torch.from_numpy(pack(_rows(weight, dtype), rest=rest).data)
         parts = {"norm": norm_weight.detach().to(device, dtype), "weight": packed}
-        self._set_up(parts, len(weight), eps, device, dtype)
+        self._set_up(parts, weight.shape[0], eps, device, dtype)
 
     @classmethod
     def from_parts(
@@ -417,14 +431,24 @@ def _tiles_for(weight: torch.Tensor, dtype: torch.dtype) -> int:
     return choose(storage(torch.empty(0, dtype=dtype)).dtype)
 
 
-def _layer_parts(
-    layer_index: int, state: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype, quantize: str
-) -> Parts:
+def _whole(weight: torch.Tensor | Stored, device: torch.device | str, dtype: torch.dtype) -> torch.Tensor:
+    return (weight.detach() if isinstance(weight, torch.Tensor) else weight.whole()).to(device, dtype)
+
+
+def _rows(weight: torch.Tensor | Stored, dtype: torch.dtype) -> torch.Tensor | Stored:
+    """For packing: a tensor in the serving dtype, or one that is stored as it is."""
+    if isinstance(weight, torch.Tensor):
+        return weight.detach().to("cpu", dtype)
+    assert weight.dtype == dtype, f"stored weights are read in {weight.dtype}, and {dtype} is served"
+    return weight
+
+
+def _layer_parts(layer_index: int, state: State, device: torch.device, dtype: torch.dtype, quantize: str) -> Parts:
     """What a layer holds, out of its tensors under `transformers`' names."""
     check_quantize(device, dtype, quantize)
 
     def get(name: str) -> torch.Tensor:
-        return state[name].detach().to(device, dtype)
+        return _whole(state[name], device, dtype)
 
     def fused(names: tuple[str, ...], kind: str) -> torch.Tensor | None:
         found = [get(f"{name}.{kind}") for name in names if f"{name}.{kind}" in state]
@@ -435,16 +459,20 @@ def _layer_parts(
     small = {f"norm.{name}": get(f"{path}.weight") for name, path in _NORM_PATHS.items() if f"{path}.weight" in state}
     biases = {"bias.qkv": fused(qkv, "bias"), "bias.o": fused(("self_attn.o_proj",), "bias")}
     small |= {name: bias for name, bias in biases.items() if bias is not None}
-    weights = {
-        "qkv": torch.cat([get(f"{name}.weight") for name in qkv]),
-        "o": get("self_attn.o_proj.weight"),
-        "down": get("mlp.down_proj.weight"),
-    }
-    gate, up = get("mlp.gate_proj.weight"), get("mlp.up_proj.weight")
+    names = {"qkv": qkv, "o": ("self_attn.o_proj",), "down": ("mlp.down_proj",)}
+    gate_up = ("mlp.gate_proj", "mlp.up_proj")
     if not has_kernels(device, dtype):
-        return small | weights | {"gate_up": torch.cat([gate, up])}
-    one, two = (pack_int8, pack_gate_up_int8) if quantize else (pack, pack_gate_up)
-    packed = {name: one(weight) for name, weight in weights.items()} | {"gate_up": two(gate, up)}
+        names["gate_up"] = gate_up
+        return small | {part: torch.cat([get(f"{name}.weight") for name in found]) for part, found in names.items()}
+    if quantize:
+        packed = {
+            part: pack_int8(torch.cat([get(f"{name}.weight") for name in found])) for part, found in names.items()
+        }
+        packed["gate_up"] = pack_gate_up_int8(*(get(f"{name}.weight") for name in gate_up))
+    else:
+        rows = {name: _rows(state[f"{name}.weight"], dtype) for found in (*names.values(), gate_up) for name in found}
+        packed = {part: pack(*(rows[name] for name in found)) for part, found in names.items()}
+        packed["gate_up"] = pack_gate_up(*(rows[name] for name in gate_up))
     return small | {name: torch.from_numpy(weight.data) for name, weight in packed.items()}
 
 

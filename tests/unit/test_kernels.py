@@ -86,6 +86,20 @@ def test_a_row_of_a_product_has_the_same_bits_alone(case):
     assert torch.equal(together, alone)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heights", [(576, 192, 192), (5, 40, 3), (PANEL - 1, 2), (300, 100, 7)])
+def test_weights_are_packed_as_one(heights: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Whatever their heights are: several blocks of each, and edges inside a panel."""
+    weights = [torch.randn(height, 4096, dtype=dtype) for height in heights]
+    together, one = pack(*weights), pack(torch.cat(weights))
+    assert (together.num_columns, together.depth) == (one.num_columns, one.depth) == (sum(heights), 4096)
+    assert np.array_equal(together.data, one.data)
+    padded = torch.nn.functional.pad(torch.cat(weights), (0, 0, 0, -sum(heights) % PANEL))
+    unit = 4 // dtype.itemsize
+    panels = padded.view(-1, PANEL, 4096 // unit, unit).transpose(1, 2)
+    assert np.array_equal(one.data, storage(panels.contiguous().view(-1)))
+
+
 def test_packed_weights_are_whole_panels_and_no_more():
     packed = pack(torch.randn(PANEL + 1, 6, dtype=torch.float32))
     assert packed.nbytes == 2 * PANEL * 6 * 4

@@ -8,8 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from runtime.model.checkpoint import DummyWeights, ModelError, SafetensorsWeights, unit_of
+from runtime.model.checkpoint import DummyWeights, ModelError, SafetensorsWeights, Unit, Weights, unit_of
 from tests.tiny_models import NUM_LAYERS, write_tiny
+
+
+def read_unit(weights: Weights, unit: Unit, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    return {name: stored.whole() for name, stored in weights.stored(unit, dtype).items()}
+
 
 UNITS = ["embedding", *range(NUM_LAYERS), "lm_head"]
 
@@ -25,7 +30,7 @@ def test_every_tensor_arrives_in_its_unit(sharded: bool, tmp_path: Path):
     weights = open_tiny(folder)
     seen = 0
     for unit in UNITS:
-        for name, tensor in weights.stream(unit, torch.float32):
+        for name, tensor in read_unit(weights, unit).items():
             full = {"embedding": "model.embed_tokens.", "lm_head": "" if name.startswith("lm") else "model."}
             assert torch.equal(tensor, expected[full.get(unit, f"model.layers.{unit}.") + name])
             seen += 1
@@ -37,19 +42,32 @@ def test_only_what_is_asked_for_is_read(tmp_path: Path):
     assert weights.bytes_read == 0
     for count, unit in enumerate([2, 3, "lm_head"], start=1):
         before = weights.bytes_read
-        tensors = dict(weights.stream(unit, torch.bfloat16))
+        tensors = read_unit(weights, unit, torch.bfloat16)
         assert weights.bytes_read - before == sum(4 * tensor.numel() for tensor in tensors.values())
         assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}, count
-    before = weights.bytes_read
-    assert "lm_head.weight" not in dict(weights.stream("lm_head", torch.float32, without=("lm_head.weight",)))
+    before, head = weights.bytes_read, weights.stored("lm_head", torch.float32)
+    assert weights.bytes_read == before, "known is not read"
+    head["norm.weight"].whole()
     assert weights.bytes_read - before == 4 * 64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_rows", [1, 7, 64, 1000])
+def test_blocks_are_the_whole_in_order(num_rows: int, dtype: torch.dtype, tmp_path: Path):
+    tiny, drawn = open_tiny(write_tiny("llama", tmp_path)), DummyWeights(SHAPES, std=0.02, tied_embeddings=False)
+    for weights, unit in ((tiny, 1), (drawn, "embedding")):
+        for name, stored in weights.stored(unit, dtype).items():
+            blocks = [block.clone() for block in stored.blocks(num_rows)]
+            assert {len(block) for block in blocks[:-1]} <= {num_rows}, name
+            assert torch.equal(torch.cat(blocks), stored.whole()), name
+            assert stored.whole().dtype == stored.dtype == dtype
 
 
 def test_a_tied_head_takes_the_embeddings_weight(tmp_path: Path):
     weights = open_tiny(write_tiny("llama_tied", tmp_path), tied=True)
     assert torch.equal(
-        dict(weights.stream("lm_head", torch.float32))["lm_head.weight"],
-        dict(weights.stream("embedding", torch.float32))["weight"],
+        read_unit(weights, "lm_head")["lm_head.weight"],
+        read_unit(weights, "embedding")["weight"],
     )
     with pytest.raises(ModelError, match=r"no lm_head\.weight and the config does not tie it"):
         open_tiny(tmp_path, tied=False)
@@ -69,14 +87,14 @@ def test_weights_that_are_no_floats_are_an_error(tmp_path: Path):
     tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(128, 64, dtype=torch.int8)
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ModelError, match="weights of dtype I8"):
-        dict(open_tiny(tmp_path).stream(1, torch.float32))
+        read_unit(open_tiny(tmp_path), 1)
 
 
 def test_a_file_that_vanishes_is_an_error(tmp_path: Path):
     weights = open_tiny(write_tiny("llama", tmp_path))
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"cannot read .*model\.safetensors"):
-        dict(weights.stream(0, torch.float32))
+        read_unit(weights, 0)
 
 
 def test_the_peak_is_one_unit(tmp_path: Path):
@@ -94,7 +112,7 @@ torch.ones(1 << 20)
 peak = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 before, kept = peak(), []
 for layer in range(8):
-    unit = dict(weights.stream(layer, torch.float32))
+    unit = {{name: stored.whole() for name, stored in weights.stored(layer, torch.float32).items()}}
     if layer in (3, 4):
         kept.append(unit)
     del unit
@@ -115,7 +133,7 @@ SHAPES = {
 def test_random_weights_depend_on_seed_and_name_alone():
     def read(seed: int, order: list) -> dict:
         weights = DummyWeights(SHAPES, std=0.02, tied_embeddings=False, seed=seed)
-        return {(unit, name): tensor for unit in order for name, tensor in weights.stream(unit, torch.float32)}
+        return {(unit, name): tensor for unit in order for name, tensor in read_unit(weights, unit).items()}
 
     forward, backward, other = read(0, list(SHAPES)), read(0, list(SHAPES)[::-1]), read(1, list(SHAPES))
     assert all(torch.equal(tensor, backward[key]) for key, tensor in forward.items())
@@ -130,5 +148,5 @@ def test_random_weights_depend_on_seed_and_name_alone():
 
 def test_random_ends_are_one_when_tied():
     weights = DummyWeights(SHAPES, std=0.02, tied_embeddings=True)
-    embedding, head = dict(weights.stream("embedding", torch.float32)), dict(weights.stream("lm_head", torch.float32))
+    embedding, head = read_unit(weights, "embedding"), read_unit(weights, "lm_head")
     assert torch.equal(embedding["weight"], head["lm_head.weight"])
