@@ -7,28 +7,24 @@ Where both carry a row the mirror's is the newer one, and what the target has it
 
 Steps are known by their ordinals, and their rows are put in place in that order, whatever order they arrive in. Rows that were
 collected over some steps are read after the last of them: a row that two of them wrote is there twice, as the later one left it.
-`Incoming.is_complete_through` says whether the mirror is whole up to a step, which is all that a reader must check. Checksums (CRC-32 of the bytes) go with every message and are compared on arrival.
+`Incoming.is_complete_through` says whether the mirror is whole up to a step, which is all that a reader must check. Checksums go with every message and are compared on arrival.
+
+A row and a page are each one run of bytes, and are gathered and placed as such: by element, as indexing does, takes four times as long.
 
 Never true: a row changes after it was mirrored; a snapshot page replaces a mirrored row; the rows of a
 step replace those of a later one.
 """
 
-import zlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
-from kvstore.page_pool import NO_PAGE, PagePool
+from kvstore.page_pool import NO_PAGE, PagePool, checksum
 
 
 class TransferError(Exception):
     """What arrived is not what was sent."""
-
-
-def checksum(tensor: torch.Tensor) -> int:
-    """CRC-32 of the bytes of a contiguous tensor."""
-    return zlib.crc32(tensor.view(torch.uint8).cpu().numpy().data) if tensor.numel() else 0
 
 
 class Outgoing:
@@ -44,9 +40,9 @@ class Outgoing:
 
     def rows(self, blocks: np.ndarray, offsets: np.ndarray) -> torch.Tensor:
         """The KV rows at (``blocks[i]``, ``offsets[i]``): ``[num_layers, T, 2, num_kv_heads, head_dim]``, a copy."""
-        device = self._pool.data.device
-        pages = self._pool.pages_of(self._layers, blocks)
-        return self._pool.data[_index(pages, device), :, _index(offsets, device)]
+        data = self._pool.data
+        rows = _as_rows(data).index_select(0, _row_numbers(self._pool, self._layers, blocks, offsets))
+        return rows.view(len(self._layers), len(blocks), 2, *data.shape[3:])
 
     def pages(self, blocks: np.ndarray) -> torch.Tensor:
         """Whole pages, ``[num_layers, num_blocks, 2, block_size, num_kv_heads, head_dim]``, a copy.
@@ -59,7 +55,8 @@ class Outgoing:
             table = self._pool.page_of(layer)
             known = blocks < len(table)
             row[known] = table[blocks[known]]
-        result = self._pool.data[_index(np.maximum(pages, 0), device)]
+        result = self._pool.data.index_select(0, _index(np.maximum(pages, 0).ravel(), device))
+        result = result.view(*pages.shape, *result.shape[1:])
         if (missing := pages == NO_PAGE).any():
             result[torch.from_numpy(missing).to(device)] = 0
         return result
@@ -123,9 +120,8 @@ class Incoming:
 
     def _write_rows(self, blocks: np.ndarray, offsets: np.ndarray, rows: torch.Tensor) -> None:
         self._pool.ensure(blocks, self._layers)
-        pages = self._pool.pages_of(self._layers, blocks)
-        device = self._pool.data.device
-        self._pool.data[_index(pages, device), :, _index(offsets, device)] = self._to_device(rows)
+        numbers = _row_numbers(self._pool, self._layers, blocks, offsets)
+        _place(_as_rows(self._pool.data), numbers, self._to_device(rows))
         self.mark_newer(blocks, offsets)
         self.row_bytes += rows.nbytes
 
@@ -157,7 +153,7 @@ class Incoming:
         pages = self._to_device(pages)
         mine = self._pool.pages_of(self._layers, blocks)
         if not touched.any():
-            self._pool.data[_index(mine, device)] = pages
+            self._pool.data.index_copy_(0, _index(mine.ravel(), device), pages.flatten(0, 1))
         else:
             self._pool.data[_index(mine[:, ~touched], device)] = pages[:, _index(np.flatnonzero(~touched), device)]
             for position in np.flatnonzero(touched):
@@ -171,6 +167,26 @@ def _verify(tensor: torch.Tensor, expected: int, what: str) -> None:
     found = checksum(tensor)
     if found != expected:
         raise TransferError(f"{what} arrived damaged: checksum {found:08x}, sent {expected:08x}")
+
+
+def _as_rows(data: torch.Tensor) -> torch.Tensor:
+    """Pages ``[num_pages, 2, block_size, num_kv_heads, head_dim]`` as the K or V of a token each, ``[rows, elements]``."""
+    return data.view(-1, data.shape[3] * data.shape[4])
+
+
+def _row_numbers(pool: PagePool, layers: Sequence[int], blocks: np.ndarray, offsets: np.ndarray) -> torch.Tensor:
+    """Which of `_as_rows` the slots (``blocks[i]``, ``offsets[i]``) are, ``[num_layers * T * 2]``."""
+    pages = pool.pages_of(layers, blocks).astype(np.int64)
+    first = pages * (2 * pool.block_size) + offsets
+    return _index(np.stack((first, first + pool.block_size), axis=-1).ravel(), pool.data.device)
+
+
+def _place(there: torch.Tensor, numbers: torch.Tensor, rows: torch.Tensor) -> None:
+    """Rows into their places, in the largest elements that they are made of: it goes by element."""
+    rows = rows.view(len(numbers), there.shape[1])
+    if all(size * there.itemsize % 8 == 0 for size in (there.shape[1], there.storage_offset(), rows.storage_offset())):
+        there, rows = there.view(torch.int64), rows.view(torch.int64)
+    there.index_copy_(0, numbers, rows)
 
 
 def _index(values: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from kvstore.ids import WorkerName
-from kvstore.transfers import checksum
+from kvstore.page_pool import checksum
 from runtime.messages import Fetch, Weights
 
 SLICE_BYTES = 1 << 20

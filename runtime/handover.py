@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from kvstore.ids import Epoch, SequenceId, WorkerName
-from kvstore.page_pool import PagePool
-from kvstore.transfers import Incoming, Outgoing, checksum
+from kvstore.page_pool import PagePool, checksum
+from kvstore.transfers import Incoming, Outgoing
 from runtime.cuda.copies import Copies
 from runtime.layout import Layout, Move
 from runtime.messages import Copy, Mirror, Pages, Prepare, StepPlan

@@ -23,6 +23,9 @@ from dataclasses import dataclass
 MIN_SHARE = 0.02
 SHARE_OF_FREE = 0.2
 """Measured: what keeps mean TPOT within some 3 % on two cores that the workers, the head and the client share."""
+LOADING = 0.5
+"""Of a processor's share, what loading weights may take. Nothing waits for them, whereas the longer KV is copied, the more of it is
+copied twice: what arrives meanwhile is mirrored."""
 MEMORY_S = 0.5
 """Time constant of the average of how busy the worker is."""
 IDLE_AFTER_S = 0.1
@@ -72,7 +75,7 @@ class Limiter:
         """Of its own time from now on, what a loader may work, in (0, 1]; a second of it brings no more than the link does."""
         share, there = self.share(now_s), self._accelerator
         if there is None:
-            return share
+            return share if self.is_idle(now_s) else max(MIN_SHARE, LOADING * share)
         return min(1.0, share * there.memory_bytes_per_s / (PASSES * there.link_bytes_per_s))
 
     def taken_s(self, worked_s: float, num_bytes: int) -> float:

@@ -2,7 +2,8 @@
 
 A layout is written as counts for the workers w0, w1, ... in order, ``19,11``, or with the worker of each stage,
 ``15@0,15@2``. One server serves all of them, because it has as many workers as the widest needs; those without layers
-idle. `restart` is the strategy of a server that cannot change: end it, start it with the other layout.
+idle. `restart` is the strategy of a server that cannot change: end it, start it with the other layout. `none` is the control:
+nothing is done for about as long as a change takes, and whatever its figures show is not of a change.
 
 What is never true: that a change which did not commit passes for one that did.
 """
@@ -22,7 +23,8 @@ import psutil
 from arms import note
 from servers import ROOT, Server, midflight_arm
 
-STRATEGIES = ("live", "stop-copy", "drain", "recompute", "restart")
+STRATEGIES = ("live", "stop-copy", "drain", "recompute", "restart", "none")
+NOTHING_TAKES_S = 1.5
 CHANGE_TIMEOUT_S = 300.0
 SAMPLE_EVERY_S = 0.1
 _STAGE = re.compile(r"(\d+)(?:@(\d+))?")
@@ -132,6 +134,9 @@ class Fleet:
         Raises:
             RuntimeError: when it was refused or did not commit.
         """
+        if strategy == "none":
+            await asyncio.sleep(NOTHING_TAKES_S)
+            return {"outcome": "committed", "strategy": strategy, "total_s": NOTHING_TAKES_S}
         if strategy == "restart":
             began_s = time.perf_counter()
             await asyncio.to_thread(self.stop_and_start, layout)

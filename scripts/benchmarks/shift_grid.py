@@ -144,6 +144,8 @@ async def _one_seed(
         other = pair.second if source == pair.first else pair.first
         for at, each in enumerate(run.changes):
             ends = (source, other) if at % 2 == 0 else (other, source)
+            if strategy == "none":
+                ends = (source, source)
             case = Case(pair.there if ends[0] == pair.first else pair.back, strategy, load, context.name, rate)
             names, runs = (str(ends[0]), str(ends[1])), (run, plain[ends[0]], plain[ends[1]])
             samples.append(Sample(case, seed, *names, each, *runs, usage, context.duration_s))

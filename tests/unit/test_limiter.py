@@ -2,7 +2,7 @@
 
 import pytest
 
-from runtime.limiter import CREDIT_S, IDLE_AFTER_S, MIN_SHARE, PASSES, SHARE_OF_FREE, Accelerator, Limiter
+from runtime.limiter import CREDIT_S, IDLE_AFTER_S, LOADING, MIN_SHARE, PASSES, SHARE_OF_FREE, Accelerator, Limiter
 
 GPU = Accelerator(memory_bytes_per_s=2e12, link_bytes_per_s=20e9)
 
@@ -59,7 +59,8 @@ def test_rests_keep_the_share_and_the_rate() -> None:
 def test_a_processor_is_charged_for_its_time_alone() -> None:
     limiter, now_s = after_steps(0.9)
     assert limiter.taken_s(0.004, 1 << 30) == 0.004
-    assert limiter.loading_share(now_s) == limiter.share(now_s)
+    assert limiter.loading_share(now_s) == max(MIN_SHARE, LOADING * limiter.share(now_s))
+    assert limiter.loading_share(now_s + 2 * IDLE_AFTER_S) == 1.0
     assert limiter.due_s(now_s, now_s - 1.0, 0.004, 1 << 20) == now_s + limiter.rest_s(now_s, 0.004, 1 << 20)
 
 
