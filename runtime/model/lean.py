@@ -472,7 +472,7 @@ def _layer_parts(layer_index: int, state: State, device: torch.device, dtype: to
     else:
         rows = {name: _rows(state[f"{name}.weight"], dtype) for found in (*names.values(), gate_up) for name in found}
         packed = {part: pack(*(rows[name] for name in found)) for part, found in names.items()}
-        packed["gate_up"] = pack_gate_up(*(rows[name] for name in gate_up))
+        packed["gate_up"] = pack_gate_up(rows[gate_up[0]], rows[gate_up[1]])
     return small | {name: torch.from_numpy(weight.data) for name, weight in packed.items()}
 
 
