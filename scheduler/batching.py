@@ -28,6 +28,7 @@ That holds within one epoch. While a transition is under way two epochs run side
 - blocks of a sequence that ends with a step in flight go to *limbo* until that step has come back.
 """
 
+import math
 from collections import deque
 from collections.abc import Sequence as ListOf
 from typing import TypeAlias
@@ -44,9 +45,11 @@ from scheduler.sequence import Sequence
 __all__ = ["Batcher", "BatchingConfig", "Output", "StepPrices"]
 
 MIN_CHUNK_TOKENS = 16
+"""Prompts are never cut smaller for the sake of a goal, or they would not get anywhere."""
 FLIP_CHUNK_TOKENS = 64
 """Of prompts, in a step around a flip: what goes over would stand behind more for longer than it usually waits."""
-"""Prompts are never cut smaller for the sake of a goal, or they would not get anywhere."""
+NEAR_S = 0.25
+"""A flip that is expected within so long is near, as long as it is not known what a prompt's token takes."""
 
 _EPSILON = 1e-9
 
@@ -84,8 +87,8 @@ class Batcher:
         self.is_squeezed = False
         """While True the pool is smaller than the layout allows, because a change needs the room: what is preempted now is
         preempted for its sake."""
-        self.flip_is_near = False
-        """While True prompts are cut small, because sequences are about to flip."""
+        self.flip_due_s = math.inf
+        """When sequences are expected to begin to flip: prompts are cut so that what is read before is through by then."""
         self.num_stages = 1
         """Of the layout served; while one follows another, of the longer one."""
         self.prices = StepPrices()
@@ -196,7 +199,7 @@ class Batcher:
         self._lanes.clear()
         self._num_in_flight = 0
         self._opening, self._guarded, self.is_held, self.admits, self.is_squeezed = None, False, False, True, False
-        self.flip_is_near = False
+        self.flip_due_s = math.inf
         for _, _, blocks in self._limbo:
             self._pool.release(blocks)
         self._limbo.clear()
@@ -250,7 +253,7 @@ class Batcher:
         self._lanes[self._opening.epoch].fence = self.last_ordinal(self._epoch)
         del self._lanes[self._epoch], self._released[self._epoch]
         self._epoch, self._opening = self._opening.epoch, None
-        self.flip_is_near = False
+        self.flip_due_s = math.inf
 
     # -- requests -----------------------------------------------------------------------------------------
 
@@ -301,7 +304,7 @@ class Batcher:
             return None
         step = StepBuilder(config.max_step_tokens)
         decode_s = self._take_decodes(step)
-        step.budget = min(step.budget, self._prefill_budget(step, decode_s))
+        step.budget = min(step.budget, self._prefill_budget(step, decode_s, now_s))
         self._take_prefills(step)
         self._take_waiting(step, now_s)
         if not step.rows:
@@ -415,18 +418,25 @@ class Batcher:
         ready.extendleft(reversed(later))
         return cost
 
-    def _prefill_budget(self, step: StepBuilder, decode_s: float) -> int:
+    def _prefill_budget(self, step: StepBuilder, decode_s: float, now_s: float) -> int:
         """Prompt tokens that may join a step whose decoding rows take `decode_s`: all the microbatches of a round take
-        a stream's time between two tokens. None beside streams that flip with this step, few in the steps around it."""
+        a stream's time between two tokens. None beside streams that flip with this step, few in the steps around it. `now_s`: the head's."""
         if step.flips:
             return 0
-        near = self.flip_is_near or self._opening is not None
-        most = FLIP_CHUNK_TOKENS if near and self._num_decoding else self._config.max_step_tokens
+        most = self._config.max_step_tokens
+        if self._num_decoding:
+            most = min(most, max(FLIP_CHUNK_TOKENS, self._tokens_until_flip(now_s)))
         goal_s, prices = self._config.tpot_goal_s, self.prices
         if not (goal_s and prices.prefill_s and self._num_decoding):
             return most
         left_s = goal_s / self.num_microbatches - prices.step_s - decode_s
         return min(most, max(MIN_CHUNK_TOKENS, int(left_s / prices.prefill_s)))
+
+    def _tokens_until_flip(self, now_s: float) -> int:
+        """Of prompts, those that are through all stages before anything is expected to flip."""
+        left_s = self.flip_due_s - now_s if self._opening is None else 0.0
+        token_s = self.prices.prefill_s * self.num_stages or NEAR_S / self._config.max_step_tokens
+        return self._config.max_step_tokens if left_s == math.inf else int(max(0.0, left_s) / token_s)
 
     def _take_prefills(self, step: StepBuilder) -> None:
         for sequence in self._prefilling:

@@ -50,8 +50,6 @@ MAX_QUEUED = 16
 MAX_REPORTS = 64
 MAX_RETRIES = 2
 """How often the rest of a change is planned anew after something of it has flipped and a hop then failed."""
-NEAR_S = 0.25
-"""A flip that is expected within so long is near: prompts are cut small, as one that is being read then would hold it up."""
 ASK_AGAIN = "a layout over the workers that are left comes up; ask again when the server serves"
 
 
@@ -425,7 +423,7 @@ class Reconfiguration:
                     return False
                 snapshot = now.snapshot or self._copy(now)
                 if snapshot.num_arrived < now.num_needed:
-                    head.batcher.flip_is_near = now.flips_within_s(head.now_s) < NEAR_S
+                    head.batcher.flip_due_s = head.now_s + now.flips_within_s(head.now_s)
                     return False
                 if self._has_unguarded_steps(now):
                     return False
@@ -667,7 +665,7 @@ class Reconfiguration:
         before = now.phase
         now.enter("abort", head.now_s)
         now.why = why
-        head.batcher.is_held, head.batcher.admits, head.batcher.flip_is_near = False, True, False
+        head.batcher.is_held, head.batcher.admits, head.batcher.flip_due_s = False, True, math.inf
         now.awaiting = set(now.workers) if before != "reserve" else set()
         for name in now.awaiting:
             head.send(name, Cancel(now.new.epoch))

@@ -1,12 +1,22 @@
 """The batcher by itself: what goes into a step, who waits, who is preempted, what is refused."""
 
+import math
+
 import pytest
 
 from kvstore.block_pool import BlockPool
 from kvstore.directory import Directory
 from kvstore.ids import LayerRange
 from runtime.messages import Sampling, StepPlan, StepResult
-from scheduler.batching import FLIP_CHUNK_TOKENS, MIN_CHUNK_TOKENS, Batcher, BatchingConfig, Output, StepPrices
+from scheduler.batching import (
+    FLIP_CHUNK_TOKENS,
+    MIN_CHUNK_TOKENS,
+    NEAR_S,
+    Batcher,
+    BatchingConfig,
+    Output,
+    StepPrices,
+)
 from scheduler.lanes import Opening
 from scheduler.request import AdmissionError, Request
 from scheduler.transition import Snapshot
@@ -307,7 +317,7 @@ def test_prompts_stay_out_of_the_way_of_a_flip() -> None:
     batcher.submit(1, make_request(3, max_tokens=9), 0.0)
     answer(batcher, step(batcher))
     batcher.submit(2, make_request(100, first=500), 0.0)
-    batcher.flip_is_near = True
+    batcher.flip_due_s = 0.0
     plan = step(batcher)
     assert [len(row.tokens) for row in plan.rows] == [1, FLIP_CHUNK_TOKENS], "a small piece beside what decodes"
     answer(batcher, plan)
@@ -322,3 +332,27 @@ def test_prompts_stay_out_of_the_way_of_a_flip() -> None:
     assert behind == [(1, 1), (2, 100 - FLIP_CHUNK_TOKENS), (3, 2 * FLIP_CHUNK_TOKENS - 100)], (
         "and prompts go on behind it"
     )
+
+
+@pytest.mark.parametrize(
+    ("due_s", "prefill_s", "num_stages", "expected"),
+    [
+        (math.inf, 0.001, 2, 100),
+        (0.161, 0.001, 2, 80),
+        (0.161, 0.001, 1, 100),
+        (0.02, 0.001, 2, FLIP_CHUNK_TOKENS),
+        (NEAR_S, 0.0, 2, 100),
+        (0.4001 * NEAR_S, 0.0, 2, 80),
+        (-1.0, 0.001, 2, FLIP_CHUNK_TOKENS),
+    ],
+)
+def test_what_is_read_before_a_flip_is_through_by_then(
+    due_s: float, prefill_s: float, num_stages: int, expected: int
+) -> None:
+    batcher = make_batcher(num_blocks=200, max_step_tokens=200, num_microbatches=1)
+    batcher.submit(1, make_request(3, max_tokens=9), 0.0)
+    answer(batcher, step(batcher))
+    batcher.num_stages, batcher.prices = num_stages, StepPrices(row_s=1.0, prefill_s=prefill_s)
+    batcher.submit(2, make_request(100, first=500), 0.0)
+    batcher.flip_due_s = due_s
+    assert [len(row.tokens) for row in step(batcher).rows] == [1, expected]
