@@ -329,7 +329,7 @@ class Reconfiguration:
         now = self._current(transition)
         if now is not None and now.phase in ABORTABLE:
             self._abort(now, f"{worker}: {error}")
-        return now is None or now.phase != "flip"
+        return now is None or now.phase not in ("flip", "retire")
 
     def retired(self, message: Retired) -> None:
         now = self._current(message.transition)
