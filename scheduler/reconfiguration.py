@@ -658,7 +658,7 @@ class Reconfiguration:
         now.why = why
         head.batcher.is_held, head.batcher.admits, head.batcher.flip_is_near = False, True, False
         now.awaiting = set(now.workers) if before != "reserve" else set()
-        for name in now.awaiting:
+        for name in sorted(now.awaiting):
             head.send(name, Cancel(now.new.epoch))
 
     def _finish_abort(self, now: _Transition) -> None:
