@@ -176,6 +176,8 @@ class Member:
         self._handover: Handover | None = None
         self._early: list[tuple[Mirror | Pages, Tensors]] = []
         self._last_transition = 0
+        self._called_off = 0
+        """A transition whose `Cancel` came before its `Prepare`."""
         self._retire_due: Retire | None = None
         self._room_due: tuple[list[UnitKey], Callable[[], None]] | None = None
         """Units for which the pool has yet to make room, and what is to be done then."""
@@ -398,6 +400,11 @@ class Member:
         if prepare.transition <= self._last_transition:
             return
         self._last_transition = prepare.transition
+        if prepare.transition == self._called_off:
+            if self.pool is not None:
+                self.pool.release_blocks(prepare.retired_blocks)
+            self._outbox.to_head(Retired(self._name, prepare.transition, 0, 0, 0, 0, []))
+            return
         layout, load = prepare.load.layout, prepare.load
         old = self._stages.get(prepare.source_epoch)
         mine = layout.layers_of(self._name)
@@ -485,7 +492,7 @@ class Member:
     def arrive(self, message: Mirror | Pages, tensors: Tensors) -> None:
         """KV from a peer. What comes before its `Prepare` is kept until then; what comes too late is dropped."""
         handover = self._handover
-        if message.transition > self._last_transition:
+        if message.transition > max(self._last_transition, self._called_off):
             assert len(self._early) < MAX_EARLY_MESSAGES, "peers send KV for a transition that the head never prepared"
             self._early.append((message, tensors))
             return
@@ -510,10 +517,11 @@ class Member:
     def retire(self, message: Retire | Cancel) -> None:
         """The transition has ended: keep what its outcome needs, and report; committed, once all rows are here."""
         handover = self._handover
-        if message.transition > self._last_transition:  # it overtook its `Prepare`, which will be ignored
+        if (
+            message.transition > self._last_transition
+        ):  # it overtook its `Prepare`, which has yet to say what pages must go
             assert isinstance(message, Cancel), "a transition is retired that was never prepared here"
-            self._last_transition = message.transition
-            self._outbox.to_head(Retired(self._name, message.transition, 0, 0, 0, 0, []))
+            self._called_off = message.transition
             return
         if handover is None or handover.transition != message.transition:
             return
