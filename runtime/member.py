@@ -12,7 +12,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, assert_never
 
 import numpy as np
 import torch
@@ -55,6 +55,7 @@ from runtime.messages import (
     StepResult,
     ToHead,
     TransitionFailed,
+    Unreachable,
     Weights,
     decode_plan,
 )
@@ -569,6 +570,12 @@ class Member:
         """The units that the layouts served here give to this worker."""
         return [key for stage in self._stages.values() for key in unit_keys(stage.layout, self._name)]
 
+    # -- what did not arrive --------------------------------------------------------------------------------
+
+    def unreachable(self, peer: WorkerName, transition: int, error: str) -> None:
+        """A message to `peer` was lost, and somebody waits for it (`transition_of`). The head decides what becomes of it."""
+        self._outbox.to_head(Unreachable(self._name, peer, transition, error))
+
     # -- in the background ----------------------------------------------------------------------------------
 
     def background_wait_s(self) -> float | None:
@@ -653,6 +660,20 @@ class StepError(Exception):
         super().__init__(f"step {ordinal} of epoch {epoch}: {type(cause).__name__}: {cause}")
         self.epoch = epoch
         self.ordinal = ordinal
+
+
+def transition_of(message: Step | Mirror | Pages | Fetch | Weights) -> int | None:
+    """What waits for a message to a peer: a transition, by its number, or the pipeline (-1). None when nothing does: who asks a
+    peer for weights gives up and reads the checkpoint."""
+    match message:
+        case Step():
+            return -1
+        case Mirror() | Pages():
+            return message.transition
+        case Fetch() | Weights():
+            return None
+        case _:
+            assert_never(message)
 
 
 def unit_keys(layout: Layout, worker: WorkerName) -> list[UnitKey]:
