@@ -8,7 +8,8 @@ then the oldest cached ones.
 The pool owns a *universe* of exactly `num_blocks` ids. A worker that has been told the universe therefore never needs
 more pages per layer than `num_blocks`, even if it never gives a page back by itself. The capacity is a count: after
 a shrink the ids that remain are those that were in use, plus the lowest others, and they need not be dense. Growing
-takes back the lowest retired ids before it makes new ones, so ids stay small and tables indexed by them stay short.
+takes back the ids that were retired last before it makes new ones: ids stay small and tables indexed by them short, and a shrink
+that is called off leaves the universe as it was, so that workers that were not told of it need not be.
 
 Never true: a block with a digest that the index does not map back to it; a digest on a free block; an
 unreferenced block while a shrink is still owed blocks; an id used outside the universe.
@@ -16,7 +17,6 @@ unreferenced block while a shrink is still owed blocks; an id used outside the u
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from heapq import heappop, heappush
 
 from kvstore.ids import BlockId
 
@@ -246,12 +246,12 @@ class BlockPool:
             del self._index[digest]
             self._digests[block] = None
         self._references[block] = _RETIRED
-        heappush(self._retired, block)
+        self._retired.append(block)
         self._num_blocks -= 1
 
     def _enlist(self) -> None:
         if self._retired:
-            block = heappop(self._retired)
+            block = self._retired.pop()
             self._references[block] = 0
         else:
             block = len(self._references)

@@ -12,7 +12,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, assert_never
 
 import numpy as np
 import torch
@@ -55,6 +55,7 @@ from runtime.messages import (
     StepResult,
     ToHead,
     TransitionFailed,
+    Unreachable,
     Weights,
     decode_plan,
 )
@@ -176,6 +177,8 @@ class Member:
         self._handover: Handover | None = None
         self._early: list[tuple[Mirror | Pages, Tensors]] = []
         self._last_transition = 0
+        self._called_off = 0
+        """A transition whose `Cancel` came before its `Prepare`."""
         self._retire_due: Retire | None = None
         self._room_due: tuple[list[UnitKey], Callable[[], None]] | None = None
         """Units for which the pool has yet to make room, and what is to be done then."""
@@ -398,6 +401,11 @@ class Member:
         if prepare.transition <= self._last_transition:
             return
         self._last_transition = prepare.transition
+        if prepare.transition == self._called_off:
+            if self.pool is not None:
+                self.pool.release_blocks(prepare.retired_blocks)
+            self._outbox.to_head(Retired(self._name, prepare.transition, 0, 0, 0, 0, []))
+            return
         layout, load = prepare.load.layout, prepare.load
         old = self._stages.get(prepare.source_epoch)
         mine = layout.layers_of(self._name)
@@ -485,7 +493,7 @@ class Member:
     def arrive(self, message: Mirror | Pages, tensors: Tensors) -> None:
         """KV from a peer. What comes before its `Prepare` is kept until then; what comes too late is dropped."""
         handover = self._handover
-        if message.transition > self._last_transition:
+        if message.transition > max(self._last_transition, self._called_off):
             assert len(self._early) < MAX_EARLY_MESSAGES, "peers send KV for a transition that the head never prepared"
             self._early.append((message, tensors))
             return
@@ -510,10 +518,11 @@ class Member:
     def retire(self, message: Retire | Cancel) -> None:
         """The transition has ended: keep what its outcome needs, and report; committed, once all rows are here."""
         handover = self._handover
-        if message.transition > self._last_transition:  # it overtook its `Prepare`, which will be ignored
+        if (
+            message.transition > self._last_transition
+        ):  # it overtook its `Prepare`, which has yet to say what pages must go
             assert isinstance(message, Cancel), "a transition is retired that was never prepared here"
-            self._last_transition = message.transition
-            self._outbox.to_head(Retired(self._name, message.transition, 0, 0, 0, 0, []))
+            self._called_off = message.transition
             return
         if handover is None or handover.transition != message.transition:
             return
@@ -560,6 +569,12 @@ class Member:
     def _served_keys(self) -> list[UnitKey]:
         """The units that the layouts served here give to this worker."""
         return [key for stage in self._stages.values() for key in unit_keys(stage.layout, self._name)]
+
+    # -- what did not arrive --------------------------------------------------------------------------------
+
+    def unreachable(self, peer: WorkerName, transition: int, error: str) -> None:
+        """A message to `peer` was lost, and somebody waits for it (`transition_of`). The head decides what becomes of it."""
+        self._outbox.to_head(Unreachable(self._name, peer, transition, error))
 
     # -- in the background ----------------------------------------------------------------------------------
 
@@ -645,6 +660,20 @@ class StepError(Exception):
         super().__init__(f"step {ordinal} of epoch {epoch}: {type(cause).__name__}: {cause}")
         self.epoch = epoch
         self.ordinal = ordinal
+
+
+def transition_of(message: Step | Mirror | Pages | Fetch | Weights) -> int | None:
+    """What waits for a message to a peer: a transition, by its number, or the pipeline (-1). None when nothing does: who asks a
+    peer for weights gives up and reads the checkpoint."""
+    match message:
+        case Step():
+            return -1
+        case Mirror() | Pages():
+            return message.transition
+        case Fetch() | Weights():
+            return None
+        case _:
+            assert_never(message)
 
 
 def unit_keys(layout: Layout, worker: WorkerName) -> list[UnitKey]:

@@ -487,6 +487,19 @@ class TransitionFailed(msgspec.Struct, frozen=True, array_like=True, tag=43):
     error: str
 
 
+class Unreachable(msgspec.Struct, frozen=True, array_like=True, tag=49):
+    """A message from one worker to another, `peer`, was lost: its connection broke, or nobody took the message in time.
+
+    It was a step, or of `transition`; -1 for a step. Both workers live, as far as the sender knows. A broken connection
+    stays broken as long as both do, and of what was sent shortly before some may have arrived.
+    """
+
+    worker: WorkerName
+    peer: WorkerName
+    transition: int
+    error: str
+
+
 class Copied(msgspec.Struct, frozen=True, array_like=True, tag=44):
     """From a target: the first `count` blocks of the snapshot of `move` are in place."""
 
@@ -556,6 +569,7 @@ ToHead: TypeAlias = (
     | ShadowProgress
     | ShadowReady
     | TransitionFailed
+    | Unreachable
     | Copied
     | Retired
     | Mirroring

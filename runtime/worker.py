@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import assert_never
 
 import psutil
@@ -26,7 +27,7 @@ from kvstore.ids import WorkerName
 from runtime.device import DeviceInfo
 from runtime.inbox import Inbox
 from runtime.loading import Loader
-from runtime.member import COMPUTE, Member, StepError
+from runtime.member import COMPUTE, Member, StepError, transition_of
 from runtime.messages import (
     Audit,
     Cancel,
@@ -73,6 +74,15 @@ class HeadLost(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class _Undelivered:
+    """A message to `peer` was lost; `transition` as `runtime.member.transition_of` gives it."""
+
+    peer: WorkerName
+    transition: int
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
 class _ShadowBuilt:
     transition: int
     seconds: float
@@ -95,6 +105,7 @@ _Message = (
     | Audit
     | Shutdown
     | _ShadowBuilt
+    | _Undelivered
     | HeadLost
 )
 
@@ -169,7 +180,9 @@ class Worker:
             self._put(message, tensors)
             return
         assert self._door is not None
-        self._door.send(worker, encode(message), tensors, on_error=_warn_of_peer)
+        transition = transition_of(message)
+        lost = _warn_of_peer if transition is None else partial(self._undelivered, worker, transition)
+        self._door.send(worker, encode(message), tensors, on_error=lost)
 
     # -- threads of the door and the heartbeat --------------------------------------------------------------
 
@@ -199,6 +212,10 @@ class Worker:
         if message.on:
             self._tracer.start()
         return Traced(self._name, time.perf_counter(), spans, num_lost)
+
+    def _undelivered(self, peer: WorkerName, transition: int, error: Exception) -> None:
+        _warn_of_peer(error)
+        self._put(_Undelivered(peer, transition, str(error)))
 
     def _head_lost(self, error: Exception | str) -> None:
         self._put(HeadLost(str(error)))
@@ -278,6 +295,8 @@ class Worker:
                 arrival.reply.set_result(encode(member.audit(message)))
             case _ShadowBuilt():
                 member.shadow_built(message.transition, message.seconds, message.peer_bytes, message.error)
+            case _Undelivered():
+                member.unreachable(message.peer, message.transition, message.error)
             case Fetch():
                 member.fetch(message)
             case HeadLost():

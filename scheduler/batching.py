@@ -51,6 +51,10 @@ FLIP_CHUNK_TOKENS = 64
 NEAR_S = 0.25
 """A flip that is expected within so long is near, as long as it is not known what a prompt's token takes."""
 
+GROWTH_BLOCKS = 8
+"""Blocks by which each running sequence may grow during a change without being preempted: hops are made small enough for it, and
+nobody is admitted to this room."""
+
 _EPSILON = 1e-9
 
 Output: TypeAlias = tuple[SequenceId, TokenOutput]
@@ -143,13 +147,8 @@ class Batcher:
 
     def growth(self, max_blocks: int) -> int:
         """Blocks that the running sequences may still need, counting at most `max_blocks` for each."""
-        size = self._config.block_size
-        growth = 0
-        for sequence in self._sequences.values():
-            if sequence.running:
-                end = -(-(sequence.num_prompt_tokens + sequence.request.max_tokens) // size)
-                growth += min(max(0, end - len(sequence.blocks)), max_blocks)
-        return growth
+        running = (sequence for sequence in self._sequences.values() if sequence.running)
+        return sum(self._growth_of(sequence, len(sequence.blocks), max_blocks) for sequence in running)
 
     def last_ordinal(self, epoch: Epoch) -> int:
         """The last step that was formed in `epoch`, -1 for none."""
@@ -493,9 +492,13 @@ class Batcher:
         tokens = sequence.tokens
         hits = self._cached_blocks(sequence, epoch)
         needed = -(-len(tokens) // config.block_size) - len(hits)
-        headroom = min(self._num_running, pool.num_blocks // 50)
-        if pool.num_free_after_acquire(hits) < needed + headroom:
+        num_left = pool.num_free_after_acquire(hits) - needed
+        if num_left < min(self._num_running, pool.num_blocks // 50):
             return False
+        if self.is_squeezed and num_left < GROWTH_BLOCKS * (self._num_running + 1):
+            num_here = -(-len(tokens) // config.block_size)
+            if num_left < self.growth(GROWTH_BLOCKS) + self._growth_of(sequence, num_here, GROWTH_BLOCKS):
+                return False
         pool.acquire(hits)
         sequence.blocks = [*hits, *pool.allocate(needed)]
         sequence.num_published = len(hits)
@@ -515,6 +518,10 @@ class Batcher:
         self._prefilling.append(sequence)
         self._directory.add(sequence.id, epoch, sequence.blocks)
         return True
+
+    def _growth_of(self, sequence: Sequence, num_blocks: int, max_blocks: int) -> int:
+        end = -(-(sequence.num_prompt_tokens + sequence.request.max_tokens) // self._config.block_size)
+        return min(max(0, end - num_blocks), max_blocks)
 
     def _cached_blocks(self, sequence: Sequence, epoch: Epoch) -> list[BlockId]:
         request = sequence.request

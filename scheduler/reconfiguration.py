@@ -327,7 +327,7 @@ class Reconfiguration:
         now = self._current(transition)
         if now is not None and now.phase in ABORTABLE:
             self._abort(now, f"{worker}: {error}")
-        return now is None or now.phase != "flip"
+        return now is None or now.phase not in ("flip", "retire")
 
     def retired(self, message: Retired) -> None:
         now = self._current(message.transition)
@@ -667,7 +667,7 @@ class Reconfiguration:
         now.why = why
         head.batcher.is_held, head.batcher.admits, head.batcher.flip_due_s = False, True, math.inf
         now.awaiting = set(now.workers) if before != "reserve" else set()
-        for name in now.awaiting:
+        for name in sorted(now.awaiting):
             head.send(name, Cancel(now.new.epoch))
 
     def _finish_abort(self, now: _Transition) -> None:

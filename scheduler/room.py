@@ -10,13 +10,10 @@ from kvstore.block_pool import BlockPool
 from kvstore.ids import WorkerName
 from runtime.layout import Layout, Move, moves_between
 from runtime.model.spec import ModelSpec
-from scheduler.batching import Batcher
+from scheduler.batching import GROWTH_BLOCKS, Batcher
 from scheduler.hops import NO_LIMIT, capacity, find_course, roomiest, split_into_hops
 from scheduler.membership import Membership
 from scheduler.transition import Refused
-
-GROWTH_BLOCKS = 8
-"""Blocks by which each running sequence may grow during a change without being preempted; smaller hops make the room."""
 
 
 class Head(Protocol):

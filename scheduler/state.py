@@ -48,6 +48,7 @@ from runtime.messages import (
     ToWorker,
     Traced,
     TransitionFailed,
+    Unreachable,
 )
 from runtime.model.spec import ModelSpec
 from scheduler.batching import Batcher, BatchingConfig
@@ -410,12 +411,27 @@ class SchedulerState:
             case TransitionFailed():
                 if not self.reconfiguration.failed(message.worker, message.transition, message.error):
                     self._lose(message.worker, f"its part of a transition failed: {message.error}", now_s, effects)
+            case Unreachable():
+                self._cut_off(message, now_s, effects)
             case Retired():
                 self.reconfiguration.retired(message)
             case Audited() | Traced():
                 pass  # a reply, which the driver has taken
             case _:
                 assert_never(message)
+
+    def _cut_off(self, message: Unreachable, now_s: float, effects: list[Effect]) -> None:
+        """One worker cannot reach another, for good, and both live: a worker that joins anew gets new connections.
+
+        A transition that can be aborted is: the present layout may have no need of this connection.
+        """
+        peer, layout = message.peer, self.layout
+        if peer not in self.members.workers:
+            return
+        error = f"{peer} cannot be reached: {message.error}"
+        is_over = message.transition >= 0 and self.reconfiguration.failed(message.worker, message.transition, error)
+        if not (is_over and layout is not None and peer in layout.workers):
+            self._lose(peer, f"{message.worker} cannot reach it: {message.error}", now_s, effects)
 
     def _lose(self, name: WorkerName, reason: str, now_s: float, effects: list[Effect]) -> None:
         if self.members.lose(name) is None:

@@ -1,7 +1,8 @@
 """A worker without a model: joins a head and does what its messages say. Run by the door's and the launcher's tests.
 
 Calls: ``echo TEXT``, ``say PEER TEXT`` (a call to a peer, its reply handed back), ``about``, ``received`` (the sends so
-far), ``members``, ``exit CODE``, ``fail``, ``smuggle PATH`` (a pickle that would create PATH, sent to the head).
+far), ``members``, ``tell PEER TEXT`` (a send to a peer; an error of it is remembered), ``cut PEER`` (ends the
+connection by which messages go there), ``exit CODE``, ``fail``, ``smuggle PATH`` (a pickle that would create PATH, sent to the head).
 Sends: ``back`` returns its tensors to the head; anything else is remembered. It ends with 3 when it loses its head.
 """
 
@@ -10,6 +11,7 @@ import json
 import os
 import pickle
 import signal
+import socket
 import sys
 import threading
 import time
@@ -50,6 +52,12 @@ class Echo:
             return json.dumps(self.received).encode()
         if word == "members":
             return json.dumps(self.door.members()).encode()
+        if word == "tell":
+            peer, _, text = rest.partition(" ")
+            self.door.send(peer, text.encode(), on_error=lambda error: self.received.append(str(error)))
+            return b""
+        if word == "cut":
+            return str(_cut(self.door._peers[rest].member.address)).encode()
         if word == "exit":
             threading.Timer(0.1, os._exit, (int(rest),)).start()
             return b""
@@ -97,6 +105,24 @@ class Echo:
     def hang(self, *_: object) -> None:
         self.say("hanging")
         time.sleep(3600)
+
+
+def _cut(address: str) -> int:
+    """Shut down this process's connections to `address`, as a reset does: both ends live. How many there were."""
+    port, count = int(address.rpartition(":")[2]), 0
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            connection = socket.socket(fileno=os.dup(int(number)))
+        except OSError:
+            continue  # no socket
+        with connection:
+            try:
+                if connection.getpeername()[1] == port:
+                    connection.shutdown(socket.SHUT_RDWR)
+                    count += 1
+            except (OSError, IndexError):
+                continue  # a listener, or not of the internet
+    return count
 
 
 class _Touch:

@@ -236,6 +236,24 @@ def test_a_frozen_member_times_out_and_finds_itself_out_when_it_wakes(group: Gro
     group.all_talk("a", "b", "frozen")
 
 
+def test_a_broken_connection_stays_broken_and_the_sender_is_told_of_all_that_it_cannot_know_of(group: Group) -> None:
+    """What `tests/sim/network.py` takes for granted. Nobody has died, so nobody else hears of it."""
+    group.join("a", "b")
+    group.all_talk("a", "b")
+    group.ask("a", "tell b before")
+    eventually(lambda: json.loads(group.ask("b", "received")) == ["before"])
+    assert int(group.ask("a", "cut b")) > 0
+    group.ask("a", "tell b after")
+    eventually(lambda: len(json.loads(group.ask("a", "received"))) == 2)
+    assert all(error.startswith("b: ") for error in json.loads(group.ask("a", "received")))
+    group.ask("a", "tell b much later")
+    eventually(lambda: len(json.loads(group.ask("a", "received"))) == 3)
+    assert json.loads(group.ask("b", "received")) == ["before"]
+    assert group.ask("b", "say a hello from b") == "hello from b", "the other way round there is another connection"
+    assert not group.lost
+    assert sorted(group.door.members()) == ["a", "b", "head"]
+
+
 def test_a_worker_joins_the_next_head_at_the_same_address(group: Group) -> None:
     group.join("a", args=("--rejoin",))
     about = json.loads(group.ask("a", "about"))

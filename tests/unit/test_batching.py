@@ -185,6 +185,29 @@ def test_the_youngest_is_preempted_and_comes_back_with_all_its_tokens() -> None:
     assert batcher.counters.finished == {"length": 2}
 
 
+@pytest.mark.parametrize("is_squeezed", [True, False])
+def test_nobody_is_admitted_to_the_room_that_running_ones_grow_into_during_a_change(is_squeezed: bool) -> None:
+    """Else the change would cost its tokens twice: the newcomer is the one that is preempted."""
+    batcher = make_batcher(num_blocks=7, num_microbatches=1, prefix_cache=False, max_step_tokens=64)
+    batcher.submit(1, make_request(8, max_tokens=8), 0.0)
+    answer(batcher, step(batcher))
+    batcher.submit(2, make_request(8, max_tokens=8, first=50), 0.0)
+    batcher.is_squeezed = is_squeezed
+    running = [len({row.sequence for row in step.rows}) for step in drained(batcher)]
+    assert max(running) == (1 if is_squeezed else 2)
+    assert batcher.counters.preemptions == (0 if is_squeezed else 1)
+    assert batcher.counters.finished == {"length": 2}
+
+
+def drained(batcher: Batcher) -> list[StepPlan]:
+    """The steps until nothing is left to do."""
+    plans = []
+    while (plan := batcher.next_step(0.0)) is not None:
+        plans.append(plan)
+        answer(batcher, plan)
+    return plans
+
+
 def test_a_result_for_a_preempted_attempt_is_dropped() -> None:
     batcher = make_batcher(num_microbatches=2)
     batcher.submit(1, make_request(4), 0.0)

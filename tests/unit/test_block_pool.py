@@ -196,6 +196,20 @@ def test_retired_ids_come_back_before_new_ones() -> None:
         pool.resize(-1)
 
 
+def test_a_shrink_that_is_called_off_leaves_the_universe_as_it_was() -> None:
+    """Ids that an earlier shrink retired have no pages any more, those that this one would have are still full of them."""
+    pool = BlockPool(12, 16)
+    blocks = pool.allocate(12)
+    pool.release(blocks[:5])
+    pool.resize(8)
+    before = pool.universe()
+    pool.release(blocks[7:])
+    pool.resize(5)
+    pool.resize(8)
+    assert pool.universe() == before
+    pool.check_integrity()
+
+
 def test_forgetting_frees_the_cache_and_leaves_what_is_used() -> None:
     pool = BlockPool(6, 16)
     cached_chain(pool, b"a", b"b")
