@@ -14,7 +14,7 @@ from aiohttp import web
 
 from api.context import CONTEXT, json_response, read_body
 from api.errors import ApiError, shown
-from scheduler.reconfiguration import Refused
+from scheduler.transition import Refused
 from scheduler.wishes import LayoutError
 
 _OPTIONS = ("strategy", "queue", "deadline_s", "bytes_per_s")

@@ -14,8 +14,8 @@ from aiohttp import web
 from api.context import CONTEXT, json_response, read_body
 from api.errors import ApiError, shown
 from runtime.messages import Span
-from scheduler.reconfiguration import Refused
 from scheduler.request import ProcessTrace, TraceRun
+from scheduler.transition import Refused
 
 MAX_SECONDS = 60.0
 _TRACKS = ("loop", "compute", "rpc", "shadow")

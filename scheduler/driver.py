@@ -30,11 +30,11 @@ from runtime.messages import (
 )
 from runtime.rpc import Door, DoorError
 from runtime.trace import Tracer
+from scheduler.course import Change
 from scheduler.pilot import SNAPSHOT_BYTES_PER_S
 from scheduler.planning.autopilot import Mode
 from scheduler.planning.look import Answer, Question, answer
 from scheduler.planning.sizing import Workers
-from scheduler.reconfiguration import Change, Refused
 from scheduler.request import (
     AdmissionError,
     EngineStats,
@@ -69,7 +69,7 @@ from scheduler.state import (
     Submit,
     Tick,
 )
-from scheduler.transition import STRATEGIES
+from scheduler.transition import STRATEGIES, Refused
 from scheduler.wishes import Drained, LayoutError, Wish, parse_wish
 
 log = logging.getLogger("midflight.head")

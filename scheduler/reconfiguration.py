@@ -14,36 +14,31 @@ sequences at the flip (`recompute` preempts them).
 
 import math
 from collections import deque
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Protocol
 
 from kvstore.block_pool import BlockPool
 from kvstore.directory import Directory
 from kvstore.ids import Epoch, WorkerName
-from runtime.layout import Layout, Move, moves_between
+from runtime.layout import Layout, moves_between
 from runtime.messages import (
     Cancel,
-    Copied,
     Copy,
     Load,
-    Mirroring,
     Open,
     Prepare,
-    Prepared,
     Retire,
-    Retired,
-    ShadowProgress,
-    ShadowReady,
     StartMirror,
     ToWorker,
 )
 from runtime.model.spec import ModelSpec
 from scheduler.batching import Batcher
+from scheduler.course import Change, Course, ToTransition, Transition
 from scheduler.hops import NO_LIMIT
 from scheduler.lanes import Opening
 from scheduler.membership import Membership
 from scheduler.room import KvRoom
-from scheduler.transition import ABORTABLE, NEXT_PHASES, Phase, Refused, Report, Snapshot, Strategy, describe
+from scheduler.transition import ABORTABLE, Refused, Report, Snapshot, describe
 from scheduler.wishes import Drained, Wish
 
 MAX_QUEUED = 16
@@ -51,20 +46,6 @@ MAX_REPORTS = 64
 MAX_RETRIES = 2
 """How often the rest of a change is planned anew after something of it has flipped and a hop then failed."""
 ASK_AGAIN = "a layout over the workers that are left comes up; ask again when the server serves"
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """What was asked for."""
-
-    id: int
-    layout: Layout
-    strategy: Strategy
-    deadline_s: float
-    """Seconds from its start after which it is aborted, if nothing has flipped by then."""
-    bytes_per_s: int
-    wish: Wish | None = None
-    """What `layout` is resolved from, again when the change begins: those before it may not have led where they were to."""
 
 
 class Head(Protocol):
@@ -99,99 +80,13 @@ class Head(Protocol):
     def max_context_tokens(self) -> int: ...
 
 
-@dataclass(slots=True)
-class _Pauses:
-    """What the workers saw of the flips, over all hops of a change: `runtime.messages.Retired`."""
-
-    pauses_us: list[int] = field(default_factory=list)
-    excesses_us: list[int] = field(default_factory=list)
-    ordinary_us: list[int] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class _Course:
-    """A change under way, over all its hops."""
-
-    change: Change
-    report: Report
-    began_s: float
-    recomputed_before: int
-    later: deque[Layout]
-    """The layouts of the hops after the present one."""
-    hop: int = 0
-    """The present hop, from 1; from the second on, something has flipped."""
-    num_retries: int = 0
-    stopped: str = ""
-    """Why it cannot go on as planned once the present hop is over."""
-    pauses: _Pauses = field(default_factory=_Pauses)
-
-
-@dataclass(slots=True)
-class _Transition:
-    """One hop of a change."""
-
-    course: _Course
-    old: Layout
-    new: Layout
-    moves: tuple[Move, ...]
-    phase: Phase
-    entered_s: float
-    workers: tuple[WorkerName, ...]
-    fly_through: int = -1
-    awaiting: set[WorkerName] = field(default_factory=set)
-    not_warm: set[WorkerName] = field(default_factory=set)
-    loaded: dict[WorkerName, ShadowProgress] = field(default_factory=dict)
-    """By worker that has units to load, how far it is."""
-    starts: dict[int, int] = field(default_factory=dict)
-    prepared: list[Prepared] = field(default_factory=list)
-    snapshot: Snapshot | None = None
-    num_needed: int = 0
-    """Blocks of the snapshot, from the first on, without which nothing flips."""
-    opening: Opening | None = None
-    why: str = ""
-    again: bool = False
-    """Once aborted, begin the change anew."""
-    weights_before: dict[WorkerName, int] = field(default_factory=dict)
-    load_s: float = 0.0
-    copy_s: float = 0.0
-    """The longest that a worker loaded, and that one copied: one after the other."""
-
-    def flips_within_s(self, now_s: float) -> float:
-        """When what the flip waits for will have been copied if it goes on as it did; infinite while nothing has arrived."""
-        arrived = self.snapshot.num_arrived if self.snapshot is not None else 0
-        return (now_s - self.entered_s) * (self.num_needed / arrived - 1.0) if arrived else math.inf
-
-    @property
-    def change(self) -> Change:
-        return self.course.change
-
-    @property
-    def report(self) -> Report:
-        return self.course.report
-
-    @property
-    def can_leave_no_trace(self) -> bool:
-        """Whether nothing has flipped yet, in this hop or an earlier one."""
-        return self.course.hop == 1 and self.phase in ABORTABLE
-
-    @property
-    def copies(self) -> bool:
-        return self.change.strategy in ("live", "stop-copy")
-
-    def enter(self, phase: Phase, now_s: float) -> None:
-        assert phase in NEXT_PHASES[self.phase], f"transition {self.change.id} cannot go from {self.phase} to {phase}"
-        spent = self.report.phases_s
-        spent[self.phase] = spent.get(self.phase, 0.0) + now_s - self.entered_s
-        self.phase, self.entered_s = phase, now_s
-
-
 class Reconfiguration:
     """The changes of layout: the one under way, those that wait, and the reports of the last ones."""
 
     def __init__(self, head: Head) -> None:
         self._head = head
         self._room = KvRoom(head)
-        self._now: _Transition | None = None
+        self._now: Transition | None = None
         self._queue: deque[Change] = deque()
         self.reports: dict[int, Report] = {}
         self.num_outcomes: dict[str, int] = {}
@@ -222,22 +117,9 @@ class Reconfiguration:
         now = self._now
         if now is None:
             return None
-        snapshot, opening = now.snapshot, now.opening
-        return {
-            "id": now.change.id,
-            "strategy": now.change.strategy,
-            "phase": now.phase,
-            "target": now.report.target,
-            "hop": now.course.hop,
-            "num_hops": now.report.num_hops,
-            "loading": sorted(now.not_warm),
-            "weights": [_shown(now.loaded[name]) for name in sorted(now.loaded)],
-            "snapshot_blocks": snapshot.num_blocks if snapshot else 0,
-            "snapshot_blocks_arrived": snapshot.num_arrived if snapshot else 0,
-            "sequences_flipped": now.report.sequences_flipped + (opening.num_flipped if opening else 0),
-            "sequences_left": len(self._head.directory.sequences_in(now.old.epoch)) if now.phase == "flip" else None,
-            "elapsed_s": round(self._head.now_s - now.course.began_s, 3),
-        }
+        is_flipping = now.phase == "flip"
+        num_left = len(self._head.directory.sequences_in(now.old.epoch)) if is_flipping else None
+        return now.view(self._head.now_s, num_left)
 
     # -- asking ---------------------------------------------------------------------------------------------
 
@@ -287,40 +169,11 @@ class Reconfiguration:
 
     # -- what the workers say -------------------------------------------------------------------------------
 
-    def prepared(self, message: Prepared) -> None:
+    def said(self, message: ToTransition) -> None:
+        """What a worker says of the transition under way; nothing, when it is of another."""
         now = self._current(message.transition)
-        if now is None or message.worker not in now.awaiting or now.phase != "prepare":
-            return
-        now.awaiting.discard(message.worker)
-        now.prepared.append(message)
-
-    def mirroring(self, message: Mirroring) -> None:
-        now = self._current(message.transition)
-        if now is not None and now.phase == "copy" and message.worker in now.awaiting:
-            now.awaiting.discard(message.worker)
-            now.starts.update(message.starts)
-
-    def shadow_progress(self, message: ShadowProgress) -> None:
-        now = self._current(message.transition)
-        if now is not None and message.worker in now.not_warm:
-            now.loaded[message.worker] = message
-
-    def shadow_ready(self, message: ShadowReady) -> None:
-        now = self._current(message.transition)
-        if now is not None and message.worker in now.not_warm:
-            now.not_warm.discard(message.worker)
-            now.report.weight_bytes += max(0, message.weight_bytes - now.weights_before.get(message.worker, 0))
-            now.report.peer_weight_bytes += message.peer_bytes
-            now.load_s = max(now.load_s, message.seconds)
-            worker = self._head.members.workers.get(message.worker)
-            if worker is not None:
-                worker.weight_bytes = message.weight_bytes
-                worker.implementation = message.implementation or worker.implementation
-
-    def copied(self, message: Copied) -> None:
-        now = self._current(message.transition)
-        if now is not None and now.snapshot is not None:
-            now.snapshot.advance(message.move, message.count)
+        if now is not None:
+            now.said(message, self._head.members.workers.get(message.worker))
 
     def failed(self, worker: WorkerName, transition: int, error: str) -> bool:
         """A worker could not do its part: abort, if nothing has flipped. False when it is too late for that."""
@@ -328,26 +181,6 @@ class Reconfiguration:
         if now is not None and now.phase in ABORTABLE:
             self._abort(now, f"{worker}: {error}")
         return now is None or now.phase not in ("flip", "retire")
-
-    def retired(self, message: Retired) -> None:
-        now = self._current(message.transition)
-        if now is None or now.phase not in ("retire", "abort"):
-            return
-        now.awaiting.discard(message.worker)
-        worker = self._head.members.workers.get(message.worker)
-        if worker is not None and message.weight_bytes >= 0:
-            worker.weight_bytes = message.weight_bytes
-        if worker is not None and message.num_pages:
-            worker.num_pages, worker.room_bytes = message.num_pages, message.room_bytes
-        report = now.report
-        report.mirror_bytes += message.row_bytes
-        report.snapshot_bytes += message.page_bytes
-        now.copy_s = max(now.copy_s, message.copy_us / 1e6)
-        report.fence_waits += message.fence_waits
-        report.fence_wait_ms += message.fence_wait_us / 1e3
-        now.course.pauses.pauses_us += message.pauses_us
-        now.course.pauses.excesses_us += message.excesses_us
-        now.course.pauses.ordinary_us += message.ordinary_us
 
     def lost(self, name: WorkerName) -> bool:
         """A worker is gone. True when the old layout goes on without it; False when the pipeline is broken."""
@@ -398,7 +231,7 @@ class Reconfiguration:
             except Refused as error:
                 self._end_report(self.reports[change.id], "refused", str(error))
 
-    def _advance_once(self, now: _Transition) -> bool:
+    def _advance_once(self, now: Transition) -> bool:
         """One phase further? Each branch is the condition under which its phase ends."""
         head = self._head
         if now.can_leave_no_trace and head.now_s - now.course.began_s > now.change.deadline_s:
@@ -468,7 +301,7 @@ class Reconfiguration:
         )
         self._keep(report)
         head.batcher.guard()
-        self._start_hop(_Course(change, report, head.now_s, self._recomputed(), deque(hops)), old)
+        self._start_hop(Course(change, report, head.now_s, self._recomputed(), deque(hops)), old)
         head.note(f"transition {change.id} begins: {old.brief()} -> {change.layout.brief()} ({change.strategy})")
 
     def _end_at_once(self, change: Change, present: Layout) -> None:
@@ -488,14 +321,14 @@ class Reconfiguration:
             case Layout():
                 self._head.members.resume(change.wish.workers)
 
-    def _start_hop(self, course: _Course, old: Layout) -> None:
+    def _start_hop(self, course: Course, old: Layout) -> None:
         head, change = self._head, course.change
         layout = course.later.popleft()
         course.hop += 1
         new = Layout(head.new_epoch(), layout.num_layers, layout.segments)
         course.report.target_epoch = new.epoch
         workers = tuple(dict.fromkeys((*old.workers, *new.workers)))
-        self._now = now = _Transition(
+        self._now = now = Transition(
             course=course,
             old=old,
             new=new,
@@ -514,7 +347,7 @@ class Reconfiguration:
             self._shrink(now)
         now.fly_through = head.batcher.last_ordinal(old.epoch)
 
-    def _go_on(self, course: _Course, why: str) -> None:
+    def _go_on(self, course: Course, why: str) -> None:
         """Plan the rest of a change anew from where it is; when there is no way any more, it is over. The pool is still
         as small as the hop that failed made it, so what runs has room for that one again."""
         head, report = self._head, course.report
@@ -532,7 +365,7 @@ class Reconfiguration:
         head.note(f"transition {report.id} goes on from {head.layout.brief()}: {why}")
         self._start_hop(course, head.layout)
 
-    def _end_course(self, course: _Course, outcome: str, why: str) -> None:
+    def _end_course(self, course: Course, outcome: str, why: str) -> None:
         """The change is over, and this is its report."""
         head, report = self._head, course.report
         assert head.layout is not None, "there is always one, but for a pipeline that is broken"
@@ -550,14 +383,14 @@ class Reconfiguration:
         what = head.layout.brief() if outcome == "committed" else why
         head.note(f"transition {report.id} {outcome}{after}: {what}")
 
-    def _shrink(self, now: _Transition) -> None:
+    def _shrink(self, now: Transition) -> None:
         """Reduce the pool to what both layouts hold; the retired ids are free, and given back by `prepare`."""
         capacity = self._room.capacity(now.old, now.new)
         if capacity < self._head.pool.num_blocks:
             self._head.set_capacity(capacity)
         self._head.batcher.is_squeezed = capacity < self._room.capacity(now.old, now.old)
 
-    def _must_wait(self, now: _Transition) -> bool:
+    def _must_wait(self, now: Transition) -> bool:
         """Whether the room is not there yet, or what holds it is not settled."""
         batcher, pool = self._head.batcher, self._head.pool
         if now.change.strategy == "drain":
@@ -566,12 +399,12 @@ class Reconfiguration:
             return True
         return bool(pool.retired() or batcher.is_held) and self._has_unguarded_steps(now)
 
-    def _has_unguarded_steps(self, now: _Transition) -> bool:
+    def _has_unguarded_steps(self, now: Transition) -> bool:
         """Whether steps are in flight that were formed before blocks went to limbo: they may still write to blocks that are
         anybody's by now, or retired."""
         return self._head.batcher.completed(now.old.epoch) < now.fly_through
 
-    def _prepare(self, now: _Transition) -> None:
+    def _prepare(self, now: Transition) -> None:
         head = self._head
         if now.change.strategy == "drain":
             head.pool.forget_cached()
@@ -585,7 +418,7 @@ class Reconfiguration:
             prepare = Prepare(now.new.epoch, now.old.epoch, load, now.moves, retired, now.copies, ends)
             head.send(name, prepare)
 
-    def _has_room(self, now: _Transition) -> bool:
+    def _has_room(self, now: Transition) -> bool:
         """Now that the size of every pool is known: is there room? If not, begin again, knowing it."""
         head = self._head
         for message in now.prepared:
@@ -598,13 +431,13 @@ class Reconfiguration:
         self._abort(now, "the pool of a worker that joins is smaller than was thought")
         return False
 
-    def _start_mirror(self, now: _Transition) -> None:
+    def _start_mirror(self, now: Transition) -> None:
         now.enter("copy", self._head.now_s)
         now.awaiting = {move.source for move in now.moves} if now.copies else set()
         for name in sorted(now.awaiting):
             self._head.send(name, StartMirror(now.new.epoch))
 
-    def _copy(self, now: _Transition) -> Snapshot:
+    def _copy(self, now: Transition) -> Snapshot:
         """All mirrors are on. What is live now, and was written before, is copied: running sequences first."""
         head = self._head
         blocks, num_running = head.batcher.live_blocks() if now.copies else ([], 0)
@@ -617,7 +450,7 @@ class Reconfiguration:
                 head.send(name, Copy(now.new.epoch, blocks, rate, now.num_needed))
         return now.snapshot
 
-    def _flip(self, now: _Transition) -> None:
+    def _flip(self, now: Transition) -> None:
         head, batcher = self._head, self._head.batcher
         now.enter("flip", head.now_s)
         assert now.snapshot is not None
@@ -633,7 +466,7 @@ class Reconfiguration:
         batcher.open_next(now.opening)
         batcher.is_held, batcher.admits = False, True
 
-    def _retire(self, now: _Transition) -> None:
+    def _retire(self, now: Transition) -> None:
         head = self._head
         now.enter("retire", head.now_s)
         assert now.opening is not None
@@ -645,7 +478,7 @@ class Reconfiguration:
         for name in now.workers:
             head.send(name, Retire(now.new.epoch, through))
 
-    def _finish_hop(self, now: _Transition) -> None:
+    def _finish_hop(self, now: Transition) -> None:
         head, course = self._head, now.course
         course.report.paced_s += now.load_s + now.copy_s
         head.set_capacity(self._room.capacity(now.new, now.new))
@@ -660,7 +493,7 @@ class Reconfiguration:
             now.enter("reserve", head.now_s)
             self._start_hop(course, now.new)
 
-    def _abort(self, now: _Transition, why: str) -> None:
+    def _abort(self, now: Transition, why: str) -> None:
         head = self._head
         before = now.phase
         now.enter("abort", head.now_s)
@@ -670,7 +503,7 @@ class Reconfiguration:
         for name in sorted(now.awaiting):
             head.send(name, Cancel(now.new.epoch))
 
-    def _finish_abort(self, now: _Transition) -> None:
+    def _finish_abort(self, now: Transition) -> None:
         head, course = self._head, now.course
         now.enter("done", head.now_s)
         if course.hop > 1:
@@ -695,7 +528,7 @@ class Reconfiguration:
         batcher = self._head.batcher
         return batcher.counters.recomputed_for_changes_tokens + batcher.to_recompute_for_changes()
 
-    def _current(self, transition: int) -> _Transition | None:
+    def _current(self, transition: int) -> Transition | None:
         now = self._now
         return now if now is not None and now.new.epoch == transition else None
 
@@ -709,13 +542,3 @@ class Reconfiguration:
         report.outcome, report.why = outcome, why
         report.reached = describe(self._head.layout) if self._head.layout is not None else []
         self.num_outcomes[outcome] = self.num_outcomes.get(outcome, 0) + 1
-
-
-def _shown(progress: ShadowProgress) -> dict[str, object]:
-    return {
-        "worker": progress.worker,
-        "units_loaded": progress.units_loaded,
-        "units_total": progress.units_total,
-        "bytes_loaded": progress.bytes_loaded,
-        "bytes_total": progress.bytes_total,
-    }

@@ -52,6 +52,7 @@ from runtime.messages import (
 )
 from runtime.model.spec import ModelSpec
 from scheduler.batching import Batcher, BatchingConfig
+from scheduler.course import Change
 from scheduler.membership import Membership
 from scheduler.pilot import Pilot
 from scheduler.planning.autopilot import Mode, Settings
@@ -61,8 +62,9 @@ from scheduler.planning.forecast import Device
 from scheduler.planning.look import Answer, Question
 from scheduler.planning.planner import default_counts
 from scheduler.planning.traffic import Serving
-from scheduler.reconfiguration import Change, Reconfiguration, Refused
+from scheduler.reconfiguration import Reconfiguration
 from scheduler.request import AdmissionError, FinishReason, Request, StageStats, TokenOutput
+from scheduler.transition import Refused
 from scheduler.wishes import LayoutError, Wish, resolve
 
 PILOT_DEADLINE_S = 300.0
@@ -398,23 +400,13 @@ class SchedulerState:
                 self._lose(message.worker, f"step {message.ordinal} failed: {message.error}", now_s, effects)
             case Leave():
                 self._lose(message.worker, f"it leaves: {message.reason}", now_s, effects)
-            case Mirroring():
-                self.reconfiguration.mirroring(message)
-            case Prepared():
-                self.reconfiguration.prepared(message)
-            case ShadowProgress():
-                self.reconfiguration.shadow_progress(message)
-            case ShadowReady():
-                self.reconfiguration.shadow_ready(message)
-            case Copied():
-                self.reconfiguration.copied(message)
+            case Prepared() | ShadowProgress() | ShadowReady() | Mirroring() | Copied() | Retired():
+                self.reconfiguration.said(message)
             case TransitionFailed():
                 if not self.reconfiguration.failed(message.worker, message.transition, message.error):
                     self._lose(message.worker, f"its part of a transition failed: {message.error}", now_s, effects)
             case Unreachable():
                 self._cut_off(message, now_s, effects)
-            case Retired():
-                self.reconfiguration.retired(message)
             case Audited() | Traced():
                 pass  # a reply, which the driver has taken
             case _:

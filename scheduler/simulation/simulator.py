@@ -17,10 +17,10 @@ from runtime.layout import Layout
 from runtime.messages import Sampling, StepResult, ToHead
 from runtime.model.spec import ModelSpec
 from scheduler.batching import BatchingConfig
+from scheduler.course import Change
 from scheduler.planning.autopilot import Mode, Settings
 from scheduler.planning.cost import Facts, work_of_rows
 from scheduler.planning.look import answer
-from scheduler.reconfiguration import Change, Refused
 from scheduler.request import AdmissionError, Request, TokenOutput
 from scheduler.simulation.policies import Policy
 from scheduler.simulation.trace import Trace
@@ -42,6 +42,7 @@ from scheduler.state import (
     Submit,
     Tick,
 )
+from scheduler.transition import Refused
 from scheduler.transition import Report as ChangeReport
 
 TICK_S = 0.5

@@ -48,7 +48,7 @@ from runtime.messages import (
 from runtime.model.spec import ModelSpec
 from runtime.stage import Units
 from scheduler.batching import BatchingConfig
-from scheduler.reconfiguration import Change, Refused
+from scheduler.course import Change
 from scheduler.request import AdmissionError, Request, TokenOutput
 from scheduler.state import (
     AbortChange,
@@ -68,7 +68,7 @@ from scheduler.state import (
     Tick,
 )
 from scheduler.state import Cancel as CancelRequest
-from scheduler.transition import Strategy
+from scheduler.transition import Refused, Strategy
 
 VOCAB = 97
 STOP = 96

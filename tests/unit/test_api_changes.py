@@ -16,7 +16,7 @@ import pytest
 from api.events import EventBuffer
 from api.page_script import SCRIPT
 from api.text import Text
-from scheduler.reconfiguration import Refused
+from scheduler.transition import Refused
 from scheduler.wishes import LayoutError
 from tests.tiny_models import build_tokenizer
 from tests.unit.api_harness import Api, serve

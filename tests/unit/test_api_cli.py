@@ -18,8 +18,8 @@ from api.config import STRATEGIES, ServeConfig
 from api.status import StatusReporter, Terminal, TerminalHandler, progress_line, ready_lines
 from api.text import Text
 from scheduler import transition
-from scheduler.reconfiguration import Refused
 from scheduler.request import Health
+from scheduler.transition import Refused
 from scheduler.wishes import LayoutError
 from tests.tiny_models import build_tokenizer
 from tests.unit.api_harness import make_report, serve

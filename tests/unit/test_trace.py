@@ -12,8 +12,8 @@ from api.text import Text
 from api.trace import chrome_trace
 from runtime.messages import Span
 from runtime.trace import Tracer
-from scheduler.reconfiguration import Refused
 from scheduler.request import ProcessTrace, TraceRun
+from scheduler.transition import Refused
 from tests.unit.api_harness import serve
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "benchmarks"))
