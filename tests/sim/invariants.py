@@ -101,7 +101,7 @@ class Invariants:
             self.num_checked += 1
             if promised + pool.num_used <= pool.num_pages:
                 continue
-            others = _pages_of_others(pool, layers, head.pool.universe())
+            others = _pages_of_others(pool, layers, head.pool.retired())
             assert promised + others <= pool.num_pages, (
                 f"{name} has {pool.num_pages} pages, {others} of them for what it need not hold; {num_blocks} blocks of "
                 f"layers {sorted(layers)} may be wanted in phase {phase}"
@@ -113,12 +113,15 @@ def _phase(cluster: SimCluster) -> str | None:
     return None if view is None else str(view["phase"])
 
 
-def _pages_of_others(pool: PagePool, layers: set[int], universe: list[int]) -> int:
+def _pages_of_others(pool: PagePool, layers: set[int], retired: list[int]) -> int:
     """Pages in use for other layers, or for blocks that nobody may use any more."""
     others = 0
     for layer in pool.layers:
-        mapped = np.flatnonzero(pool.page_of(layer) != NO_PAGE)
-        others += len(mapped) if layer not in layers else int(np.count_nonzero(~np.isin(mapped, universe)))
+        table = pool.page_of(layer)
+        if layer not in layers:
+            others += int(np.count_nonzero(table != NO_PAGE))
+        elif retired:
+            others += int(np.count_nonzero(table[[block for block in retired if block < len(table)]] != NO_PAGE))
     return others
 
 
