@@ -518,9 +518,8 @@ class Member:
     def retire(self, message: Retire | Cancel) -> None:
         """The transition has ended: keep what its outcome needs, and report; committed, once all rows are here."""
         handover = self._handover
-        if (
-            message.transition > self._last_transition
-        ):  # it overtook its `Prepare`, which has yet to say what pages must go
+        if message.transition > self._last_transition:
+            # It overtook its `Prepare`, which has yet to say what pages must go.
             assert isinstance(message, Cancel), "a transition is retired that was never prepared here"
             self._called_off = message.transition
             return

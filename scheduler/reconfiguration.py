@@ -222,9 +222,11 @@ class Reconfiguration:
 
     def advance(self) -> None:
         """Go as far as what has happened allows."""
-        while self._now is not None and self._advance_once(self._now):
-            pass
-        while self._now is None and self._queue:
+        while True:
+            while self._now is not None and self._advance_once(self._now):
+                pass
+            if self._now is not None or not self._queue:
+                return
             change = self._queue.popleft()
             try:
                 self._begin(change)

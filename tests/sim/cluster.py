@@ -21,7 +21,7 @@ from kvstore.page_memory import HostMemory
 from kvstore.page_pool import PagePool
 from runtime.batch import LayerKV, StepBatch
 from runtime.layout import Layout, Segment
-from runtime.member import Member, Pace, UnitKey, unit_keys
+from runtime.member import Member, Pace, UnitKey, transition_of, unit_keys
 from runtime.messages import (
     Audit,
     Cancel,
@@ -69,6 +69,8 @@ from scheduler.state import (
 )
 from scheduler.state import Cancel as CancelRequest
 from scheduler.transition import Refused, Strategy
+from tests.sim.invariants import Invariants, audit
+from tests.sim.network import HEAD, Network
 
 VOCAB = 97
 STOP = 96
@@ -294,13 +296,18 @@ class SimWorker:
         self.member = Member(name, torch.device("cpu"), self.store, self, lambda: cluster.now)
 
     def to_head(self, message: ToHead) -> None:
-        raw = encode(message)
-        self._cluster.transmit_to_head(raw)
+        self._cluster.transmit_to_head(self, encode(message))
 
     def to_peer(
         self, worker: str, message: Step | Mirror | Pages | Fetch | Weights, tensors: Sequence[torch.Tensor]
     ) -> None:
-        self._cluster.transmit(worker, message, [tensor.clone() for tensor in tensors])
+        transition = transition_of(message)
+
+        def told(error: str) -> None:
+            if transition is not None and self.alive:
+                self.member.unreachable(worker, transition, error)
+
+        self._cluster.transmit(self.name, worker, message, [tensor.clone() for tensor in tensors], told)
 
     def receive(self, message: ToWorker, tensors: list[torch.Tensor]) -> None:
         member = self.member
@@ -363,6 +370,7 @@ class SimCluster:
         shadow_failures: float = 0.0,
         spares_without_memory: bool = False,
         is_elastic: bool = False,
+        heartbeat_timeout_s: float = 15.0,
     ) -> None:
         self.random = random.Random(seed)
         self.now = 0.0
@@ -374,8 +382,14 @@ class SimCluster:
         self.num_resized = 0
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._num_events = 0
-        cluster = ClusterConfig(spec=make_spec(NUM_LAYERS), num_stages=num_stages, rejoin_timeout_s=3.0)
+        self.network = Network(self.random, self.at, lambda: self.now)
+        self._refused: set[tuple[str, str]] = set()
+        """(receiver, sender): the receiver knows that the sender is a member no more."""
+        cluster = ClusterConfig(
+            make_spec(NUM_LAYERS), num_stages, rejoin_timeout_s=3.0, heartbeat_timeout_s=heartbeat_timeout_s
+        )
         self.head = SchedulerState(cluster, batching)
+        self.invariants = Invariants(self)
         self.workers: dict[str, SimWorker] = {}
         self.streams: dict[int, Stream] = {}
         self.rejected: list[AdmissionError] = []
@@ -404,16 +418,23 @@ class SimCluster:
     def handle(self, event: Event) -> None:
         effects = self.head.step(event)
         self.head.check_integrity()
+        self.invariants.check()
         for effect in effects:
             match effect:
                 case SendStep():
-                    self.transmit(effect.worker, Step(0, encode(effect.plan), []), [])
+                    self._send(effect.worker, Step(0, encode(effect.plan), []))
                 case Send():
-                    self.transmit(effect.worker, effect.message, [])
+                    self._send(effect.worker, effect.message)
                 case Emit():
                     self._emit(effect.sequence, effect.output)
-                case EvictWorker() | Report() | Look():
+                case EvictWorker():
+                    self._evict(effect.worker)
+                case Report() | Look():
                     pass
+
+    def _send(self, to: str, message: ToWorker) -> None:
+        """As the driver does: a worker that a message did not get to is lost."""
+        self.transmit(HEAD, to, message, [], lambda error: self.handle(PeerDown(to, error, self.now)))
 
     # -- clients --------------------------------------------------------------------------------------------
 
@@ -457,56 +478,84 @@ class SimCluster:
         self.workers[name] = worker = SimWorker(name, self.num_blocks * NUM_LAYERS, self)
         worker.has_no_memory = self.spares_without_memory and int(name[1:].partition("-")[0]) >= self.num_stages
         join = Join(name, "host", 1, "cpu", "sim", 1, 1, 1, {}, replaces)
-        self.at(self._delay(), lambda: self.handle(FromWorker(join, self.now)))
+        self.transmit_to_head(worker, encode(join), twice=0.0)  # a call, of which the door sees to it
 
     def crash(self, name: str) -> None:
         """Kill a worker; the head learns of it later, and a new incarnation joins later still, or never."""
         worker = self.workers.get(name)
         if worker is None or not worker.alive:
             return
+        self._end(worker, restarts=self.random.random() < 0.8)
+
+    def break_off(self, sender: str, to: str) -> None:
+        """Break a link between two members that live. Each end has an unanswered request at the head, the head one at each: a break of
+        these links is noticed even if nothing is on its way."""
+        self.network.break_off(sender, to)
+        if sender == HEAD:
+            self.at(self.random.uniform(0.0, 0.5), lambda: self.handle(PeerDown(to, "its connection ended", self.now)))
+        elif to == HEAD:
+            self.at(self.random.uniform(0.0, 0.5), lambda: self._head_lost(sender))
+
+    def _head_lost(self, name: str) -> None:
+        """As `runtime.worker` does: one that has no head, or finds itself evicted, ends and joins anew."""
+        worker = self.workers.get(name)
+        if worker is not None and worker.alive:
+            self._end(worker, restarts=True)
+
+    def _end(self, worker: SimWorker, *, restarts: bool) -> None:
+        name = worker.name
         worker.alive = False
+        for other in (HEAD, *self.workers):
+            self.network.break_off(other, name)
         self.at(self.random.uniform(0.01, 0.5), lambda: self.handle(PeerDown(name, "killed", self.now)))
-        if self.random.random() < 0.8:
+        if restarts:
             self.restarts += 1
-            base = name.partition("-")[0]
-            restarted = f"{base}-r{self.restarts}"
+            restarted = f"{name.partition('-')[0]}-r{self.restarts}"
             self.at(self.random.uniform(0.3, 2.0), lambda: self.start_worker(restarted, name))
+
+    def _evict(self, name: str) -> None:
+        """Its messages are refused from now on, by other members a little later; and so does it hear of it itself."""
+        self._refused.add((HEAD, name))
+        for other in self.workers:
+            self.at(self.random.uniform(0.0, 0.1), lambda other=other: self._refused.add((other, name)))
+        self.at(self.random.uniform(0.0, 1.0), lambda: self._head_lost(name))
 
     def tick(self) -> None:
         for worker in self.workers.values():
-            if worker.alive:
+            if worker.alive and self.network.carries(worker.name, HEAD):
                 self.head.members.seen(worker.name, self.now)
         self.handle(Tick(self.now))
 
-    def transmit(self, to: str, message: ToWorker, tensors: list[torch.Tensor]) -> None:
-        """One message: any delay, any order, sometimes twice."""
+    def transmit(
+        self, sender: str, to: str, message: ToWorker, tensors: list[torch.Tensor], told: Callable[[str], None]
+    ) -> None:
+        """One message: any delay, any order, sometimes twice. `told` is called with what went wrong."""
         raw = encode(message)
         if isinstance(message, Pages) and self.num_to_damage:
             self.num_to_damage -= 1
             tensors = [tensor + 1 for tensor in tensors]
-        copies = 2 if self.random.random() < 0.05 else 1
-        for _ in range(copies):
-            self.at(self._delay(), lambda: self._arrive(to, raw, tensors))
+        self.network.send(sender, to, lambda: self._arrive(sender, to, raw, tensors), told, twice=0.05)
 
-    def transmit_to_head(self, raw: bytes) -> None:
-        copies = 2 if self.random.random() < 0.02 else 1
-        for _ in range(copies):
-            self.at(self._delay(), lambda: self.handle(FromWorker(decode_to_head(raw), self.now)))
+    def transmit_to_head(self, worker: SimWorker, raw: bytes, *, twice: float = 0.02) -> None:
+        name = worker.name
 
-    def _arrive(self, to: str, raw: bytes, tensors: list[torch.Tensor]) -> None:
+        def arrive() -> None:
+            if (HEAD, name) not in self._refused:
+                self.handle(FromWorker(decode_to_head(raw), self.now))
+
+        self.network.send(name, HEAD, arrive, lambda error: self._head_lost(name), twice=twice)
+
+    def _arrive(self, sender: str, to: str, raw: bytes, tensors: list[torch.Tensor]) -> None:
         worker = self.workers.get(to)
-        if worker is not None and worker.alive:
+        if worker is not None and worker.alive and (to, sender) not in self._refused:
             worker.receive(decode_to_worker(raw), tensors)
-
-    def _delay(self) -> float:
-        return self.random.choice((0.0005, 0.001, self.random.expovariate(300.0)))
 
     def audit_at_work(self) -> None:
         """An audit of every worker, which may overtake anything."""
         newest = max(self.streams, default=0)
         audit = Audit(self.head.batcher.live_sequences(), newest)
         for worker in self.workers.values():
-            self.at(self._delay(), lambda worker=worker: self._audited(worker, audit))
+            self.at(self.network.delay(), lambda worker=worker: self._audited(worker, audit))
 
     def _audited(self, worker: SimWorker, audit: Audit) -> None:
         if worker.alive:
@@ -516,30 +565,7 @@ class SimCluster:
     # -- the end --------------------------------------------------------------------------------------------
 
     def audit(self) -> None:
-        """When everything is quiet, every worker holds exactly what the layout gives it, and nothing else."""
-        self.head.check_integrity()
-        layout = self.head.layout
-        for worker in self.workers.values():
-            if not worker.alive or worker.name not in self.head.members.workers:
-                continue
-            found = worker.member.audit(Audit([], 1 << 60))
-            assert not found.problems, f"{worker.name}: {found.problems}"
-            if layout is not None and self.head.status == "serving":
-                assert self.head.batcher.num_stages == len(layout.workers)
-                self._audit_cache(worker, layout)
-                expected = set(unit_keys(layout, worker.name))
-                assert worker.store.held() == expected, f"{worker.name} holds {worker.store.held()}, not {expected}"
-                assert worker.member.serves() == ([layout.epoch] if expected else [])
-
-    def _audit_cache(self, worker: SimWorker, layout: Layout) -> None:
-        """Every cached block has a page for every layer, on the worker that owns it now."""
-        pool = worker.member.pool
-        for layer in layout.layers_of(worker.name):
-            assert pool is not None
-            table = pool.page_of(layer)
-            for block in self.head.pool.cached_blocks():
-                assert block < len(table), f"{worker.name} has no page for cached block {block} of layer {layer}"
-                assert table[block] >= 0, f"{worker.name} has no page for cached block {block} of layer {layer}"
+        audit(self)
 
 
 def make_request(rng: random.Random, prompts: list[list[int]], *, max_prompt: int, max_output: int) -> Request:

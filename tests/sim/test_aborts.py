@@ -8,7 +8,7 @@ import pytest
 
 from kvstore.ids import LayerRange
 from runtime.layout import Layout, Segment
-from runtime.messages import Sampling
+from runtime.messages import Cancel, Prepare, Retired, Sampling, ToHead
 from scheduler.batching import BatchingConfig
 from scheduler.request import Request
 from tests.sim.cluster import NUM_LAYERS, VOCAB, SimCluster, reference
@@ -122,3 +122,25 @@ def test_an_abort_is_an_abort_however_often_it_is_asked_for() -> None:
     assert not cluster.head.reconfiguration.is_aborting(1)
     assert cluster.streams[0].tokens == reference(request)
     cluster.audit()
+
+
+def test_a_cancel_that_overtakes_its_prepare_waits_for_what_that_says() -> None:
+    """The head counts on the pages of the blocks that it has retired, whatever came of the change."""
+    cluster = SimCluster(0, num_stages=2, batching=BatchingConfig(block_size=4), num_blocks=64, num_spares=1)
+    cluster.at(0.5, lambda: cluster.submit(0, Request("sim", [1] * 30, Sampling(temperature=0.0), max_tokens=100)))
+    cluster.run(until=0.6)
+    member, pool = cluster.workers["w0"].member, cluster.workers["w0"].member.pool
+    assert pool is not None
+    blocks = [int(block) for block in (pool.page_of(0) >= 0).nonzero()[0]]
+    load = cluster.head.load_message(Layout(9, NUM_LAYERS, TARGET.segments), "w0")
+    said: list[ToHead] = []
+    cluster.workers["w0"].to_head = said.append  # type: ignore[method-assign]
+    member.retire(Cancel(9))
+    assert not said, "it cannot say yet that it is done"
+    used_before = pool.num_used
+    member.prepare(Prepare(9, 1, load, (), blocks[-1:], True, ("w0", "w1")))
+    assert pool.num_used == used_before - len(pool.layers)
+    assert [(type(message), message.transition) for message in said if isinstance(message, Retired)] == [(Retired, 9)]
+    assert len(said) == 1, "nothing else comes of it"
+    member.prepare(Prepare(9, 1, load, (), blocks, True, ("w0", "w1")))
+    assert len(said) == 1, "nor when it comes again"

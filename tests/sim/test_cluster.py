@@ -8,7 +8,7 @@ from tests.sim import SEEDS_PER_BLOCK
 from tests.sim.cluster import SimCluster, make_request, random_layout, reference
 
 
-def scenario(seed: int, *, crashes: bool = False, changes: bool = False) -> SimCluster:
+def scenario(seed: int, *, crashes: bool = False, changes: bool = False, lossy: bool = False) -> SimCluster:
     rng = random.Random(f"scenario {seed}")
     num_stages = rng.randint(1, 4)
     block_size = rng.choice((2, 4, 8))
@@ -29,8 +29,9 @@ def scenario(seed: int, *, crashes: bool = False, changes: bool = False) -> SimC
         num_blocks=num_blocks,
         num_spares=rng.randint(0, 2) if changes else 0,
         shadow_failures=rng.choice((0.0, 0.1)) if changes else 0.0,
-        spares_without_memory=changes and not crashes and rng.random() < 0.1,
+        spares_without_memory=changes and not crashes and not lossy and rng.random() < 0.1,
         is_elastic=changes and rng.random() < 0.5,
+        heartbeat_timeout_s=2.0 if lossy else 15.0,
     )
     prompts: list[list[int]] = []
     at = 0.6
@@ -50,7 +51,7 @@ def scenario(seed: int, *, crashes: bool = False, changes: bool = False) -> SimC
             )
     for _ in range(rng.randint(0, 4)):
         cluster.at(rng.uniform(0.6, at + 0.3), cluster.audit_at_work)
-    for index in range(1, 60):
+    for index in range(1, 120):
         cluster.at(0.5 * index, cluster.tick)
     return cluster
 
@@ -68,8 +69,8 @@ def change(cluster: SimCluster) -> None:
         cluster.at(rng.uniform(0.0, 0.3), lambda: cluster.abort_change(latest))
 
 
-def check(cluster: SimCluster) -> None:
-    cluster.run(until=25.0)
+def check(cluster: SimCluster, *, until: float = 25.0) -> None:
+    cluster.run(until)
     alive = [w for w in cluster.workers.values() if w.alive]
     for error in cluster.rejected:
         assert error.status in (429, 400, 503), error

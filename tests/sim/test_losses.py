@@ -1,0 +1,121 @@
+"""Links that break or stall while all members live: what was on its way is lost, the sender is told, and no stream hangs or differs."""
+
+import math
+import random
+
+import pytest
+
+from kvstore.ids import LayerRange
+from runtime.layout import Layout, Segment
+from runtime.messages import Sampling
+from scheduler.batching import BatchingConfig
+from scheduler.request import Request
+from tests.sim.cluster import NUM_LAYERS, SimCluster, reference
+from tests.sim.network import HEAD
+from tests.sim.test_cluster import check, scenario, seeds_of
+
+TARGET = Layout(0, NUM_LAYERS, (Segment("w0", LayerRange(0, 2)), Segment("w2", LayerRange(2, NUM_LAYERS))))
+
+
+def lossy(seed: int) -> SimCluster:
+    """Changes of layout, sometimes crashes, and one to three links that break or stall."""
+    rng = random.Random(f"losses {seed}")
+    cluster = scenario(seed, changes=rng.random() < 0.9, crashes=rng.random() < 0.2, lossy=True)
+    for _ in range(rng.randint(1, 3)):
+        seconds = rng.choice((-1.0, 0.3, 3.0, 8.0, math.inf))  # -1: it breaks
+        among_workers = rng.random() < 0.7
+        cluster.at(rng.uniform(0.5, 1.5), lambda s=seconds, w=among_workers: harm(cluster, s, among_workers=w))
+    return cluster
+
+
+def harm(cluster: SimCluster, seconds: float, *, among_workers: bool) -> None:
+    """Break some link, or stall it for so long."""
+    names = [worker.name for worker in cluster.workers.values() if worker.alive]
+    if not among_workers or len(names) < 2:
+        names.append(HEAD)
+    if len(names) < 2:
+        return
+    sender, to = cluster.random.sample(names, 2)
+    if not among_workers and HEAD not in (sender, to):
+        to = HEAD
+    if seconds < 0.0:
+        cluster.break_off(sender, to)
+    else:
+        cluster.network.stall(sender, to, seconds)
+
+
+def test_losses_change_nothing_but_the_time_it_takes(block: int) -> None:
+    num_lost = num_evicted = 0
+    for seed in seeds_of(4, block):
+        cluster = lossy(seed)
+        check(cluster, until=60.0)
+        num_lost += cluster.network.num_lost
+        num_evicted += cluster.head.members.num_lost
+    assert num_lost, "nothing was ever lost"
+    assert num_evicted, "nobody was ever given up"
+
+
+def serve(seed: int) -> SimCluster:
+    """Two stages, a spare, and streams that are long enough for whatever happens."""
+    cluster = SimCluster(seed, num_stages=2, batching=BatchingConfig(prefix_cache=False), num_blocks=64, num_spares=1)
+    for sequence in range(4):
+        request = Request("sim", [1, 2, 3 + sequence], Sampling(temperature=0.0), max_tokens=160)
+        cluster.at(0.5, lambda s=sequence, r=request: cluster.submit(s, r))
+    for index in range(1, 60):
+        cluster.at(0.5 * index, cluster.tick)
+    return cluster
+
+
+def end(cluster: SimCluster) -> None:
+    cluster.run(until=30.0)
+    assert len(cluster.streams) == 4
+    for stream in cluster.streams.values():
+        assert stream.tokens == reference(stream.request)
+    cluster.audit()
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seconds", [-1.0, math.inf], ids=["breaks", "stalls"])
+def test_a_pipeline_whose_link_is_gone_is_made_anew(seconds: float, seed: int) -> None:
+    """Both workers live, and neither can help it: the one that cannot be reached joins again, with new connections."""
+    cluster = serve(seed)
+    cluster.at(
+        0.55, lambda: cluster.break_off("w0", "w1") if seconds < 0 else cluster.network.stall("w0", "w1", seconds)
+    )
+    end(cluster)
+    assert cluster.head.members.num_lost == 1
+    assert "w1" not in cluster.head.members.workers
+    assert cluster.head.status == "serving"
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("phase", ["copy", "flip", "retire"])
+def test_a_link_that_only_a_change_needs(phase: str, seed: int) -> None:
+    """Before the first flip it costs the change, and the present layout never stops serving; later only a recovery helps."""
+    cluster = serve(seed)
+    epochs: list[int] = []
+    has_broken = False
+
+    def look() -> None:
+        nonlocal has_broken
+        view = cluster.head.reconfiguration.view()
+        epochs.append(cluster.head.epoch if cluster.head.status == "serving" else -1)
+        if not has_broken and view is not None and view["phase"] == phase:
+            has_broken = True
+            cluster.break_off("w1", "w2")
+
+    cluster.at(0.52, lambda: cluster.change(TARGET))
+    for index in range(500, 4000):
+        cluster.at(0.001 * index, look)
+    end(cluster)
+    assert has_broken, f"there was no phase {phase}"
+    report = cluster.head.reconfiguration.reports[1]
+    assert len(cluster.head.members.workers) == 3
+    if phase == "copy":
+        assert report.outcome == "aborted"
+        assert "w2 cannot be reached: EOF" in report.why
+        assert set(epochs) == {1}, "the old layout served all the time"
+        assert cluster.head.batcher.counters.recomputed_tokens == 0
+        assert "w2" not in cluster.head.members.workers, "it has joined again, with new connections"
+    else:
+        assert report.outcome in ("committed", "aborted")
