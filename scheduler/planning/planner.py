@@ -162,7 +162,7 @@ def default_counts(facts: Facts, devices: Sequence[Device], serving: Serving = S
         )
     traffic = Traffic(prompt_tokens=128, output_tokens=128, concurrency=16 * len(devices))
     planning = _Planning(facts, tuple(devices), traffic, serving, "throughput", SLO, None, 0.0)
-    (posed,) = planning._pose(planning._load(np.array([len(devices)]), traffic.concurrency))
+    posed = planning._posed(planning._load(np.array([len(devices)]), traffic.concurrency), 0)
     order = range(len(devices))
     split = split_order(posed.problem, order, empty_ends=False)
     assert split is not None, "devices without limits hold any model"
@@ -193,8 +193,18 @@ class _Load:
     in_service: np.ndarray
     steps: Steps
     mean: StepTimes
-    fast: StepTimes
-    slow: StepTimes
+    times: StepTimes
+    """``[2 R]`` rows: steps that only decode, then those that also prefill."""
+    uniform: Uniform | None
+    """The problems of mean steps, where layers are alike."""
+
+    @property
+    def fast(self) -> StepTimes:
+        return self.times[: len(self.ks)]
+
+    @property
+    def slow(self) -> StepTimes:
+        return self.times[len(self.ks) :]
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,11 +286,11 @@ class _Planning:
         if not ks:
             return
         load = self._load(np.array(ks), self._wanted_in_service())
-        ceilings, posed = self._ceilings(load), self._pose(load)
+        ceilings = self._ceilings(load)
         for row in np.argsort(-ceilings, kind="stable").tolist():
             best = max((option.score for option in options.values()), default=-math.inf)
             loses = ceilings[row] < best - _TIE * abs(best) if math.isfinite(best) else False
-            options[ks[row]] = _Option(None, float(ceilings[row])) if loses else self._weighed(posed[row])
+            options[ks[row]] = _Option(None, float(ceilings[row])) if loses else self._weighed(self._posed(load, row))
         if self.objective == "throughput":
             return
         good = max(option.score for option in options.values())
@@ -289,74 +299,74 @@ class _Planning:
         ]
         again = sorted(again, key=lambda k: -options[k].score)[:_AGAIN]
         if again:
-            for one in self._pose(self._load(np.array(again), [options[k].num_sequences for k in again])):
-                option = self._weighed(one, options[one.k])
-                if option.score > options[one.k].score:
-                    options[one.k] = option
+            load = self._load(np.array(again), [options[k].num_sequences for k in again])
+            for row, k in enumerate(again):
+                option = self._weighed(self._posed(load, row), options[k])
+                if option.score > options[k].score:
+                    options[k] = option
 
     def _ceilings(self, load: _Load) -> np.ndarray:
         """``[R]``: no split into so many stages is expected to score better; inf where nothing cheap is known."""
-        if not self.is_uniform:
+        if load.uniform is None:
             return np.full(len(load.ks), np.inf)
         head_s = self.serving.head_s
         if self.objective == "latency":
-            return -(self.traffic.output_tokens - 1.0) * (head_s + self._bounds_s(load))
+            return -(self.traffic.output_tokens - 1.0) * (head_s + self._bounds_s(load, load.uniform.floors))
         if self.objective == "throughput":
-            return load.steps.requests * load.steps.in_flight / (head_s + self._bounds_s(load))
+            round_s = head_s + self._bounds_s(load, load.uniform.floors)
+            return load.steps.requests * load.steps.in_flight / round_s
         # the more are in service, the more is served and the slower: up to the first of some numbers that is too slow
         numbers = np.geomspace(1.0, max(1.0, self._wanted_in_service()), _NUMBERS)
         many = self._load(np.repeat(load.ks, _NUMBERS), np.tile(numbers, len(load.ks)), fitting=False)
         steps, shape = many.steps, (len(load.ks), _NUMBERS)
-        round_s = (head_s + self._bounds_s(many)).reshape(shape)
+        assert many.uniform is not None, "layers are alike"
+        round_s = (head_s + self._bounds_s(many, many.uniform.relaxed.bounds)).reshape(shape)
         alone = (steps.num_sequences <= steps.in_flight).reshape(shape)
         finished = np.maximum.accumulate((steps.requests * steps.in_flight).reshape(shape), axis=1)
         following = np.concatenate([finished[:, 1:], finished[:, -1:]], axis=1)
         return np.where((round_s <= self.slo.tpot_s) | alone, following / round_s, 0.0).max(axis=1)
 
-    def _bounds_s(self, load: _Load) -> np.ndarray:
+    def _bounds_s(self, load: _Load, busiest: np.ndarray) -> np.ndarray:
+        """``[R]``: rounds, in seconds, when no busiest stage is below ``busiest [R]``."""
         steps, num_layers = load.steps, self.facts.num_layers
-        return round_bounds(load.mean, load.fast, load.slow, steps.prefill_share, steps.in_flight, load.ks, num_layers)
+        return round_bounds(busiest, load.fast, load.slow, steps.prefill_share, steps.in_flight, load.ks, num_layers)
 
     def _weighed(self, one: _Posed, known: _Option | None = None) -> _Option:
         """The best split at this operating point and its score; `known` if it is that split again."""
-        one, split, begun = self._solve(one)
-        if split is None:
+        one, begun = self._solve(one)
+        if begun is None:
             return _Option(None, -math.inf)
         if self.objective == "throughput":
-            return _Option(split, self._rate(one, one.rounds.of(split)), posed=one)
-        splits = (
-            split,
-            *((begun,) if begun not in (None, split) else ()),
-        )  # a shorter round at this load is not all that counts
+            split, cycle_s = one.rounds.improve(begun, keep_order=self.keeps_order)
+            return _Option(split, self._rate(one, cycle_s), posed=one)
+        splits = [begun]
+        if len(self.devices) <= FEW:  # a shorter round at this load is not all that counts
+            split, _ = one.rounds.improve(begun, keep_order=self.keeps_order)
+            splits += [split] if split != begun else []
         options = [
             known if known is not None and known.split == each else self._shown(_Option(each, 0.0), in_full=False)
-            for each in splits
+            for each in reversed(splits)
         ]
         best = max(options, key=lambda option: option.score)
         best.posed = one
         return best
 
-    def _solve(self, one: _Posed) -> tuple[_Posed, Split | None, Split | None]:
-        """A split, of `FEW` devices improved, and what it was improved from; where memory allows none, with fewer sequences until
-        it does."""
+    def _solve(self, one: _Posed) -> tuple[_Posed, Split | None]:
+        """The best split for mean steps; where memory allows none, with fewer sequences until it does."""
         while True:
             wanted = self._wanted(one.k)
             split = split_order(one.problem, wanted[0]) if self.keeps_order else one.solver.best(*wanted)
-            if split is not None and len(self.devices) <= FEW:
-                return one, one.rounds.improve(split, keep_order=self.keeps_order)[0], split
             if split is not None or one.num_sequences <= 1:
-                return one, split, split
-            (one,) = self._pose(self._load(np.array([one.k]), one.num_sequences / 2))
+                return one, split
+            one = self._posed(self._load(np.array([one.k]), one.num_sequences / 2), 0)
 
     def _improved(self, best: _Option) -> _Option:
-        """With what single exchanges still gain, which was not tried for every number of stages (`_solve`)."""
-        if best.split is None or best.posed is None or len(self.devices) <= FEW:
+        """With what single moves still gain, which was not tried for every number of stages (`_weighed`)."""
+        if best.split is None or best.posed is None or len(self.devices) <= FEW or self.objective == "throughput":
             return best
         split, _ = best.posed.rounds.improve(best.split, keep_order=self.keeps_order)
         if split is best.split:
             return best
-        if best.forecast is None and best.layout is None:
-            return _Option(split, 0.0, posed=best.posed)
         better = self._shown(_Option(split, 0.0))
         return better if better.score > best.score else best
 
@@ -397,7 +407,7 @@ class _Planning:
         order = [self.names.index(worker) for worker in present.workers]
         if best.split is None or len(order) != k or tuple(order) == best.split.order:
             return None
-        (one,) = self._pose(self._load(np.array([k]), best.num_sequences))
+        one = self._posed(self._load(np.array([k]), best.num_sequences), 0)
         split = split_order(one.problem, order)
         if split is None:
             return None
@@ -453,42 +463,39 @@ class _Planning:
         steps = mean_steps(self.traffic, self.serving, microbatches, in_service)
         units = unit_times(self.facts, self.cluster.speeds, steps.works)
         times = StepTimes(units.fixed + self.cluster.hops(steps.works), units.layers, units.last)
-        fast, slow = times[: len(ks)], times[len(ks) :]
-        return _Load(ks, in_service, steps, fast.weighted(steps.prefill_share, slow), fast, slow)
+        mean = times[: len(ks)].weighted(steps.prefill_share, times[len(ks) :])
+        return _Load(ks, in_service, steps, mean, times, self._uniform(ks, in_service, mean) if self.is_uniform else None)
 
-    def _pose(self, load: _Load) -> list[_Posed]:
-        """The problem of each number of stages under its load."""
-        facts, spec, mean = self.facts, self.facts.spec, load.mean
-        shape = (len(load.ks), len(self.devices), facts.num_layers)
-        layers = np.broadcast_to(mean.layers, shape) if self.is_uniform else mean.layers[:, :, facts.kind_of_layer]
-        layer_bytes = facts.layer_bytes + self._kv_bytes(load.in_service)[:, None]
-        problems = [
-            Problem(
-                stage=mean.stage[row],
-                layers=layers[row],
-                last=mean.last[row],
-                room=self.rooms,
-                layer_bytes=layer_bytes[row],
-                first_bytes=float(spec.embedding_bytes),
-                last_bytes=float(spec.lm_head_bytes),
-                in_flight=float(load.steps.in_flight[row]),
-            )
-            for row in range(len(load.ks))
-        ]
-        ks = load.ks.tolist()
-        uniform = Uniform(problems, ks) if self.is_uniform else None
-        kinds = StepTimes.stack([mean, load.fast, load.slow], axis=1)
-        return [
-            _Posed(
-                k=k,
-                num_sequences=float(load.in_service[row]),
-                requests=float(load.steps.requests[row]),
-                problem=problems[row],
-                solver=Solver(problems[row], k, uniform, row),
-                rounds=Rounds(problems[row], kinds[row], facts.kind_of_layer, float(load.steps.prefill_share[row])),
-            )
-            for row, k in enumerate(ks)
-        ]
+    def _uniform(self, ks: np.ndarray, in_service: np.ndarray, mean: StepTimes) -> Uniform:
+        spec, layer_bytes = self.facts.spec, self.facts.layer_bytes[0] + self._kv_bytes(in_service)
+        return Uniform(
+            mean.stage, mean.layers[:, :, 0], mean.last, layer_bytes, ks, num_layers=spec.num_layers,
+            room=self.rooms, first_bytes=float(spec.embedding_bytes), last_bytes=float(spec.lm_head_bytes),
+        )  # fmt: skip
+
+    def _posed(self, load: _Load, row: int) -> _Posed:
+        """The problem of one of the numbers of stages under its load."""
+        facts, spec, mean, k = self.facts, self.facts.spec, load.mean, int(load.ks[row])
+        num_sequences = float(load.in_service[row])
+        layers = mean.layers[row]
+        problem = Problem(
+            stage=mean.stage[row],
+            layers=np.broadcast_to(layers, (len(layers), facts.num_layers)) if self.is_uniform else layers[:, facts.kind_of_layer],
+            last=mean.last[row],
+            room=self.rooms,
+            layer_bytes=facts.layer_bytes + self._kv_bytes(num_sequences),
+            first_bytes=float(spec.embedding_bytes),
+            last_bytes=float(spec.lm_head_bytes),
+            in_flight=float(load.steps.in_flight[row]),
+        )
+        return _Posed(
+            k=k,
+            num_sequences=num_sequences,
+            requests=float(load.steps.requests[row]),
+            problem=problem,
+            solver=Solver(problem, k, load.uniform, row),
+            rounds=Rounds(problem, load.times[row :: len(load.ks)], facts.kind_of_layer, float(load.steps.prefill_share[row])),
+        )
 
     def _wanted(self, k: int) -> tuple[list[int], list[int]]:
         """The devices of the present layout in its order, and its boundaries if it has k stages."""

@@ -49,31 +49,20 @@ class StepTimes:
             weighted(share[:, None], self.last, slow.last),
         )
 
-    @staticmethod
-    def stack(parts: "Iterable[StepTimes]", axis: int = 0) -> "StepTimes":
-        rows = [(part.stage, part.layers, part.last) for part in parts]
-        return StepTimes(*(np.stack(column, axis=axis) for column in zip(*rows, strict=True)))
 
-
-def round_bounds(mean: StepTimes, fast: StepTimes, slow: StepTimes, share: np.ndarray, in_flight: np.ndarray,
+def round_bounds(busiest: np.ndarray, fast: StepTimes, slow: StepTimes, share: np.ndarray, in_flight: np.ndarray,
     ks: np.ndarray, num_layers: int,
 ) -> np.ndarray:  # fmt: skip
-    """``[R]``: rounds that no split over k devices is expected to go below; 0 where nothing cheap is known, for layers that differ.
+    """``[R]``: rounds that no split over k devices is expected to go below, for equal layers, when no busiest stage is below ``busiest [R]``.
 
     Of `FEW` devices none does: neither the busiest stage nor the sum of a slow step can be less. Of more, it is what even stages
     would take, less a little (what single exchanges may gain; planning with no such bound gave the same plans).
     """
-    num_devices = mean.stage.shape[1]
-    if mean.layers.shape[2] > 1:
-        return np.zeros(len(ks))
+    num_devices = fast.stage.shape[1]
     if num_devices > FEW:
         even = fast.weighted(slow_weight(share, in_flight, np.minimum(1.0, in_flight / ks)), slow)
-        stage, last = np.concatenate([mean.stage, even.stage]), np.concatenate([mean.last, even.last])
-        layer = np.concatenate([mean.layers, even.layers])[..., 0]
-        both = relaxed_bottlenecks(stage, layer, last, num_layers, np.concatenate([ks, ks]))
-        busiest, evenly = both.reshape(2, -1)
+        evenly = relaxed_bottlenecks(even.stage, even.layers[..., 0], even.last, num_layers, ks).bounds
         return in_flight * np.maximum(busiest, _EVEN * evenly)
-    busiest = relaxed_bottlenecks(mean.stage, mean.layers[..., 0], mean.last, num_layers, ks)
     stages = np.sort(slow.stage, axis=1).cumsum(axis=1)[np.arange(len(ks)), ks - 1]
     slow_sum = stages + num_layers * slow.layers.min(axis=(1, 2)) + slow.last.min(axis=1)
     return np.maximum(in_flight * busiest, slow_weight(share, in_flight, 0.0) * slow_sum)
@@ -82,7 +71,7 @@ def round_bounds(mean: StepTimes, fast: StepTimes, slow: StepTimes, share: np.nd
 class Rounds:
     """Steps of two kinds on n devices, a share of them slow.
 
-    `times` has three rows: the mean step, the fast and the slow one. `kind_of_layer` ``[L]`` says which layer is of which kind;
+    `times` has two rows: the fast step and the slow one. `kind_of_layer` ``[L]`` says which layer is of which kind;
     `problem` is that of the mean step.
     """
 
@@ -92,12 +81,12 @@ class Rounds:
 
     @cached_property
     def _until(self) -> np.ndarray:
-        """``[3, n, L + 1]``: the layers before each."""
+        """``[2, n, L + 1]``: the layers before each."""
         layers = self._times.layers[:, :, self._kind_of_layer]
         return np.concatenate([np.zeros((*layers.shape[:2], 1)), layers.cumsum(axis=2)], axis=2)
 
     def _layers(self, orders: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """``[3, k, C]``: what the layers of every stage cost."""
+        """``[2, k, C]``: what the layers of every stage cost."""
         if self._is_uniform:
             return self._times.layers[:, :, 0][:, orders] * counts
         starts, stops = _spans(counts, len(self._kind_of_layer))
@@ -107,15 +96,16 @@ class Rounds:
         """``[C]``: the round of C splits, whose devices and numbers of layers are ``[k, C]``."""
         stages = self._times.stage[:, orders] + self._layers(orders, counts)
         stages[:, -1] += self._times.last[:, orders[-1]]
-        sums, busiest = stages.sum(axis=1), stages[:2].max(axis=1)
+        fast, slow = stages
+        fast_sum, slow_sum = stages.sum(axis=1)
         return round_seconds(
             self._share,
             self.problem.in_flight,
-            mean_sum=sums[0],
-            mean_busiest=busiest[0],
-            slow_sum=sums[2],
-            fast_sum=sums[1],
-            fast_busiest=busiest[1],
+            mean_sum=weighted(self._share, fast_sum, slow_sum),
+            mean_busiest=weighted(self._share, fast, slow).max(axis=0),
+            slow_sum=slow_sum,
+            fast_sum=fast_sum,
+            fast_busiest=fast.max(axis=0),
         )
 
     def of(self, split: Split) -> float:
@@ -124,23 +114,21 @@ class Rounds:
     def improve(self, split: Split, *, keep_order: bool = False) -> tuple[Split, float]:
         """The split or one near it with a shorter round, and that in seconds. With `keep_order` devices stay where they are."""
         order, counts = np.array(split.order), np.array(split.counts)
-        best = begun = self.of(split)
-        for _ in range(_ROUNDS):
+        best = np.inf
+        for turn in range(_ROUNDS):
             orders, moved = self._neighbours(order, counts, exchange=not keep_order)
-            if not moved.size:
-                break
-            seconds = np.where(self._fit(orders, moved), self.seconds(orders, moved), np.inf)
+            seconds = self.seconds(orders, moved)
+            seconds[1:][~self._fit(orders[:, min(1, orders.shape[1] - 1) :], moved[:, 1:])] = np.inf
             at = int(seconds.argmin())
+            best = float(seconds[0])
             if not seconds[at] < best * (1.0 - _WORTH):
-                break
+                return (make_split(self.problem, order.tolist(), counts.tolist()) if turn else split), best
             order, counts, best = orders[:, at if orders.shape[1] > 1 else 0], moved[:, at], float(seconds[at])
-        if best == begun:
-            return split, best
         return make_split(self.problem, order.tolist(), counts.tolist()), best
 
     def _neighbours(self, order: np.ndarray, counts: np.ndarray, *, exchange: bool) -> tuple[np.ndarray, np.ndarray]:
-        """``[k, C]`` each, or ``[k, 1]`` where the order stays: splits with a layer moved from one stage to another, two devices
-        exchanged, or (of `FEW` devices) both at once."""
+        """``[k, C]`` each, or ``[k, 1]`` where the order stays: the split itself, then splits with a layer moved from one stage to another,
+        two devices exchanged, or (of `FEW` devices) both at once."""
         k, n = len(order), self.problem.num_devices
         if k > _EVERY_MOVE:
             return order[:, None], counts[:, None] + self._moves(order, counts)
@@ -153,8 +141,8 @@ class Rounds:
 
     def _moves(self, order: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """``[k, C]``: one layer less on a stage and one more on another, of the slowest and the busiest to the others."""
-        per_layer = self._times.layers[2, order] @ np.bincount(self._kind_of_layer)
-        busy = self._layers(order[:, None], counts[:, None])[1, :, 0]
+        per_layer = self._times.layers[1, order] @ np.bincount(self._kind_of_layer)
+        busy = self._layers(order[:, None], counts[:, None])[0, :, 0]
         sources = {*np.argsort(-per_layer)[:_ENDS].tolist(), *np.argsort(-busy)[:_ENDS].tolist()}
         targets = {*np.argsort(per_layer)[:_ENDS].tolist(), *np.argsort(busy)[:_ENDS].tolist()}
         return _moves_between(len(order), sources, targets)
@@ -187,13 +175,13 @@ def _exchanges_and_moves(k: int, n: int) -> tuple[np.ndarray, np.ndarray, np.nda
 
     Another device for a stage, two stages' devices exchanged, and two stages exchanged with their layers.
     """
-    stay, moves = np.arange(k), _all_moves(k).T
+    stay, moves = np.arange(k), _all_moves(k).T  # the first moves nothing
     replaced = [np.where(stay == place, other, stay) for place in range(k) for other in range(k, n)]
     swapped = [_swapped(k, i, j) for i, j in itertools.combinations(range(k), 2)]
     exchanges = [(order, stay) for order in (*replaced, *swapped)] + [(order, order) for order in swapped]
-    rows = [(stay, stay, move) for move in (0 * stay, *moves)]
+    rows = [(stay, stay, move) for move in moves]
     for order, places in exchanges:
-        rows += [(order, places, move) for move in (0 * stay, *(moves if n <= FEW else ()))]
+        rows += [(order, places, move) for move in (moves if n <= FEW else moves[:1])]
     devices, places, shifts = zip(*rows, strict=True)
     return np.array(devices).T.copy(), np.array(places).T.copy(), np.array(shifts).T.copy()
 
@@ -206,12 +194,12 @@ def _swapped(k: int, i: int, j: int) -> np.ndarray:
 
 @lru_cache(maxsize=_EVERY_MOVE)
 def _all_moves(k: int) -> np.ndarray:
-    """``[k, k (k - 1)]``: -1 and 1 for every pair of different stages."""
+    """``[k, 1 + k (k - 1)]``: zeros, then -1 and 1 for every pair of different stages."""
     return _moves_between(k, range(k), range(k))
 
 
 def _moves_between(k: int, sources: Iterable[int], targets: Iterable[int]) -> np.ndarray:
     pairs = np.array([(i, j) for i in sources for j in targets if i != j], dtype=np.intp).reshape(-1, 2)
-    moves, columns = np.zeros((k, len(pairs)), dtype=np.int64), np.arange(len(pairs))
+    moves, columns = np.zeros((k, 1 + len(pairs)), dtype=np.int64), 1 + np.arange(len(pairs))
     moves[pairs[:, 0], columns], moves[pairs[:, 1], columns] = -1, 1
     return moves
