@@ -20,7 +20,7 @@ Never true: a plan needs a clock, or tells when to act on it; what a change cost
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -29,18 +29,22 @@ import numpy as np
 from kvstore.ids import WorkerName
 from runtime.layout import Layout, layout_from_counts
 from scheduler.planning.cost import Facts, unit_times
+from scheduler.planning.exact import MOST_DEVICES, FewDevices
 from scheduler.planning.forecast import Cluster, Device, Forecast, Pipeline
-from scheduler.planning.rounds import FEW, Rounds, StepTimes, round_bounds
+from scheduler.planning.rounds import FEW, Rounds, StepTimes, even_rounds, even_steps, round_bounds
 from scheduler.planning.search import Solver
-from scheduler.planning.splits import Problem, Split, split_near, split_order
+from scheduler.planning.splits import Problem, Split, make_split, split_near, split_order
 from scheduler.planning.traffic import Objective, Serving, Slo, Steps, Traffic, mean_steps
-from scheduler.planning.uniform import Uniform, memory_caps, most_layers
+from scheduler.planning.uniform import Uniform, memory_caps, most_layers_bound
 
 SERVING, SLO = Serving(), Slo()
 _EVERY_K = 12
 _TIE = 1e-6
 _NEAR = 0.25
-_NUMBERS = 12
+_NUMBERS, _CLOSER = 6, 2
+_TOGETHER = 4
+"""So many numbers of stages have their least bottlenecks found together."""
+_EXPECTED = 1.05
 _AGAIN = 4
 """Numbers of stages that are worse than the best by more than `_NEAR`, or not among the `_AGAIN` best, are not planned again at
 the load they settle at."""
@@ -144,6 +148,7 @@ def plan(
         if present is None or len(present.workers) != present.num_hops:
             raise ValueError("only the order of a present layout that names no worker twice can be kept")
         planning.keeps_order, num_stages = True, present.num_hops
+        planning.is_exact = False
     planning.error = error
     return planning.run(num_stages)
 
@@ -196,7 +201,7 @@ class _Load:
     times: StepTimes
     """``[2 R]`` rows: steps that only decode, then those that also prefill."""
     uniform: Uniform | None
-    """The problems of mean steps, where layers are alike."""
+    """Where layers are alike, R problems of mean steps, then R of `even_steps`, then of few devices R of fast steps."""
 
     @property
     def fast(self) -> StepTimes:
@@ -239,6 +244,7 @@ class _Planning:
         self.keeps_order = False
         self.error = self.best_goodput = 0.0
         self.is_uniform = len(facts.flops) == 1
+        self.is_exact = objective == "throughput" and self.is_uniform and len(devices) <= MOST_DEVICES
         self.has_pools = all(d.pool_bytes for d in devices)
         if self.has_pools:  # what is to grow has grown: the pools are the worker's to keep, beside what it leaves alone
             headroom = 0.0
@@ -272,6 +278,8 @@ class _Planning:
             best = max(options, key=lambda k: options[k].score)
             near = sorted({k for d in (1, 2, 3) for k in (best - d, best + d)} - set(options))
             self._look_at([k for k in near if 1 <= k <= most], options)
+        if self.objective != "throughput":
+            self._look_again(options)
         k, best = max(options.items(), key=lambda item: (item[1].score, -item[0]))
         if best.split is None:
             raise NoPlan(self._why_nothing_fits(most))
@@ -286,16 +294,27 @@ class _Planning:
         if not ks:
             return
         load = self._load(np.array(ks), self._wanted_in_service())
-        ceilings = self._ceilings(load)
-        for row in np.argsort(-ceilings, kind="stable").tolist():
-            best = max((option.score for option in options.values()), default=-math.inf)
-            loses = ceilings[row] < best - _TIE * abs(best) if math.isfinite(best) else False
-            options[ks[row]] = _Option(None, float(ceilings[row])) if loses else self._weighed(self._posed(load, row))
-        if self.objective == "throughput":
+        if self.is_exact:
+            self._look_exactly(load, options)
             return
+        ceilings = self._ceilings(load)
+        order = np.argsort(-ceilings, kind="stable")
+        for rows in np.split(order, range(_TOGETHER, len(ks), _TOGETHER)):
+            if load.uniform is not None and not self._loses(float(ceilings[rows[0]]), options):
+                ceilings[rows] = np.minimum(ceilings[rows], self._lower_ceilings(load, rows))
+            for row in rows[np.argsort(-ceilings[rows], kind="stable")].tolist():
+                loses = self._loses(float(ceilings[row]), options)
+                options[ks[row]] = (
+                    _Option(None, float(ceilings[row])) if loses else self._weighed(self._posed(load, row))
+                )
+
+    def _look_again(self, options: dict[int, _Option]) -> None:
+        """At the best numbers of stages with the load that they settle at."""
         good = max(option.score for option in options.values())
         again = [
-            k for k in ks if options[k].layout is not None and _gain(self.objective, options[k].score, good) < _NEAR
+            k
+            for k in sorted(options)
+            if options[k].layout is not None and _gain(self.objective, options[k].score, good) < _NEAR
         ]
         again = sorted(again, key=lambda k: -options[k].score)[:_AGAIN]
         if again:
@@ -305,31 +324,110 @@ class _Planning:
                 if option.score > options[k].score:
                     options[k] = option
 
+    def _look_exactly(self, load: _Load, options: dict[int, _Option]) -> None:
+        """The same for the throughput of few devices: the best of all splits, where steps enough are in flight (`planning.exact`)."""
+        assert load.uniform is not None, "layers are alike"
+        steps, ks, head_s = load.steps, load.ks.tolist(), self.serving.head_s
+        requests, is_full = steps.requests * steps.in_flight, (steps.in_flight >= load.ks).tolist()
+        busiest, evenly, _ = load.uniform.relaxed.bounds.reshape(3, -1)
+        expected = even_rounds(busiest, evenly, steps.in_flight)
+        order = np.argsort(expected / requests, kind="stable").tolist()
+        for row in (
+            order
+        ):  # the first that keeps what is expected sets a mark; where memory is short, it takes longer than that
+            found = self._exactly(load, row, _EXPECTED * float(expected[row])) if is_full[row] else None
+            if found is not None:
+                options[ks[row]] = found
+                break
+        ceilings, known = np.full(len(ks), np.inf), 0.0
+        for row in order:
+            best = max((option.score for option in options.values()), default=-math.inf)
+            if best > known:
+                known, ceilings = best, requests / (head_s + self._bounds_s(load, requests / best - head_s))
+            if ks[row] not in options:
+                found = _Option(None, float(ceilings[row]))
+                if not self._loses(found.score, options):
+                    limit = float(requests[row]) / known - head_s if known else math.inf
+                    found = self._exactly(load, row, limit) if is_full[row] else self._weighed(self._posed(load, row))
+                if found is None and known:
+                    found = _Option(None, known * (1 - _TIE))
+                options[ks[row]] = found or self._weighed(self._posed(load, row))
+
+    def _exactly(self, load: _Load, row: int, below: float) -> _Option | None:
+        """The split with the shortest round, of less than `below` seconds; None: there is none."""
+        assert load.uniform is not None, "layers are alike"
+        few = FewDevices(
+            load.times[row :: len(load.ks)], float(load.steps.prefill_share[row]), float(load.steps.in_flight[row]),
+            int(load.ks[row]), self.facts.num_layers, load.uniform.memory_caps(row),
+        )  # fmt: skip
+        found = few.best(below)
+        if found is None:
+            return None
+        posed = self._posed(load, row)
+        return _Option(
+            make_split(posed.problem, found.order, found.counts), self._rate(posed, found.seconds), posed=posed
+        )
+
+    def _loses(self, ceiling: float, options: dict[int, _Option]) -> bool:
+        best = max((option.score for option in options.values()), default=-math.inf)
+        return math.isfinite(best) and ceiling < best - _TIE * abs(best)
+
     def _ceilings(self, load: _Load) -> np.ndarray:
         """``[R]``: no split into so many stages is expected to score better; inf where nothing cheap is known."""
         if load.uniform is None:
             return np.full(len(load.ks), np.inf)
-        head_s = self.serving.head_s
-        if self.objective == "latency":
-            return -(self.traffic.output_tokens - 1.0) * (head_s + self._bounds_s(load, load.uniform.floors))
-        if self.objective == "throughput":
-            round_s = head_s + self._bounds_s(load, load.uniform.floors)
-            return load.steps.requests * load.steps.in_flight / round_s
-        # the more are in service, the more is served and the slower: up to the first of some numbers that is too slow
-        numbers = np.geomspace(1.0, max(1.0, self._wanted_in_service()), _NUMBERS)
-        many = self._load(np.repeat(load.ks, _NUMBERS), np.tile(numbers, len(load.ks)), fitting=False)
-        steps, shape = many.steps, (len(load.ks), _NUMBERS)
-        assert many.uniform is not None, "layers are alike"
-        round_s = (head_s + self._bounds_s(many, many.uniform.relaxed.bounds)).reshape(shape)
-        alone = (steps.num_sequences <= steps.in_flight).reshape(shape)
-        finished = np.maximum.accumulate((steps.requests * steps.in_flight).reshape(shape), axis=1)
-        following = np.concatenate([finished[:, 1:], finished[:, -1:]], axis=1)
-        return np.where((round_s <= self.slo.tpot_s) | alone, following / round_s, 0.0).max(axis=1)
+        if self.objective != "goodput":
+            return self._score_in(load, slice(None), self._bounds_s(load))
+        low, high = np.ones(len(load.ks)), np.full(len(load.ks), max(1.0, self._wanted_in_service()))
+        best = np.zeros(len(load.ks))
+        for _ in range(_CLOSER):
+            low, high, best = self._good_numbers(load.ks, low, high)
+        return best
 
-    def _bounds_s(self, load: _Load, busiest: np.ndarray) -> np.ndarray:
-        """``[R]``: rounds, in seconds, when no busiest stage is below ``busiest [R]``."""
-        steps, num_layers = load.steps, self.facts.num_layers
-        return round_bounds(busiest, load.fast, load.slow, steps.prefill_share, steps.in_flight, load.ks, num_layers)
+    def _good_numbers(
+        self, ks: np.ndarray, low: np.ndarray, high: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Between which numbers of sequences in service, from ``low [R]`` to ``high [R]``, the SLO is met no longer, and what is served
+        at most there: the more are in service, the more is served and the slower."""
+        shape, rows = (len(ks), _NUMBERS), np.arange(len(ks))
+        numbers = low[:, None] * (high / low)[:, None] ** np.linspace(0.0, 1.0, _NUMBERS)
+        many = self._load(np.repeat(ks, _NUMBERS), numbers.ravel(), fitting=False)
+        steps = many.steps
+        round_s = (self.serving.head_s + self._bounds_s(many)).reshape(shape)
+        good = (round_s <= self.slo.tpot_s) | (steps.num_sequences <= steps.in_flight).reshape(shape)
+        finished = np.maximum.accumulate((steps.requests * steps.in_flight).reshape(shape), axis=1)
+        last = _NUMBERS - 1 - good[:, ::-1].argmax(axis=1)
+        after = np.minimum(last + 1, _NUMBERS - 1)
+        most = np.where(good.any(axis=1), finished[rows, after] / round_s[rows, last], 0.0)
+        return numbers[rows, last], numbers[rows, after], most
+
+    def _lower_ceilings(self, load: _Load, rows: np.ndarray) -> np.ndarray:
+        """Of these rows: what the least bottleneck of whole layers, within the memory, allows; -inf where nothing fits."""
+        assert load.uniform is not None, "layers are alike"
+        floors = load.uniform.floors(rows)
+        scores = (
+            np.inf if self.objective == "goodput" else self._score_in(load, rows, load.steps.in_flight[rows] * floors)
+        )
+        return np.where(floors < np.inf, scores, -np.inf)
+
+    def _score_in(self, load: _Load, rows: Any, cycle_s: np.ndarray) -> np.ndarray:
+        """The throughput, or at best the latency, of these rows with a round of so many seconds."""
+        round_s = self.serving.head_s + cycle_s
+        if self.objective == "latency":
+            return -(self.traffic.output_tokens - 1.0) * round_s
+        return load.steps.requests[rows] * load.steps.in_flight[rows] / round_s
+
+    def _bounds_s(self, load: _Load, limits: np.ndarray | None = None) -> np.ndarray:
+        """``[R]``: rounds that none is expected to go below, in seconds. Of few devices none below its ``limits [R]`` does."""
+        assert load.uniform is not None, "layers are alike"
+        steps = load.steps
+        busiest, evenly, *fastest = load.uniform.relaxed.bounds.reshape(-1, len(load.ks))
+        if not fastest:
+            return even_rounds(busiest, evenly, steps.in_flight)
+        return round_bounds(
+            load.mean, load.slow, busiest, fastest[0], steps.prefill_share, steps.in_flight, load.ks,
+            self.facts.num_layers, limits if limits is not None else np.full(len(load.ks), np.inf),
+        )  # fmt: skip
 
     def _weighed(self, one: _Posed, known: _Option | None = None) -> _Option:
         """The best split at this operating point and its score; `known` if it is that split again."""
@@ -440,7 +538,7 @@ class _Planning:
         if self.is_uniform:
             layer_bytes = self.facts.layer_bytes[0] + kv
             caps = memory_caps(self.rooms, spec.embedding_bytes, spec.lm_head_bytes, layer_bytes, spec.num_layers)
-            fits = most_layers(caps, ks) >= spec.num_layers
+            fits = most_layers_bound(caps.transpose(0, 2, 3, 1), ks) >= spec.num_layers
         else:
             fits = self._bytes(kv) <= np.sort(self.rooms)[::-1].cumsum()[ks - 1, None]
         fits[:, -1] = True
@@ -464,14 +562,25 @@ class _Planning:
         units = unit_times(self.facts, self.cluster.speeds, steps.works)
         times = StepTimes(units.fixed + self.cluster.hops(steps.works), units.layers, units.last)
         mean = times[: len(ks)].weighted(steps.prefill_share, times[len(ks) :])
-        return _Load(ks, in_service, steps, mean, times, self._uniform(ks, in_service, mean) if self.is_uniform else None)
+        load = _Load(ks, in_service, steps, mean, times, None)
+        return replace(load, uniform=self._uniform(load)) if self.is_uniform else load
 
-    def _uniform(self, ks: np.ndarray, in_service: np.ndarray, mean: StepTimes) -> Uniform:
-        spec, layer_bytes = self.facts.spec, self.facts.layer_bytes[0] + self._kv_bytes(in_service)
+    def _uniform(self, load: _Load) -> Uniform:
+        spec, steps, mean, ks = self.facts.spec, load.steps, load.mean, load.ks
+        even = even_steps(load.fast, load.slow, steps.prefill_share, steps.in_flight, ks)
+        layer_bytes = self.facts.layer_bytes[0] + self._kv_bytes(load.in_service)
+        kinds = [mean, even, load.fast] if self.is_exact or len(self.devices) <= FEW else [mean, even]
         return Uniform(
-            mean.stage, mean.layers[:, :, 0], mean.last, layer_bytes, ks, num_layers=spec.num_layers,
-            room=self.rooms, first_bytes=float(spec.embedding_bytes), last_bytes=float(spec.lm_head_bytes),
-        )  # fmt: skip
+            np.concatenate([kind.stage for kind in kinds]),
+            np.concatenate([kind.layers for kind in kinds])[:, :, 0],
+            np.concatenate([kind.last for kind in kinds]),
+            np.concatenate([layer_bytes] * len(kinds)),
+            np.concatenate([ks] * len(kinds)),
+            num_layers=spec.num_layers,
+            room=self.rooms,
+            first_bytes=float(spec.embedding_bytes),
+            last_bytes=float(spec.lm_head_bytes),
+        )
 
     def _posed(self, load: _Load, row: int) -> _Posed:
         """The problem of one of the numbers of stages under its load."""
@@ -480,7 +589,9 @@ class _Planning:
         layers = mean.layers[row]
         problem = Problem(
             stage=mean.stage[row],
-            layers=np.broadcast_to(layers, (len(layers), facts.num_layers)) if self.is_uniform else layers[:, facts.kind_of_layer],
+            layers=np.broadcast_to(layers, (len(layers), facts.num_layers))
+            if self.is_uniform
+            else layers[:, facts.kind_of_layer],
             last=mean.last[row],
             room=self.rooms,
             layer_bytes=facts.layer_bytes + self._kv_bytes(num_sequences),
@@ -494,7 +605,9 @@ class _Planning:
             requests=float(load.steps.requests[row]),
             problem=problem,
             solver=Solver(problem, k, load.uniform, row),
-            rounds=Rounds(problem, load.times[row :: len(load.ks)], facts.kind_of_layer, float(load.steps.prefill_share[row])),
+            rounds=Rounds(
+                problem, load.times[row :: len(load.ks)], facts.kind_of_layer, float(load.steps.prefill_share[row])
+            ),
         )
 
     def _wanted(self, k: int) -> tuple[list[int], list[int]]:

@@ -18,15 +18,15 @@ import numpy as np
 
 from scheduler.planning.convoy import round_seconds, slow_weight, weighted
 from scheduler.planning.splits import Problem, Split, make_split
-from scheduler.planning.uniform import relaxed_bottlenecks
 
 _EVERY_MOVE = 8
 """Up to so many stages every move of a layer and every exchange is tried, beyond that between the `_ENDS` most promising stages."""
 _ENDS = 5
 FEW = 6
-"""Among so few devices an exchange and a move are tried together."""
+_MOST_TRIES = 1000
+"""An exchange and a move are tried together where that makes no more splits."""
 _EVEN = 0.97
-_ROUNDS = 8
+_ROUNDS = 12
 _WORTH = 1e-7
 
 
@@ -50,22 +50,38 @@ class StepTimes:
         )
 
 
-def round_bounds(busiest: np.ndarray, fast: StepTimes, slow: StepTimes, share: np.ndarray, in_flight: np.ndarray,
-    ks: np.ndarray, num_layers: int,
+def round_bounds(
+    mean: StepTimes, slow: StepTimes, busiest: np.ndarray, fastest: np.ndarray, share: np.ndarray, in_flight: np.ndarray,
+    ks: np.ndarray, num_layers: int, limits: np.ndarray,
 ) -> np.ndarray:  # fmt: skip
-    """``[R]``: rounds that no split over k devices is expected to go below, for equal layers, when no busiest stage is below ``busiest [R]``.
+    """``[R]``: no split over ``ks [R]`` devices has a round that is shorter than this and than its ``limits [R]``, for equal layers.
 
-    Of `FEW` devices none does: neither the busiest stage nor the sum of a slow step can be less. Of more, it is what even stages
-    would take, less a little (what single exchanges may gain; planning with no such bound gave the same plans).
+    No busiest stage is below ``busiest [R]`` in mean and ``fastest [R]`` in a fast step; and of a slow step no device holds more layers
+    than the mean step allows within the limit.
     """
-    num_devices = fast.stage.shape[1]
-    if num_devices > FEW:
-        even = fast.weighted(slow_weight(share, in_flight, np.minimum(1.0, in_flight / ks)), slow)
-        evenly = relaxed_bottlenecks(even.stage, even.layers[..., 0], even.last, num_layers, ks).bounds
-        return in_flight * np.maximum(busiest, _EVEN * evenly)
-    stages = np.sort(slow.stage, axis=1).cumsum(axis=1)[np.arange(len(ks)), ks - 1]
-    slow_sum = stages + num_layers * slow.layers.min(axis=(1, 2)) + slow.last.min(axis=1)
-    return np.maximum(in_flight * busiest, slow_weight(share, in_flight, 0.0) * slow_sum)
+    layer = slow.layers[:, :, 0]
+    order = np.argsort(layer, axis=1)
+    caps = ((limits / in_flight)[:, None] - mean.stage) / mean.layers[:, :, 0]
+    rows, caps = np.arange(len(ks))[:, None], np.minimum(np.maximum(caps, 0.0), num_layers)
+    caps = caps[rows, order]
+    held = caps.cumsum(axis=1)
+    layers = np.minimum(np.maximum(num_layers - (held - caps), 0.0), caps) * layer[rows, order]
+    stages = np.sort(slow.stage, axis=1).cumsum(axis=1)[rows[:, 0], ks - 1]
+    is_full = in_flight >= ks  # then no stage is less busy than it would be in mean
+    weight = slow_weight(share, in_flight, is_full)
+    along = np.where(is_full, (1.0 - weight) * in_flight * fastest, 0.0)
+    return np.maximum(in_flight * busiest, weight * (stages + layers.sum(axis=1) + slow.last.min(axis=1)) + along)
+
+
+def even_rounds(busiest: np.ndarray, evenly: np.ndarray, in_flight: np.ndarray) -> np.ndarray:
+    """``[R]``: rounds that no split is expected to go below: what even stages would take, less a little (what uneven ones may gain;
+    planning with no such bound gave the same plans). ``evenly [R]`` is the least busiest stage of `even_steps`."""
+    return in_flight * np.maximum(busiest, _EVEN * evenly)
+
+
+def even_steps(fast: StepTimes, slow: StepTimes, share: np.ndarray, in_flight: np.ndarray, ks: np.ndarray) -> StepTimes:
+    """Steps whose busiest stage, times the steps in flight, is the convoy's round if stages are even."""
+    return fast.weighted(slow_weight(share, in_flight, np.minimum(1.0, in_flight / ks)), slow)
 
 
 class Rounds:
@@ -114,19 +130,24 @@ class Rounds:
     def improve(self, split: Split, *, keep_order: bool = False) -> tuple[Split, float]:
         """The split or one near it with a shorter round, and that in seconds. With `keep_order` devices stay where they are."""
         order, counts = np.array(split.order), np.array(split.counts)
-        best = np.inf
-        for turn in range(_ROUNDS):
-            orders, moved = self._neighbours(order, counts, exchange=not keep_order)
+        best, at, turns, thorough = np.inf, 0, 0, False
+        while turns < _ROUNDS:
+            orders, moved = self._neighbours(order, counts, exchange=not keep_order, both=thorough)
             seconds = self.seconds(orders, moved)
             seconds[1:][~self._fit(orders[:, min(1, orders.shape[1] - 1) :], moved[:, 1:])] = np.inf
-            at = int(seconds.argmin())
-            best = float(seconds[0])
-            if not seconds[at] < best * (1.0 - _WORTH):
-                return (make_split(self.problem, order.tolist(), counts.tolist()) if turn else split), best
-            order, counts, best = orders[:, at if orders.shape[1] > 1 else 0], moved[:, at], float(seconds[at])
-        return make_split(self.problem, order.tolist(), counts.tolist()), best
+            at, best = int(seconds.argmin()), float(seconds[0])
+            if seconds[at] < best * (1.0 - _WORTH):
+                order, counts, best = orders[:, at if orders.shape[1] > 1 else 0], moved[:, at], float(seconds[at])
+                turns += 1
+            elif thorough or keep_order:
+                break
+            else:
+                thorough = True
+        return (make_split(self.problem, order.tolist(), counts.tolist()) if turns else split), best
 
-    def _neighbours(self, order: np.ndarray, counts: np.ndarray, *, exchange: bool) -> tuple[np.ndarray, np.ndarray]:
+    def _neighbours(
+        self, order: np.ndarray, counts: np.ndarray, *, exchange: bool, both: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
         """``[k, C]`` each, or ``[k, 1]`` where the order stays: the split itself, then splits with a layer moved from one stage to another,
         two devices exchanged, or (of `FEW` devices) both at once."""
         k, n = len(order), self.problem.num_devices
@@ -134,7 +155,7 @@ class Rounds:
             return order[:, None], counts[:, None] + self._moves(order, counts)
         if not exchange or n > _EVERY_MOVE:
             return order[:, None], counts[:, None] + _all_moves(k)
-        devices, places, shifts = _exchanges_and_moves(k, n)
+        devices, places, shifts = _exchanges_and_moves(k, n, both)
         is_free = np.ones(n, dtype=bool)
         is_free[order] = False
         return np.concatenate([order, np.flatnonzero(is_free)])[devices], counts[places] + shifts
@@ -169,7 +190,7 @@ def _spans(counts: np.ndarray, num_layers: int) -> tuple[np.ndarray, np.ndarray]
 
 
 @lru_cache(maxsize=64)
-def _exchanges_and_moves(k: int, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _exchanges_and_moves(k: int, n: int, both: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What is tried of k stages on n devices, ``[k, C]`` each: which of the devices in use and then of the others serves each stage,
     whose number of layers it takes over, and how many more these are.
 
@@ -180,8 +201,10 @@ def _exchanges_and_moves(k: int, n: int) -> tuple[np.ndarray, np.ndarray, np.nda
     swapped = [_swapped(k, i, j) for i, j in itertools.combinations(range(k), 2)]
     exchanges = [(order, stay) for order in (*replaced, *swapped)] + [(order, order) for order in swapped]
     rows = [(stay, stay, move) for move in moves]
+    if not both or len(moves) * (1 + len(exchanges)) > _MOST_TRIES:
+        moves = moves[:1]
     for order, places in exchanges:
-        rows += [(order, places, move) for move in (moves if n <= FEW else moves[:1])]
+        rows += [(order, places, move) for move in moves]
     devices, places, shifts = zip(*rows, strict=True)
     return np.array(devices).T.copy(), np.array(places).T.copy(), np.array(shifts).T.copy()
 

@@ -27,6 +27,8 @@ from scheduler.planning.splits import SLACK, Problem, Split, make_split
 _EXACT_DEVICES = 8
 _NEVER = -1e9
 """The cap of a device that cannot hold its role at all: it spoils any sum, and unlike -inf it can be subtracted again."""
+_OF_ROLE = np.array([0, 0, 1, 1])
+"""Whether an inner, a first, a last and an only stage has the LM head."""
 _NARROW = 1 / 15
 _PROBES = np.linspace(0.0, 1.0, 12)
 
@@ -84,8 +86,8 @@ class Uniform:
     ) -> None:  # fmt: skip
         self.ks, self._num_layers = ks, num_layers
         self._stage, self._layer, self._last = stage, layer, last
-        self._memory = memory_caps(room, first_bytes, last_bytes, layer_bytes, num_layers)
-        self._most = (stage + layer * num_layers + last).max(axis=1)
+        self._room, self._ends, self._layer_bytes = room, (first_bytes, last_bytes), layer_bytes
+        self._floors = np.full(len(ks), np.nan)
 
     @classmethod
     def of(cls, problems: Sequence[Problem], ks: Sequence[int]) -> "Uniform":
@@ -109,60 +111,84 @@ class Uniform:
         stage, layer, last = (part[rows].T[:, :, None] for part in (self._stage, self._layer, self._last))
         room = np.minimum(bounds, 2 * self._most[rows, None]) - stage
         free, ending = _whole(room / layer), _whole((room - last) / layer)
-        return _or_never(np.minimum(np.stack([free, free, ending, ending]), self._memory[:, :, rows, None]))
+        return _or_never(np.minimum(np.stack([free, ending])[_OF_ROLE], self._memory[:, :, rows, None]))
+
+    @cached_property
+    def _memory(self) -> np.ndarray:
+        """``[4, n, R]``"""
+        return memory_caps(self._room, *self._ends, self._layer_bytes, self._num_layers)
+
+    @cached_property
+    def _most(self) -> np.ndarray:
+        """``[R]``: no stage costs more."""
+        return (self._stage + self._layer * self._num_layers + self._last).max(axis=1)
+
+    def memory_caps(self, row: int) -> np.ndarray:
+        """``[4, n]``: the layers that each device has memory for as an inner, first, last and only stage, or `_NEVER`."""
+        return self._memory[:, :, row]
 
     @cached_property
     def relaxed(self) -> Relaxed:
         return relaxed_bottlenecks(self._stage, self._layer, self._last, self._num_layers, self.ks)
 
-    @cached_property
-    def floors(self) -> np.ndarray:
-        """``[R]``: no split has a smaller largest stage; nearly always the least possible one (`bottleneck`). inf: nothing fits the memory."""
-        rows = np.arange(len(self.ks))
-        low, high = self._brackets()
-        values = self._values_between(low, np.where(high < np.inf, high, low))
-        left, right = np.zeros(len(rows), dtype=np.intp), (values < values[:, -1:]).sum(axis=1)
+    def floors(self, rows: np.ndarray) -> np.ndarray:
+        """Of ``rows [R']``: no split has a smaller largest stage; nearly always the least possible one (`bottleneck`). inf: nothing fits
+        the memory."""
+        new = rows[np.isnan(self._floors[rows])]
+        if len(new):
+            self._floors[new] = self._lowest(new)
+        return self._floors[rows]
+
+    def floor(self, row: int) -> float:
+        return float(self.floors(np.array([row]))[0])
+
+    def _lowest(self, rows: np.ndarray) -> np.ndarray:
+        low, high = self._brackets(rows)
+        values = self._values_between(low, np.where(high < np.inf, high, low), rows)
+        each, left = np.arange(len(rows)), np.zeros(len(rows), dtype=np.intp)
+        right = (values < values[:, -1:]).sum(axis=1)
         while (left < right).any():
             probes = left[:, None] + ((right - left)[:, None] * _PROBES).astype(np.intp)
-            held = self._may_hold(values[rows[:, None], probes])
+            held = self._may_hold(values[each[:, None], probes], rows)
             held[:, -1] = True
             first = held.argmax(axis=1)
-            left = np.where(first > 0, probes[rows, first - 1] + 1, left)
-            right = probes[rows, first]
-        return np.where(high < np.inf, values[rows, right], np.inf)
+            left = np.where(first > 0, probes[each, first - 1] + 1, left)
+            right = probes[each, first]
+        return np.where(high < np.inf, values[each, right], np.inf)
 
-    def _brackets(self) -> tuple[np.ndarray, np.ndarray]:
-        """``[R]`` each: a bound that cannot be kept, or only just, and one that may be; inf where none may."""
-        low, rates = self.relaxed
-        width = (self.ks + 1) / rates  # each of k devices, and the last one again for the LM head, lacks less than a layer
-        high = low + width
-        held = self._may_hold(high[:, None])[:, 0]
-        if held.all():
-            return low, high
-        rows, short = np.arange(len(low)), ~held
-        low, high = np.where(short, high, low), np.where(short, self._most, high)
+    def _brackets(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of ``rows [R']`` each: a bound that cannot be kept, or only just, and one that may be; inf where none may."""
+        low, width = self.relaxed.bounds[rows], (self.ks[rows] + 1) / self.relaxed.rates[rows]
+        high = low + width  # each of k devices, and the last one again for the LM head, lacks less than a layer
+        (short,) = np.nonzero(~self._may_hold(high[:, None], rows)[:, 0])
+        if len(short):
+            low[short], high[short] = self._brackets_above(rows[short], high[short], width[short])
+        return low, high
+
+    def _brackets_above(self, rows: np.ndarray, low: np.ndarray, width: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of these rows, which cannot keep `low`."""
+        high, each = self._most[rows], np.arange(len(rows))
         while True:
             bounds = low[:, None] + (high - low)[:, None] * _PROBES
-            held = self._may_hold(bounds)
+            held = self._may_hold(bounds, rows)
             fits, first = held[:, -1], held.argmax(axis=1)
-            low, high = np.where(first > 0, bounds[rows, first - 1], low), bounds[rows, first]
+            low, high = np.where(first > 0, bounds[each, first - 1], low), bounds[each, first]
             if not (fits & (high - low > width)).any():
                 return low, np.where(fits, high, np.inf)
 
-    def _may_hold(self, bounds: np.ndarray) -> np.ndarray:
-        """``[R, V]``: whether the devices may be able to hold all layers with no stage above ``bounds [R, V]``; False: they cannot."""
-        room, layer = bounds[:, :, None] - self._stage[:, None], self._layer[:, None]
-        free, ending = _whole(room / layer), _whole((room - self._last[:, None]) / layer)
-        memory = self._memory.transpose(0, 2, 1)[:, :, None]
-        caps = np.empty((4, *free.shape))
-        np.minimum(free, memory[:2], out=caps[:2])
-        np.minimum(ending, memory[2:], out=caps[2:])
+    def _may_hold(self, bounds: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """``[R, V]``: whether the devices may be able to hold all layers with no stage above ``bounds [R, V]``; False: they cannot.
+        Of ``rows [R]``."""
+        stage, layer, last = self._stage[rows, None], self._layer[rows, None], self._last[rows, None]
+        room = bounds[:, :, None] - stage
+        caps = np.stack([_whole(room / layer), _whole((room - last) / layer)])[_OF_ROLE]
+        caps = np.minimum(caps, self._memory[:, :, rows, None].transpose(0, 2, 3, 1))
         caps[caps < 0.0] = _NEVER
-        return most_layers_bound(caps, self.ks) >= self._num_layers
+        return most_layers_bound(caps, self.ks[rows]) >= self._num_layers
 
     def bottleneck(self, row: int) -> float:
         """The least possible largest stage; inf where nothing fits the memory."""
-        bound = float(self.floors[row])
+        bound = self.floor(row)
         if bound == math.inf or self._holds(row, np.array([[bound * (1 + SLACK)]]))[0]:
             return bound
         return self._bottleneck_above(row, bound)
@@ -173,13 +199,20 @@ class Uniform:
 
     def _bottleneck_above(self, row: int, low: float) -> float:
         """The least possible largest stage, which is more than `low`."""
-        high, width = float(self._most[row]), float(self._layer[row].max())
-        if not self._holds(row, np.array([[high]]))[0]:
-            return math.inf
-        while high - low > width * _NARROW:
+        narrow, most = float(self._layer[row].max()) * _NARROW, float(self._most[row])
+        high = min(most, low + float((self.ks[row] + 1) / self.relaxed.rates[row]))
+        while True:
             bounds = np.minimum(low + (high - low) * _PROBES[1:], high)
-            first = int(self._holds(row, bounds[None]).argmax())
+            held = self._holds(row, bounds[None])
+            if not held[-1]:
+                if high == most:
+                    return math.inf
+                low, high = high, most
+                continue
+            first = int(held.argmax())
             low, high = float(bounds[first - 1]) if first else low, float(bounds[first])
+            if high - low <= narrow:
+                break
         values = self._values_between(np.array([low]), np.array([high]), [row])
         return float(values[0, self._holds(row, values).argmax()])
 
@@ -188,7 +221,7 @@ class Uniform:
 
         `problem` is the one in this row.
         """
-        bound = float(self.floors[row])
+        bound = self.floor(row)
         if bound == math.inf:
             return None
         split = self._choose_under(bound, problem, row, wanted, cuts)

@@ -93,8 +93,12 @@ def rounds_of(
         0.0,
         k,
     )
-    busiest = relaxed_bottlenecks(mean.stage, mean.layers[..., 0], mean.last, num_layers, np.array([k])).bounds
-    bound_s = round_bounds(busiest, fast, slow, share, steps.in_flight, np.array([k]), num_layers)
+    ks = np.array([k])
+    busiest, fastest = (
+        relaxed_bottlenecks(each.stage, each.layers[..., 0], each.last, num_layers, ks).bounds for each in (mean, fast)
+    )
+    limits = np.array([np.inf])
+    bound_s = round_bounds(mean, slow, busiest, fastest, share, steps.in_flight, ks, num_layers, limits)
     rounds = Rounds(problem, times, facts.kind_of_layer, float(share[0]))
     return rounds, float(bound_s[0]), float(steps.requests[0] * steps.in_flight[0])
 

@@ -60,7 +60,7 @@ def test_equal_layers_are_no_special_case(seed: int) -> None:
     relaxed = relaxed_bottlenecks(stage, layer, last, problem.num_layers, np.array(ks))
     for row, (k, bound) in enumerate(zip(ks, relaxed.bounds, strict=True)):
         bottleneck = together.bottleneck(row)
-        assert together.floors[row] <= bottleneck * (1 + 1e-9)
+        assert together.floor(row) <= bottleneck * (1 + 1e-9)
         found = search_orders(problem, k)
         assert (found is None) == (bottleneck == np.inf)
         if found is not None:
