@@ -17,7 +17,7 @@ Never true: fewer steps in flight than stages, or layers that differ; for these 
 import itertools
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -104,7 +104,10 @@ class FewDevices:
         self._layer, ending = np.concatenate([layer] * 4, axis=1), stage + last
         self._fixed = np.concatenate([stage, stage, ending, ending], axis=1)
         self._head = last[_SLOW]
-        self._memory = np.minimum(memory[:, by_cost].reshape(-1), num_layers)
+        memory = np.minimum(memory[:, by_cost], num_layers)
+        columns = np.concatenate([kinds.reshape(-1, len(by_cost)), memory])
+        self._like_before = (columns[:, 1:] == columns[:, :-1]).all(axis=0)
+        self._memory = memory.reshape(-1)
         self._least = np.zeros(self._memory.shape)
         self._least[: len(by_cost)] = 1.0
 
@@ -130,6 +133,12 @@ class FewDevices:
                 break
         return best
 
+    @cached_property
+    def has_room(self) -> bool:
+        """Whether the memory allows any split."""
+        places = _arrangements(len(self._devices), self._k)[1].reshape(-1, self._k)
+        return bool(self._filled(self._memory[places], places)[1].any())
+
     # -- bounds -------------------------------------------------------------------------------------------------
 
     def _caps(self, limit: float) -> np.ndarray:
@@ -142,13 +151,19 @@ class FewDevices:
 
     def _promising(self, limit: float) -> np.ndarray:
         """``[C, k]``: the arrangements of those choices of devices that a bound which knows no ends does not rule out."""
-        chosen, arrangements = _arrangements(len(self._devices), self._k)
+        chosen, arrangements, is_in = _arrangements(len(self._devices), self._k)
         caps = np.maximum(self._caps(limit)[chosen], 0.0)
         fixed, layer = self._fixed[:_MEAN, chosen], self._layer[:_MEAN, chosen]
         room = caps.cumsum(axis=1)
         counts = np.minimum(np.maximum(self._num_layers - (room - caps), 0.0), caps)
         slow = (fixed[_SLOW] + counts * layer[_SLOW]).sum(axis=1) + self._head[chosen].min(axis=1)
-        good = (self._round(slow, _evenly(fixed, layer, self._num_layers)) < limit) & (room[:, -1] >= self._num_layers)
+        # of devices that are alike the first ones will do
+        skips = (is_in[:, 1:] & ~is_in[:, :-1] & self._like_before).any(axis=1)
+        good = (
+            ~skips
+            & (self._round(slow, _evenly(fixed, layer, self._num_layers)) < limit)
+            & (room[:, -1] >= self._num_layers)
+        )
         return arrangements[good].reshape(-1, self._k)
 
     def _left(self, limit: float, places: np.ndarray) -> _Left:
@@ -242,13 +257,14 @@ def _evenly(fixed: np.ndarray, layer: np.ndarray, num_layers: int) -> np.ndarray
 
 
 @lru_cache(maxsize=64)
-def _arrangements(n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """``[S, k]``: every choice of k of n devices, ascending; ``[S, E, k]``: these with every first and every last of them. Device d in
-    role r is ``r n + d``."""
+def _arrangements(n: int, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """``[S, k]``: every choice of k of n devices, ascending; ``[S, E, k]``: these with every first and every last of them, where device d
+    in role r is ``r n + d``; ``[S, n]``: which devices are in each choice."""
     chosen = np.array(list(itertools.combinations(range(n), k)))
+    is_in = (chosen[:, :, None] == np.arange(n)).any(axis=1)
     if k == 1:
-        return chosen, _ONLY * n + chosen[:, None]
+        return chosen, _ONLY * n + chosen[:, None], is_in
     ends = np.array(list(itertools.permutations(range(k), 2)))
     roles, rows = np.full((len(ends), k), _INNER), np.arange(len(ends))
     roles[rows, ends[:, 0]], roles[rows, ends[:, 1]] = _FIRST, _LAST
-    return chosen, chosen[:, None] + n * roles
+    return chosen, chosen[:, None] + n * roles, is_in

@@ -332,41 +332,55 @@ class _Planning:
         busiest, evenly, _ = load.uniform.relaxed.bounds.reshape(3, -1)
         expected = even_rounds(busiest, evenly, steps.in_flight)
         order = np.argsort(expected / requests, kind="stable").tolist()
-        for row in (
-            order
-        ):  # the first that keeps what is expected sets a mark; where memory is short, it takes longer than that
-            found = self._exactly(load, row, _EXPECTED * float(expected[row])) if is_full[row] else None
-            if found is not None:
-                options[ks[row]] = found
-                break
+        # the first that keeps what is expected sets a mark for the others; where memory is short, none may
+        few: dict[int, FewDevices] = {}
+        for row in order:
+            if is_full[row]:
+                few[row] = self._few(load, row)
+                found = self._exactly(load, row, few[row], _EXPECTED * float(expected[row]))
+                if found is not None:
+                    options[ks[row]] = found
+                    break
         ceilings, known = np.full(len(ks), np.inf), 0.0
         for row in order:
             best = max((option.score for option in options.values()), default=-math.inf)
             if best > known:
-                known, ceilings = best, requests / (head_s + self._bounds_s(load, requests / best - head_s))
+                bounds_s = self._bounds_s(load, requests / best - head_s)
+                if len(self.devices) > FEW:
+                    bounds_s = np.where(is_full, bounds_s, np.maximum(bounds_s, expected))
+                known, ceilings = best, requests / (head_s + bounds_s)
             if ks[row] not in options:
                 found = _Option(None, float(ceilings[row]))
                 if not self._loses(found.score, options):
                     limit = float(requests[row]) / known - head_s if known else math.inf
-                    found = self._exactly(load, row, limit) if is_full[row] else self._weighed(self._posed(load, row))
+                    if is_full[row]:
+                        found = self._exactly(load, row, few.get(row) or self._few(load, row), limit)
+                    else:
+                        found = self._weighed(self._posed(load, row))
                 if found is None and known:
                     found = _Option(None, known * (1 - _TIE))
-                options[ks[row]] = found or self._weighed(self._posed(load, row))
+                assert found is not None, "a split of any length was allowed"
+                options[ks[row]] = found
 
-    def _exactly(self, load: _Load, row: int, below: float) -> _Option | None:
-        """The split with the shortest round, of less than `below` seconds; None: there is none."""
-        assert load.uniform is not None, "layers are alike"
-        few = FewDevices(
-            load.times[row :: len(load.ks)], float(load.steps.prefill_share[row]), float(load.steps.in_flight[row]),
-            int(load.ks[row]), self.facts.num_layers, load.uniform.memory_caps(row),
-        )  # fmt: skip
+    def _exactly(self, load: _Load, row: int, few: FewDevices, below: float) -> _Option | None:
+        """The split with the shortest round, of less than `below` seconds; None: there is none. Where the memory allows none at all,
+        what there is with fewer sequences."""
         found = few.best(below)
-        if found is None:
+        if found is None and few.has_room:
             return None
         posed = self._posed(load, row)
+        if found is None:
+            return self._weighed(posed)
         return _Option(
             make_split(posed.problem, found.order, found.counts), self._rate(posed, found.seconds), posed=posed
         )
+
+    def _few(self, load: _Load, row: int) -> FewDevices:
+        assert load.uniform is not None, "layers are alike"
+        return FewDevices(
+            load.times[row :: len(load.ks)], float(load.steps.prefill_share[row]), float(load.steps.in_flight[row]),
+            int(load.ks[row]), self.facts.num_layers, load.uniform.memory_caps(row),
+        )  # fmt: skip
 
     def _loses(self, ceiling: float, options: dict[int, _Option]) -> bool:
         best = max((option.score for option in options.values()), default=-math.inf)
@@ -405,9 +419,9 @@ class _Planning:
         """Of these rows: what the least bottleneck of whole layers, within the memory, allows; -inf where nothing fits."""
         assert load.uniform is not None, "layers are alike"
         floors = load.uniform.floors(rows)
-        scores = (
-            np.inf if self.objective == "goodput" else self._score_in(load, rows, load.steps.in_flight[rows] * floors)
-        )
+        # the load that a latency settles at is another one: there the least bottleneck says no more than the relaxed one
+        is_known = self.objective == "throughput"
+        scores = self._score_in(load, rows, load.steps.in_flight[rows] * floors) if is_known else np.inf
         return np.where(floors < np.inf, scores, -np.inf)
 
     def _score_in(self, load: _Load, rows: Any, cycle_s: np.ndarray) -> np.ndarray:
@@ -424,6 +438,10 @@ class _Planning:
         busiest, evenly, *fastest = load.uniform.relaxed.bounds.reshape(-1, len(load.ks))
         if not fastest:
             return even_rounds(busiest, evenly, steps.in_flight)
+        if (
+            self.objective == "latency"
+        ):  # a bound at the load that is planned for; at the one that it settles at, another k may be better
+            return steps.in_flight * busiest
         return round_bounds(
             load.mean, load.slow, busiest, fastest[0], steps.prefill_share, steps.in_flight, load.ks,
             self.facts.num_layers, limits if limits is not None else np.full(len(load.ks), np.inf),

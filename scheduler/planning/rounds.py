@@ -130,7 +130,7 @@ class Rounds:
     def improve(self, split: Split, *, keep_order: bool = False) -> tuple[Split, float]:
         """The split or one near it with a shorter round, and that in seconds. With `keep_order` devices stay where they are."""
         order, counts = np.array(split.order), np.array(split.counts)
-        best, at, turns, thorough = np.inf, 0, 0, False
+        best, at, turns, thorough = np.inf, 0, 0, self.problem.num_devices <= FEW
         while turns < _ROUNDS:
             orders, moved = self._neighbours(order, counts, exchange=not keep_order, both=thorough)
             seconds = self.seconds(orders, moved)
