@@ -69,9 +69,6 @@ class _Left:
     def __len__(self) -> int:
         return len(self.places)
 
-    def below(self, limit: float) -> "_Left":
-        return self.at(slice(int(np.searchsorted(self.bounds, limit))))
-
     def at(self, rows: np.ndarray | slice) -> "_Left":
         return _Left(
             self.places[rows], self.fixed[:, rows], self.layer[:, rows], self.caps[rows], self.fast[rows],
@@ -120,7 +117,10 @@ class FewDevices:
             found = self._shortest(left, left.counts[None], limit)
             if found:
                 best, limit = found, found.seconds * (1.0 - SLACK)
-                left = left.below(limit)
+                left = left.at(slice(int(np.searchsorted(left.bounds, limit))))
+                places = left.places
+                if len(left) <= _ENOUGH:
+                    continue  # bounding them again takes less than scanning them
             for _ in range(_TIGHTER):
                 if len(left) <= _ENOUGH:
                     break

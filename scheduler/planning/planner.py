@@ -33,7 +33,7 @@ from scheduler.planning.exact import MOST_DEVICES, FewDevices
 from scheduler.planning.forecast import Cluster, Device, Forecast, Pipeline
 from scheduler.planning.rounds import FEW, Rounds, StepTimes, even_rounds, even_steps, round_bounds
 from scheduler.planning.search import Solver
-from scheduler.planning.splits import Problem, Split, make_split, split_near, split_order
+from scheduler.planning.splits import SLACK, Problem, Split, make_split, split_near, split_order
 from scheduler.planning.traffic import Objective, Serving, Slo, Steps, Traffic, mean_steps
 from scheduler.planning.uniform import Uniform, memory_caps, most_layers_bound
 
@@ -330,14 +330,14 @@ class _Planning:
         steps, ks, head_s = load.steps, load.ks.tolist(), self.serving.head_s
         requests, is_full = steps.requests * steps.in_flight, (steps.in_flight >= load.ks).tolist()
         busiest, evenly, _ = load.uniform.relaxed.bounds.reshape(3, -1)
-        expected = even_rounds(busiest, evenly, steps.in_flight)
+        expected = _EXPECTED * even_rounds(busiest, evenly, steps.in_flight)
         order = np.argsort(expected / requests, kind="stable").tolist()
         # the first that keeps what is expected sets a mark for the others; where memory is short, none may
         few: dict[int, FewDevices] = {}
         for row in order:
             if is_full[row]:
                 few[row] = self._few(load, row)
-                found = self._exactly(load, row, few[row], _EXPECTED * float(expected[row]))
+                found = self._exactly(load, row, few[row], float(expected[row]))
                 if found is not None:
                     options[ks[row]] = found
                     break
@@ -347,14 +347,16 @@ class _Planning:
             if best > known:
                 bounds_s = self._bounds_s(load, requests / best - head_s)
                 if len(self.devices) > FEW:
-                    bounds_s = np.where(is_full, bounds_s, np.maximum(bounds_s, expected))
+                    bounds_s = np.where(is_full, bounds_s, np.maximum(bounds_s, expected / _EXPECTED))
                 known, ceilings = best, requests / (head_s + bounds_s)
             if ks[row] not in options:
                 found = _Option(None, float(ceilings[row]))
                 if not self._loses(found.score, options):
                     limit = float(requests[row]) / known - head_s if known else math.inf
                     if is_full[row]:
-                        found = self._exactly(load, row, few.get(row) or self._few(load, row), limit)
+                        found = self._exactly(
+                            load, row, few.get(row) or self._few(load, row), min(limit, float(expected[row])), limit
+                        )
                     else:
                         found = self._weighed(self._posed(load, row))
                 if found is None and known:
@@ -362,18 +364,27 @@ class _Planning:
                 assert found is not None, "a split of any length was allowed"
                 options[ks[row]] = found
 
-    def _exactly(self, load: _Load, row: int, few: FewDevices, below: float) -> _Option | None:
-        """The split with the shortest round, of less than `below` seconds; None: there is none. Where the memory allows none at all,
-        what there is with fewer sequences."""
-        found = few.best(below)
-        if found is None and few.has_room:
-            return None
-        posed = self._posed(load, row)
+    def _exactly(self, load: _Load, row: int, few: FewDevices, *belows: float) -> _Option | None:
+        """The split with the shortest round, of less than the first of `belows`, in seconds, for which there is one; None: there is none.
+
+        Where the memory allows none at all, what there is with fewer sequences.
+        """
+        found = next(filter(None, map(few.best, belows)), None)
         if found is None:
-            return self._weighed(posed)
+            return None if few.has_room else self._with_fewer(load, row)
+        posed = self._posed(load, row)
         return _Option(
             make_split(posed.problem, found.order, found.counts), self._rate(posed, found.seconds), posed=posed
         )
+
+    def _with_fewer(self, load: _Load, row: int) -> _Option:
+        k, num_sequences = load.ks[[row]], float(load.in_service[row]) / 2
+        if num_sequences < 0.5 + SLACK:
+            return _Option(None, -math.inf)
+        fewer = self._load(k, num_sequences)
+        if fewer.steps.in_flight[0] < k[0]:
+            return self._weighed(self._posed(fewer, 0))
+        return self._exactly(fewer, 0, self._few(fewer, 0), math.inf) or _Option(None, -math.inf)
 
     def _few(self, load: _Load, row: int) -> FewDevices:
         assert load.uniform is not None, "layers are alike"
