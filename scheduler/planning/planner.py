@@ -20,7 +20,7 @@ Never true: a plan needs a clock, or tells when to act on it; what a change cost
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -29,18 +29,22 @@ import numpy as np
 from kvstore.ids import WorkerName
 from runtime.layout import Layout, layout_from_counts
 from scheduler.planning.cost import Facts, unit_times
+from scheduler.planning.exact import MOST_DEVICES, FewDevices
 from scheduler.planning.forecast import Cluster, Device, Forecast, Pipeline
-from scheduler.planning.rounds import FEW, Rounds, StepTimes, round_bounds
+from scheduler.planning.rounds import FEW, Rounds, StepTimes, even_rounds, even_steps, round_bounds
 from scheduler.planning.search import Solver
-from scheduler.planning.splits import Problem, Split, split_near, split_order
+from scheduler.planning.splits import SLACK, Problem, Split, make_split, split_near, split_order
 from scheduler.planning.traffic import Objective, Serving, Slo, Steps, Traffic, mean_steps
-from scheduler.planning.uniform import Uniform, memory_caps, most_layers
+from scheduler.planning.uniform import Uniform, memory_caps, most_layers_bound
 
 SERVING, SLO = Serving(), Slo()
 _EVERY_K = 12
 _TIE = 1e-6
 _NEAR = 0.25
-_NUMBERS = 12
+_NUMBERS, _CLOSER = 6, 2
+_TOGETHER = 4
+"""So many numbers of stages have their least bottlenecks found together."""
+_EXPECTED = 1.05
 _AGAIN = 4
 """Numbers of stages that are worse than the best by more than `_NEAR`, or not among the `_AGAIN` best, are not planned again at
 the load they settle at."""
@@ -144,6 +148,7 @@ def plan(
         if present is None or len(present.workers) != present.num_hops:
             raise ValueError("only the order of a present layout that names no worker twice can be kept")
         planning.keeps_order, num_stages = True, present.num_hops
+        planning.is_exact = False
     planning.error = error
     return planning.run(num_stages)
 
@@ -162,7 +167,7 @@ def default_counts(facts: Facts, devices: Sequence[Device], serving: Serving = S
         )
     traffic = Traffic(prompt_tokens=128, output_tokens=128, concurrency=16 * len(devices))
     planning = _Planning(facts, tuple(devices), traffic, serving, "throughput", SLO, None, 0.0)
-    (posed,) = planning._pose(planning._load(np.array([len(devices)]), traffic.concurrency))
+    posed = planning._posed(planning._load(np.array([len(devices)]), traffic.concurrency), 0)
     order = range(len(devices))
     split = split_order(posed.problem, order, empty_ends=False)
     assert split is not None, "devices without limits hold any model"
@@ -193,8 +198,18 @@ class _Load:
     in_service: np.ndarray
     steps: Steps
     mean: StepTimes
-    fast: StepTimes
-    slow: StepTimes
+    times: StepTimes
+    """``[2 R]`` rows: steps that only decode, then those that also prefill."""
+    uniform: Uniform | None
+    """Where layers are alike, R problems of mean steps, then R of `even_steps`, then of few devices R of fast steps."""
+
+    @property
+    def fast(self) -> StepTimes:
+        return self.times[: len(self.ks)]
+
+    @property
+    def slow(self) -> StepTimes:
+        return self.times[len(self.ks) :]
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +244,7 @@ class _Planning:
         self.keeps_order = False
         self.error = self.best_goodput = 0.0
         self.is_uniform = len(facts.flops) == 1
+        self.is_exact = objective == "throughput" and self.is_uniform and len(devices) <= MOST_DEVICES
         self.has_pools = all(d.pool_bytes for d in devices)
         if self.has_pools:  # what is to grow has grown: the pools are the worker's to keep, beside what it leaves alone
             headroom = 0.0
@@ -262,6 +278,8 @@ class _Planning:
             best = max(options, key=lambda k: options[k].score)
             near = sorted({k for d in (1, 2, 3) for k in (best - d, best + d)} - set(options))
             self._look_at([k for k in near if 1 <= k <= most], options)
+        if self.objective != "throughput":
+            self._look_again(options)
         k, best = max(options.items(), key=lambda item: (item[1].score, -item[0]))
         if best.split is None:
             raise NoPlan(self._why_nothing_fits(most))
@@ -276,87 +294,206 @@ class _Planning:
         if not ks:
             return
         load = self._load(np.array(ks), self._wanted_in_service())
-        ceilings, posed = self._ceilings(load), self._pose(load)
-        for row in np.argsort(-ceilings, kind="stable").tolist():
-            best = max((option.score for option in options.values()), default=-math.inf)
-            loses = ceilings[row] < best - _TIE * abs(best) if math.isfinite(best) else False
-            options[ks[row]] = _Option(None, float(ceilings[row])) if loses else self._weighed(posed[row])
-        if self.objective == "throughput":
+        if self.is_exact:
+            self._look_exactly(load, options)
             return
+        ceilings = self._ceilings(load)
+        order = np.argsort(-ceilings, kind="stable")
+        for rows in np.split(order, range(_TOGETHER, len(ks), _TOGETHER)):
+            if load.uniform is not None and not self._loses(float(ceilings[rows[0]]), options):
+                ceilings[rows] = np.minimum(ceilings[rows], self._lower_ceilings(load, rows))
+            for row in rows[np.argsort(-ceilings[rows], kind="stable")].tolist():
+                loses = self._loses(float(ceilings[row]), options)
+                options[ks[row]] = (
+                    _Option(None, float(ceilings[row])) if loses else self._weighed(self._posed(load, row))
+                )
+
+    def _look_again(self, options: dict[int, _Option]) -> None:
+        """At the best numbers of stages with the load that they settle at."""
         good = max(option.score for option in options.values())
         again = [
-            k for k in ks if options[k].layout is not None and _gain(self.objective, options[k].score, good) < _NEAR
+            k
+            for k in sorted(options)
+            if options[k].layout is not None and _gain(self.objective, options[k].score, good) < _NEAR
         ]
         again = sorted(again, key=lambda k: -options[k].score)[:_AGAIN]
         if again:
-            for one in self._pose(self._load(np.array(again), [options[k].num_sequences for k in again])):
-                option = self._weighed(one, options[one.k])
-                if option.score > options[one.k].score:
-                    options[one.k] = option
+            load = self._load(np.array(again), [options[k].num_sequences for k in again])
+            for row, k in enumerate(again):
+                option = self._weighed(self._posed(load, row), options[k])
+                if option.score > options[k].score:
+                    options[k] = option
+
+    def _look_exactly(self, load: _Load, options: dict[int, _Option]) -> None:
+        """The same for the throughput of few devices: the best of all splits, where steps enough are in flight (`planning.exact`)."""
+        assert load.uniform is not None, "layers are alike"
+        steps, ks, head_s = load.steps, load.ks.tolist(), self.serving.head_s
+        requests, is_full = steps.requests * steps.in_flight, (steps.in_flight >= load.ks).tolist()
+        busiest, evenly, _ = load.uniform.relaxed.bounds.reshape(3, -1)
+        expected = _EXPECTED * even_rounds(busiest, evenly, steps.in_flight)
+        order = np.argsort(expected / requests, kind="stable").tolist()
+        # the first that keeps what is expected sets a mark for the others; where memory is short, none may
+        few: dict[int, FewDevices] = {}
+        for row in order:
+            if is_full[row]:
+                few[row] = self._few(load, row)
+                found = self._exactly(load, row, few[row], float(expected[row]))
+                if found is not None:
+                    options[ks[row]] = found
+                    break
+        ceilings, known = np.full(len(ks), np.inf), 0.0
+        for row in order:
+            best = max((option.score for option in options.values()), default=-math.inf)
+            if best > known:
+                bounds_s = self._bounds_s(load, requests / best - head_s)
+                if len(self.devices) > FEW:
+                    bounds_s = np.where(is_full, bounds_s, np.maximum(bounds_s, expected / _EXPECTED))
+                known, ceilings = best, requests / (head_s + bounds_s)
+            if ks[row] not in options:
+                found = _Option(None, float(ceilings[row]))
+                if not self._loses(found.score, options):
+                    limit = float(requests[row]) / known - head_s if known else math.inf
+                    if is_full[row]:
+                        found = self._exactly(
+                            load, row, few.get(row) or self._few(load, row), min(limit, float(expected[row])), limit
+                        )
+                    else:
+                        found = self._weighed(self._posed(load, row))
+                if found is None and known:
+                    found = _Option(None, known * (1 - _TIE))
+                assert found is not None, "a split of any length was allowed"
+                options[ks[row]] = found
+
+    def _exactly(self, load: _Load, row: int, few: FewDevices, *belows: float) -> _Option | None:
+        """The split with the shortest round, of less than the first of `belows`, in seconds, for which there is one; None: there is none.
+
+        Where the memory allows none at all, what there is with fewer sequences.
+        """
+        found = next(filter(None, map(few.best, belows)), None)
+        if found is None:
+            return None if few.has_room else self._with_fewer(load, row)
+        posed = self._posed(load, row)
+        return _Option(
+            make_split(posed.problem, found.order, found.counts), self._rate(posed, found.seconds), posed=posed
+        )
+
+    def _with_fewer(self, load: _Load, row: int) -> _Option:
+        k, num_sequences = load.ks[[row]], float(load.in_service[row]) / 2
+        if num_sequences < 0.5 + SLACK:
+            return _Option(None, -math.inf)
+        fewer = self._load(k, num_sequences)
+        if fewer.steps.in_flight[0] < k[0]:
+            return self._weighed(self._posed(fewer, 0))
+        return self._exactly(fewer, 0, self._few(fewer, 0), math.inf) or _Option(None, -math.inf)
+
+    def _few(self, load: _Load, row: int) -> FewDevices:
+        assert load.uniform is not None, "layers are alike"
+        return FewDevices(
+            load.times[row :: len(load.ks)], float(load.steps.prefill_share[row]), float(load.steps.in_flight[row]),
+            int(load.ks[row]), self.facts.num_layers, load.uniform.memory_caps(row),
+        )  # fmt: skip
+
+    def _loses(self, ceiling: float, options: dict[int, _Option]) -> bool:
+        best = max((option.score for option in options.values()), default=-math.inf)
+        return math.isfinite(best) and ceiling < best - _TIE * abs(best)
 
     def _ceilings(self, load: _Load) -> np.ndarray:
         """``[R]``: no split into so many stages is expected to score better; inf where nothing cheap is known."""
-        if not self.is_uniform:
+        if load.uniform is None:
             return np.full(len(load.ks), np.inf)
-        head_s = self.serving.head_s
-        if self.objective == "latency":
-            return -(self.traffic.output_tokens - 1.0) * (head_s + self._bounds_s(load))
-        if self.objective == "throughput":
-            return load.steps.requests * load.steps.in_flight / (head_s + self._bounds_s(load))
-        # the more are in service, the more is served and the slower: up to the first of some numbers that is too slow
-        numbers = np.geomspace(1.0, max(1.0, self._wanted_in_service()), _NUMBERS)
-        many = self._load(np.repeat(load.ks, _NUMBERS), np.tile(numbers, len(load.ks)), fitting=False)
-        steps, shape = many.steps, (len(load.ks), _NUMBERS)
-        round_s = (head_s + self._bounds_s(many)).reshape(shape)
-        alone = (steps.num_sequences <= steps.in_flight).reshape(shape)
-        finished = np.maximum.accumulate((steps.requests * steps.in_flight).reshape(shape), axis=1)
-        following = np.concatenate([finished[:, 1:], finished[:, -1:]], axis=1)
-        return np.where((round_s <= self.slo.tpot_s) | alone, following / round_s, 0.0).max(axis=1)
+        if self.objective != "goodput":
+            return self._score_in(load, slice(None), self._bounds_s(load))
+        low, high = np.ones(len(load.ks)), np.full(len(load.ks), max(1.0, self._wanted_in_service()))
+        best = np.zeros(len(load.ks))
+        for _ in range(_CLOSER):
+            low, high, best = self._good_numbers(load.ks, low, high)
+        return best
 
-    def _bounds_s(self, load: _Load) -> np.ndarray:
-        steps, num_layers = load.steps, self.facts.num_layers
-        return round_bounds(load.mean, load.fast, load.slow, steps.prefill_share, steps.in_flight, load.ks, num_layers)
+    def _good_numbers(
+        self, ks: np.ndarray, low: np.ndarray, high: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Between which numbers of sequences in service, from ``low [R]`` to ``high [R]``, the SLO is met no longer, and what is served
+        at most there: the more are in service, the more is served and the slower."""
+        shape, rows = (len(ks), _NUMBERS), np.arange(len(ks))
+        numbers = low[:, None] * (high / low)[:, None] ** np.linspace(0.0, 1.0, _NUMBERS)
+        many = self._load(np.repeat(ks, _NUMBERS), numbers.ravel(), fitting=False)
+        steps = many.steps
+        round_s = (self.serving.head_s + self._bounds_s(many)).reshape(shape)
+        good = (round_s <= self.slo.tpot_s) | (steps.num_sequences <= steps.in_flight).reshape(shape)
+        finished = np.maximum.accumulate((steps.requests * steps.in_flight).reshape(shape), axis=1)
+        last = _NUMBERS - 1 - good[:, ::-1].argmax(axis=1)
+        after = np.minimum(last + 1, _NUMBERS - 1)
+        most = np.where(good.any(axis=1), finished[rows, after] / round_s[rows, last], 0.0)
+        return numbers[rows, last], numbers[rows, after], most
+
+    def _lower_ceilings(self, load: _Load, rows: np.ndarray) -> np.ndarray:
+        """Of these rows: what the least bottleneck of whole layers, within the memory, allows; -inf where nothing fits."""
+        assert load.uniform is not None, "layers are alike"
+        floors = load.uniform.floors(rows)
+        # the load that a latency settles at is another one: there the least bottleneck says no more than the relaxed one
+        is_known = self.objective == "throughput"
+        scores = self._score_in(load, rows, load.steps.in_flight[rows] * floors) if is_known else np.inf
+        return np.where(floors < np.inf, scores, -np.inf)
+
+    def _score_in(self, load: _Load, rows: Any, cycle_s: np.ndarray) -> np.ndarray:
+        """The throughput, or at best the latency, of these rows with a round of so many seconds."""
+        round_s = self.serving.head_s + cycle_s
+        if self.objective == "latency":
+            return -(self.traffic.output_tokens - 1.0) * round_s
+        return load.steps.requests[rows] * load.steps.in_flight[rows] / round_s
+
+    def _bounds_s(self, load: _Load, limits: np.ndarray | None = None) -> np.ndarray:
+        """``[R]``: rounds that none is expected to go below, in seconds. Of few devices none below its ``limits [R]`` does."""
+        assert load.uniform is not None, "layers are alike"
+        steps = load.steps
+        busiest, evenly, *fastest = load.uniform.relaxed.bounds.reshape(-1, len(load.ks))
+        if not fastest:
+            return even_rounds(busiest, evenly, steps.in_flight)
+        if (
+            self.objective == "latency"
+        ):  # a bound at the load that is planned for; at the one that it settles at, another k may be better
+            return steps.in_flight * busiest
+        return round_bounds(
+            load.mean, load.slow, busiest, fastest[0], steps.prefill_share, steps.in_flight, load.ks,
+            self.facts.num_layers, limits if limits is not None else np.full(len(load.ks), np.inf),
+        )  # fmt: skip
 
     def _weighed(self, one: _Posed, known: _Option | None = None) -> _Option:
         """The best split at this operating point and its score; `known` if it is that split again."""
-        one, split, begun = self._solve(one)
-        if split is None:
+        one, begun = self._solve(one)
+        if begun is None:
             return _Option(None, -math.inf)
         if self.objective == "throughput":
-            return _Option(split, self._rate(one, one.rounds.of(split)), posed=one)
-        splits = (
-            split,
-            *((begun,) if begun not in (None, split) else ()),
-        )  # a shorter round at this load is not all that counts
+            split, cycle_s = one.rounds.improve(begun, keep_order=self.keeps_order)
+            return _Option(split, self._rate(one, cycle_s), posed=one)
+        splits = [begun]
+        if len(self.devices) <= FEW:  # a shorter round at this load is not all that counts
+            split, _ = one.rounds.improve(begun, keep_order=self.keeps_order)
+            splits += [split] if split != begun else []
         options = [
             known if known is not None and known.split == each else self._shown(_Option(each, 0.0), in_full=False)
-            for each in splits
+            for each in reversed(splits)
         ]
         best = max(options, key=lambda option: option.score)
         best.posed = one
         return best
 
-    def _solve(self, one: _Posed) -> tuple[_Posed, Split | None, Split | None]:
-        """A split, of `FEW` devices improved, and what it was improved from; where memory allows none, with fewer sequences until
-        it does."""
+    def _solve(self, one: _Posed) -> tuple[_Posed, Split | None]:
+        """The best split for mean steps; where memory allows none, with fewer sequences until it does."""
         while True:
             wanted = self._wanted(one.k)
             split = split_order(one.problem, wanted[0]) if self.keeps_order else one.solver.best(*wanted)
-            if split is not None and len(self.devices) <= FEW:
-                return one, one.rounds.improve(split, keep_order=self.keeps_order)[0], split
             if split is not None or one.num_sequences <= 1:
-                return one, split, split
-            (one,) = self._pose(self._load(np.array([one.k]), one.num_sequences / 2))
+                return one, split
+            one = self._posed(self._load(np.array([one.k]), one.num_sequences / 2), 0)
 
     def _improved(self, best: _Option) -> _Option:
-        """With what single exchanges still gain, which was not tried for every number of stages (`_solve`)."""
-        if best.split is None or best.posed is None or len(self.devices) <= FEW:
+        """With what single moves still gain, which was not tried for every number of stages (`_weighed`)."""
+        if best.split is None or best.posed is None or len(self.devices) <= FEW or self.objective == "throughput":
             return best
         split, _ = best.posed.rounds.improve(best.split, keep_order=self.keeps_order)
         if split is best.split:
             return best
-        if best.forecast is None and best.layout is None:
-            return _Option(split, 0.0, posed=best.posed)
         better = self._shown(_Option(split, 0.0))
         return better if better.score > best.score else best
 
@@ -397,7 +534,7 @@ class _Planning:
         order = [self.names.index(worker) for worker in present.workers]
         if best.split is None or len(order) != k or tuple(order) == best.split.order:
             return None
-        (one,) = self._pose(self._load(np.array([k]), best.num_sequences))
+        one = self._posed(self._load(np.array([k]), best.num_sequences), 0)
         split = split_order(one.problem, order)
         if split is None:
             return None
@@ -430,7 +567,7 @@ class _Planning:
         if self.is_uniform:
             layer_bytes = self.facts.layer_bytes[0] + kv
             caps = memory_caps(self.rooms, spec.embedding_bytes, spec.lm_head_bytes, layer_bytes, spec.num_layers)
-            fits = most_layers(caps, ks) >= spec.num_layers
+            fits = most_layers_bound(caps.transpose(0, 2, 3, 1), ks) >= spec.num_layers
         else:
             fits = self._bytes(kv) <= np.sort(self.rooms)[::-1].cumsum()[ks - 1, None]
         fits[:, -1] = True
@@ -453,42 +590,54 @@ class _Planning:
         steps = mean_steps(self.traffic, self.serving, microbatches, in_service)
         units = unit_times(self.facts, self.cluster.speeds, steps.works)
         times = StepTimes(units.fixed + self.cluster.hops(steps.works), units.layers, units.last)
-        fast, slow = times[: len(ks)], times[len(ks) :]
-        return _Load(ks, in_service, steps, fast.weighted(steps.prefill_share, slow), fast, slow)
+        mean = times[: len(ks)].weighted(steps.prefill_share, times[len(ks) :])
+        load = _Load(ks, in_service, steps, mean, times, None)
+        return replace(load, uniform=self._uniform(load)) if self.is_uniform else load
 
-    def _pose(self, load: _Load) -> list[_Posed]:
-        """The problem of each number of stages under its load."""
-        facts, spec, mean = self.facts, self.facts.spec, load.mean
-        shape = (len(load.ks), len(self.devices), facts.num_layers)
-        layers = np.broadcast_to(mean.layers, shape) if self.is_uniform else mean.layers[:, :, facts.kind_of_layer]
-        layer_bytes = facts.layer_bytes + self._kv_bytes(load.in_service)[:, None]
-        problems = [
-            Problem(
-                stage=mean.stage[row],
-                layers=layers[row],
-                last=mean.last[row],
-                room=self.rooms,
-                layer_bytes=layer_bytes[row],
-                first_bytes=float(spec.embedding_bytes),
-                last_bytes=float(spec.lm_head_bytes),
-                in_flight=float(load.steps.in_flight[row]),
-            )
-            for row in range(len(load.ks))
-        ]
-        ks = load.ks.tolist()
-        uniform = Uniform(problems, ks) if self.is_uniform else None
-        kinds = StepTimes.stack([mean, load.fast, load.slow], axis=1)
-        return [
-            _Posed(
-                k=k,
-                num_sequences=float(load.in_service[row]),
-                requests=float(load.steps.requests[row]),
-                problem=problems[row],
-                solver=Solver(problems[row], k, uniform, row),
-                rounds=Rounds(problems[row], kinds[row], facts.kind_of_layer, float(load.steps.prefill_share[row])),
-            )
-            for row, k in enumerate(ks)
-        ]
+    def _uniform(self, load: _Load) -> Uniform:
+        spec, steps, mean, ks = self.facts.spec, load.steps, load.mean, load.ks
+        even = even_steps(load.fast, load.slow, steps.prefill_share, steps.in_flight, ks)
+        layer_bytes = self.facts.layer_bytes[0] + self._kv_bytes(load.in_service)
+        kinds = [mean, even, load.fast] if self.is_exact or len(self.devices) <= FEW else [mean, even]
+        return Uniform(
+            np.concatenate([kind.stage for kind in kinds]),
+            np.concatenate([kind.layers for kind in kinds])[:, :, 0],
+            np.concatenate([kind.last for kind in kinds]),
+            np.concatenate([layer_bytes] * len(kinds)),
+            np.concatenate([ks] * len(kinds)),
+            num_layers=spec.num_layers,
+            room=self.rooms,
+            first_bytes=float(spec.embedding_bytes),
+            last_bytes=float(spec.lm_head_bytes),
+        )
+
+    def _posed(self, load: _Load, row: int) -> _Posed:
+        """The problem of one of the numbers of stages under its load."""
+        facts, spec, mean, k = self.facts, self.facts.spec, load.mean, int(load.ks[row])
+        num_sequences = float(load.in_service[row])
+        layers = mean.layers[row]
+        problem = Problem(
+            stage=mean.stage[row],
+            layers=np.broadcast_to(layers, (len(layers), facts.num_layers))
+            if self.is_uniform
+            else layers[:, facts.kind_of_layer],
+            last=mean.last[row],
+            room=self.rooms,
+            layer_bytes=facts.layer_bytes + self._kv_bytes(num_sequences),
+            first_bytes=float(spec.embedding_bytes),
+            last_bytes=float(spec.lm_head_bytes),
+            in_flight=float(load.steps.in_flight[row]),
+        )
+        return _Posed(
+            k=k,
+            num_sequences=num_sequences,
+            requests=float(load.steps.requests[row]),
+            problem=problem,
+            solver=Solver(problem, k, load.uniform, row),
+            rounds=Rounds(
+                problem, load.times[row :: len(load.ks)], facts.kind_of_layer, float(load.steps.prefill_share[row])
+            ),
+        )
 
     def _wanted(self, k: int) -> tuple[list[int], list[int]]:
         """The devices of the present layout in its order, and its boundaries if it has k stages."""

@@ -40,7 +40,7 @@ class Solver:
         """`uniform` holds the problem in its row `row`, where it is one of several that were posed together."""
         self._problem, self._k, self._uniform, self._row = problem, k, uniform, row
         if uniform is None and problem.is_uniform:
-            self._uniform, self._row = Uniform([problem], [k]), 0
+            self._uniform, self._row = Uniform.of([problem], [k]), 0
 
     def best(self, wanted: Sequence[int] = (), cuts: Sequence[int] = ()) -> Split | None:
         """The split with the shortest cycle, ``max(sum, in_flight * largest)``; None when nothing fits the memory.
@@ -81,7 +81,7 @@ class Solver:
 
     def _least_bottleneck(self, wanted: Sequence[int], cuts: Sequence[int]) -> Split | None:
         if self._uniform is not None:
-            return self._uniform.choose(self._row, wanted, cuts)
+            return self._uniform.choose(self._problem, self._row, wanted, cuts)
         best = search_orders(self._problem, self._k)
         if best is not None and len(wanted) == self._k and len(cuts) == self._k - 1:
             return split_near(self._problem, wanted, best.largest, cuts) or best
@@ -89,7 +89,7 @@ class Solver:
 
     def _least_sum(self, bound: float, start: Split) -> Split | None:
         if self._uniform is not None:
-            return self._uniform.least_sum(self._row, bound, start)
+            return self._uniform.least_sum(self._problem, self._row, bound, start)
         return search_orders(self._problem, self._k, bound, by_sum=True)
 
 
@@ -197,10 +197,10 @@ def _improve(problem: Problem, k: int, bound: float, by_sum: bool) -> Split | No
         layers=np.repeat(problem.layers.mean(axis=1, keepdims=True), problem.num_layers, axis=1),
         layer_bytes=np.full(problem.num_layers, problem.layer_bytes.mean()),
     )
-    uniform = Uniform([average], [k])
-    start = uniform.choose(0, (), ())
+    uniform = Uniform.of([average], [k])
+    start = uniform.choose(average, 0, (), ())
     if start is not None and by_sum:
-        start = uniform.least_sum(0, bound, start) or start
+        start = uniform.least_sum(average, 0, bound, start) or start
     if start is None:
         return None
     best = split_order(problem, start.order, bound, by_sum=by_sum)

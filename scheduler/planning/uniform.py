@@ -2,9 +2,11 @@
 
 *Bottleneck.* Under a bound B a device holds at most ``floor((B - stage) / layer)`` layers, fewer as the first or the last
 stage and where memory is short. k devices can keep B exactly when, for some first and some last, these two and the
-largest k - 2 of the others hold all layers: a sort and a sum, for any number of devices. B lies less than one layer above
-the bound that layers cut in pieces would give (`relaxed_bottlenecks`), and only at values where some device can
-take one more layer; a search among those is exact.
+largest k - 2 of the others hold all layers: a sort and a sum, for any number of devices. B is one of the values at which some
+device can take one more layer, and lies within about k layers shared by k devices of the bound that layers cut in pieces would
+give (`relaxed_bottlenecks`). Among the few values there it is found, for all problems at once, as if the first stage were one
+like the others (`most_layers_of_any_first`). Where that can be kept it is exact; it can unless the embedding leaves the first stage
+short of memory, and then a search over all values from there on is.
 
 *Sum.* With the devices, the first and the last given, layers go to the device on which one costs least, up to its cap under
 B; all choices are tried where there are few devices, otherwise a set is improved by exchanging devices (then bounded).
@@ -13,9 +15,10 @@ Never true: this is called for layers that differ.
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,25 +27,33 @@ from scheduler.planning.splits import SLACK, Problem, Split, make_split
 _EXACT_DEVICES = 8
 _NEVER = -1e9
 """The cap of a device that cannot hold its role at all: it spoils any sum, and unlike -inf it can be subtracted again."""
+_OF_ROLE = np.array([0, 0, 1, 1])
+"""Whether an inner, a first, a last and an only stage has the LM head."""
 _NARROW = 1 / 15
-_STEPS = np.array([*np.linspace(0.0, 1.0, 17)[1:], *2.0 ** np.arange(1, 12)])
-"""Where the bottleneck is looked for first, in layers above the relaxed one: 1 is enough unless memory is short."""
-_PROBES = np.linspace(0.0, 1.0, 20)
+_PROBES = np.linspace(0.0, 1.0, 12)
+
+
+class Relaxed(NamedTuple):
+    """``[R]`` each: the largest stage if layers could be cut anywhere, and how many more layers the devices hold per second above it."""
+
+    bounds: np.ndarray
+    rates: np.ndarray
 
 
 def relaxed_bottlenecks(
     stage: np.ndarray, layer: np.ndarray, last: np.ndarray, num_layers: int, ks: np.ndarray
-) -> np.ndarray:
+) -> Relaxed:
     """The largest stage if layers could be cut anywhere and memory did not matter: no split has a smaller one.
 
-    ``[R]``, of R problems with n devices, ``[R, n]`` each, and ``ks [R]`` stages. The share that k devices hold under a bound is
+    Of R problems with n devices, ``[R, n]`` each, and ``ks [R]`` stages. The share that k devices hold under a bound is
     a convex, piecewise linear function of it, so Newton's method finds the bound in a few steps, and exactly.
     """
     rate = 1.0 / layer
     idle = stage * rate
     wanted = num_layers + (last * rate).min(axis=1)
     rows, ends = np.arange(len(ks)), ks - 1
-    bounds, order = np.full(len(ks), np.inf), np.argsort(-rate, axis=1)
+    bounds, order = np.full(len(ks), np.inf), np.argsort(layer, axis=1)
+    held = wanted
     for _ in range(20):
         held, lost = (part[rows[:, None], order].cumsum(axis=1)[rows, ends] for part in (rate, idle))
         following = np.minimum(bounds, (wanted + lost) / held)
@@ -50,7 +61,7 @@ def relaxed_bottlenecks(
             break
         bounds = following
         order = np.argsort(idle - bounds[:, None] * rate, axis=1)
-    return following
+    return Relaxed(bounds, held)
 
 
 def memory_caps(
@@ -64,19 +75,35 @@ def memory_caps(
 
 
 class Uniform:
-    """R problems with equal layers on the same devices, each for its own number of stages ``ks [R]``."""
+    """R problems with equal layers on the same devices, each for its own number of stages ``ks [R]``.
 
-    def __init__(self, problems: Sequence[Problem], ks: Sequence[int]) -> None:
-        self.problems, self.ks = problems, np.array(ks)
-        self._num_layers = problems[0].num_layers
-        self._stage = np.array([problem.stage for problem in problems])
-        self._layer = np.array([problem.layers[:, 0] for problem in problems])
-        self._last = np.array([problem.last for problem in problems])
-        size = np.array([problem.layer_bytes[0] for problem in problems])
-        self._memory = memory_caps(
-            problems[0].room, problems[0].first_bytes, problems[0].last_bytes, size, self._num_layers
+    ``stage``, ``layer`` and ``last`` ``[R, n]`` are seconds, ``layer_bytes [R]`` what a layer needs; all else is as in `Problem`.
+    """
+
+    def __init__(
+        self, stage: np.ndarray, layer: np.ndarray, last: np.ndarray, layer_bytes: np.ndarray, ks: np.ndarray,
+        *, num_layers: int, room: np.ndarray, first_bytes: float, last_bytes: float,
+    ) -> None:  # fmt: skip
+        self.ks, self._num_layers = ks, num_layers
+        self._stage, self._layer, self._last = stage, layer, last
+        self._room, self._ends, self._layer_bytes = room, (first_bytes, last_bytes), layer_bytes
+        self._floors = np.full(len(ks), np.nan)
+
+    @classmethod
+    def of(cls, problems: Sequence[Problem], ks: Sequence[int]) -> "Uniform":
+        """Of problems that differ in their steps only."""
+        one = problems[0]
+        return cls(
+            np.array([problem.stage for problem in problems]),
+            np.array([problem.layers[:, 0] for problem in problems]),
+            np.array([problem.last for problem in problems]),
+            np.array([problem.layer_bytes[0] for problem in problems]),
+            np.array(ks),
+            num_layers=one.num_layers,
+            room=one.room,
+            first_bytes=one.first_bytes,
+            last_bytes=one.last_bytes,
         )
-        self._most = (self._stage + self._layer * self._num_layers + self._last).max(axis=1)
 
     def caps(self, bounds: np.ndarray, rows: Any = slice(None)) -> np.ndarray:
         """``[4, n, R, V]``: the layers that each device may hold under ``bounds [R, V]`` as an inner, first, last and only stage, or
@@ -84,55 +111,139 @@ class Uniform:
         stage, layer, last = (part[rows].T[:, :, None] for part in (self._stage, self._layer, self._last))
         room = np.minimum(bounds, 2 * self._most[rows, None]) - stage
         free, ending = _whole(room / layer), _whole((room - last) / layer)
-        return _or_never(np.minimum(np.stack([free, free, ending, ending]), self._memory[:, :, rows, None]))
-
-    def holds(self, bounds: np.ndarray) -> np.ndarray:
-        """``[R, V]``: whether the devices can hold all layers with no stage above ``bounds [R, V]``."""
-        return most_layers(self.caps(bounds), self.ks) >= self._num_layers
+        return _or_never(np.minimum(np.stack([free, ending])[_OF_ROLE], self._memory[:, :, rows, None]))
 
     @cached_property
-    def bottlenecks(self) -> np.ndarray:
-        """``[R]``: the least possible largest stage; inf where nothing fits the memory."""
-        rows, width = np.arange(len(self.ks)), self._layer.max(axis=1)
-        low = relaxed_bottlenecks(self._stage, self._layer, self._last, self._num_layers, self.ks)
-        bounds = np.minimum(low[:, None] + width[:, None] * _STEPS, self._most[:, None])
-        while True:
-            held = self.holds(bounds)
-            first = held.argmax(axis=1)
-            low, high = np.where(first > 0, bounds[rows, first - 1], low), bounds[rows, first]
-            if (high - low <= width * _NARROW).all():
-                break
-            bounds = low[:, None] + (high - low)[:, None] * _PROBES
-            bounds[:, -1] = high
-        values = self._values_between(low, high)
-        left, right = np.zeros(len(rows), dtype=np.intp), (values < values[:, -1:]).sum(axis=1)
+    def _memory(self) -> np.ndarray:
+        """``[4, n, R]``"""
+        return memory_caps(self._room, *self._ends, self._layer_bytes, self._num_layers)
+
+    @cached_property
+    def _most(self) -> np.ndarray:
+        """``[R]``: no stage costs more."""
+        return (self._stage + self._layer * self._num_layers + self._last).max(axis=1)
+
+    def memory_caps(self, row: int) -> np.ndarray:
+        """``[4, n]``: the layers that each device has memory for as an inner, first, last and only stage, or `_NEVER`."""
+        return self._memory[:, :, row]
+
+    @cached_property
+    def relaxed(self) -> Relaxed:
+        return relaxed_bottlenecks(self._stage, self._layer, self._last, self._num_layers, self.ks)
+
+    def floors(self, rows: np.ndarray) -> np.ndarray:
+        """Of ``rows [R']``: no split has a smaller largest stage; nearly always the least possible one (`bottleneck`). inf: nothing fits
+        the memory."""
+        new = rows[np.isnan(self._floors[rows])]
+        if len(new):
+            self._floors[new] = self._lowest(new)
+        return self._floors[rows]
+
+    def floor(self, row: int) -> float:
+        return float(self.floors(np.array([row]))[0])
+
+    def _lowest(self, rows: np.ndarray) -> np.ndarray:
+        low, high = self._brackets(rows)
+        values = self._values_between(low, np.where(high < np.inf, high, low), rows)
+        each, left = np.arange(len(rows)), np.zeros(len(rows), dtype=np.intp)
+        right = (values < values[:, -1:]).sum(axis=1)
         while (left < right).any():
             probes = left[:, None] + ((right - left)[:, None] * _PROBES).astype(np.intp)
-            first = self.holds(values[rows[:, None], probes]).argmax(axis=1)
-            left = np.where(first > 0, probes[rows, first - 1] + 1, left)
-            right = probes[rows, first]
-        return np.where(held.any(axis=1), values[rows, right], np.inf)
+            held = self._may_hold(values[each[:, None], probes], rows)
+            held[:, -1] = True
+            first = held.argmax(axis=1)
+            left = np.where(first > 0, probes[each, first - 1] + 1, left)
+            right = probes[each, first]
+        return np.where(high < np.inf, values[each, right], np.inf)
 
-    def choose(self, row: int, wanted: Sequence[int], cuts: Sequence[int]) -> Split | None:
-        """A split with the least bottleneck, among equals one near the present: devices `wanted`, boundaries `cuts`."""
-        if self.bottlenecks[row] == np.inf:
+    def _brackets(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of ``rows [R']`` each: a bound that cannot be kept, or only just, and one that may be; inf where none may."""
+        low, width = self.relaxed.bounds[rows], (self.ks[rows] + 1) / self.relaxed.rates[rows]
+        high = low + width  # each of k devices, and the last one again for the LM head, lacks less than a layer
+        (short,) = np.nonzero(~self._may_hold(high[:, None], rows)[:, 0])
+        if len(short):
+            low[short], high[short] = self._brackets_above(rows[short], high[short], width[short])
+        return low, high
+
+    def _brackets_above(self, rows: np.ndarray, low: np.ndarray, width: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of these rows, which cannot keep `low`."""
+        high, each = self._most[rows], np.arange(len(rows))
+        while True:
+            bounds = low[:, None] + (high - low)[:, None] * _PROBES
+            held = self._may_hold(bounds, rows)
+            fits, first = held[:, -1], held.argmax(axis=1)
+            low, high = np.where(first > 0, bounds[each, first - 1], low), bounds[each, first]
+            if not (fits & (high - low > width)).any():
+                return low, np.where(fits, high, np.inf)
+
+    def _may_hold(self, bounds: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """``[R, V]``: whether the devices may be able to hold all layers with no stage above ``bounds [R, V]``; False: they cannot.
+        Of ``rows [R]``."""
+        stage, layer, last = self._stage[rows, None], self._layer[rows, None], self._last[rows, None]
+        room = bounds[:, :, None] - stage
+        caps = np.stack([_whole(room / layer), _whole((room - last) / layer)])[_OF_ROLE]
+        caps = np.minimum(caps, self._memory[:, :, rows, None].transpose(0, 2, 3, 1))
+        caps[caps < 0.0] = _NEVER
+        return most_layers_bound(caps, self.ks[rows]) >= self._num_layers
+
+    def bottleneck(self, row: int) -> float:
+        """The least possible largest stage; inf where nothing fits the memory."""
+        bound = self.floor(row)
+        if bound == math.inf or self._holds(row, np.array([[bound * (1 + SLACK)]]))[0]:
+            return bound
+        return self._bottleneck_above(row, bound)
+
+    def _holds(self, row: int, bounds: np.ndarray) -> np.ndarray:
+        """``[V]``: whether the devices can hold all layers with no stage above ``bounds [1, V]``."""
+        return most_layers(self.caps(bounds, [row]), self.ks[[row]])[0] >= self._num_layers
+
+    def _bottleneck_above(self, row: int, low: float) -> float:
+        """The least possible largest stage, which is more than `low`."""
+        narrow, most = float(self._layer[row].max()) * _NARROW, float(self._most[row])
+        high = min(most, low + float((self.ks[row] + 1) / self.relaxed.rates[row]))
+        while True:
+            bounds = np.minimum(low + (high - low) * _PROBES[1:], high)
+            held = self._holds(row, bounds[None])
+            if not held[-1]:
+                if high == most:
+                    return math.inf
+                low, high = high, most
+                continue
+            first = int(held.argmax())
+            low, high = float(bounds[first - 1]) if first else low, float(bounds[first])
+            if high - low <= narrow:
+                break
+        values = self._values_between(np.array([low]), np.array([high]), [row])
+        return float(values[0, self._holds(row, values).argmax()])
+
+    def choose(self, problem: Problem, row: int, wanted: Sequence[int], cuts: Sequence[int]) -> Split | None:
+        """A split with the least bottleneck, among equals one near the present: devices `wanted`, boundaries `cuts`.
+
+        `problem` is the one in this row.
+        """
+        bound = self.floor(row)
+        if bound == math.inf:
             return None
-        caps = self._caps_of_best[:, :, row]
+        split = self._choose_under(bound, problem, row, wanted, cuts)
+        if split is None:
+            bound = self._bottleneck_above(row, bound)
+            split = self._choose_under(bound, problem, row, wanted, cuts) if bound < math.inf else None
+        return split
+
+    def _choose_under(
+        self, bound: float, problem: Problem, row: int, wanted: Sequence[int], cuts: Sequence[int]
+    ) -> Split | None:
+        caps = self.caps(np.array([[bound * (1 + SLACK)]]), [row])[..., 0, 0]
         if len(wanted) == self.ks[row]:
-            split = self._within(row, caps, wanted, cuts)
+            split = self._within(problem, caps, wanted, cuts)
             if split is not None:
                 return split
         order = self._some_order(row, caps, wanted)
-        return None if order is None else self._within(row, caps, order, ())
+        return None if order is None else self._within(problem, caps, order, ())
 
-    @cached_property
-    def _caps_of_best(self) -> np.ndarray:
-        """``[4, n, R]``: `caps` under the least bottleneck."""
-        return self.caps(self.bottlenecks[:, None] * (1 + SLACK))[..., 0]
-
-    def least_sum(self, row: int, bound: float, start: Split | None) -> Split | None:
-        """The split with the least sum of stages none of which exceeds `bound`."""
-        problem, k = self.problems[row], int(self.ks[row])
+    def least_sum(self, problem: Problem, row: int, bound: float, start: Split | None) -> Split | None:
+        """The split with the least sum of stages none of which exceeds `bound`; `problem` is the one in this row."""
+        k = int(self.ks[row])
         caps = self.caps(np.array([[bound * (1 + SLACK)]]), [row])[..., 0, 0]
         if problem.num_devices <= _EXACT_DEVICES:
             return _fill(problem, caps, _arrangements(problem.num_devices, k))
@@ -186,7 +297,7 @@ class Uniform:
         rest = [int(d) for d in sorted_ if d not in (i, j)][: k - 2]
         return [i, *sorted(rest, key=lambda d: (place.get(d, n), d)), j]
 
-    def _within(self, row: int, caps: np.ndarray, order: Sequence[int], cuts: Sequence[int]) -> Split | None:
+    def _within(self, problem: Problem, caps: np.ndarray, order: Sequence[int], cuts: Sequence[int]) -> Split | None:
         """Counts for one order within the caps, boundaries as near to `cuts` as that allows; without cuts, even shares."""
         k, num_layers = len(order), self._num_layers
         inner, first, last, only = caps[:, order].astype(int).tolist()
@@ -204,7 +315,7 @@ class Uniform:
             stop = min(max(aim, start + mine, num_layers - (total - before)), start + most, num_layers - least)
             counts.append(stop - start)
             start = stop
-        return make_split(self.problems[row], order, counts)
+        return make_split(problem, order, counts)
 
 
 def _whole(layers: np.ndarray) -> np.ndarray:
@@ -241,6 +352,19 @@ def most_layers(caps: np.ndarray, ks: np.ndarray) -> np.ndarray:
     both, neither = _best_pair(first_among, last_among) - further, _best_pair(first_beyond, last_beyond)
     most = np.maximum(np.maximum(one, both), neither) - sums
     return np.where(ks[:, None] == 1, only.max(axis=0), most)
+
+
+def most_layers_bound(caps: np.ndarray, ks: np.ndarray) -> np.ndarray:
+    """``[R, V]``: k = ``ks [R]`` of n devices hold no more, under ``caps [4, R, V, n]``; nearly always it is `most_layers`, for less work.
+
+    The k devices that hold most as inner stages hold what they do. A device that is the first or the last stage is one of them or
+    takes the place of the least, and costs what it holds less. Each end takes the device for which that is least, maybe the same.
+    """
+    inner, rows, ends = np.maximum(caps[0], 0.0), np.arange(len(ks)), ks - 1
+    ranked = -np.sort(-inner, axis=2)
+    least, sums = ranked[rows, :, ends], ranked.cumsum(axis=2)[rows, :, ends]
+    first, last = (caps[1:3] - np.maximum(inner, least[:, :, None])).max(axis=3)
+    return np.where(ks[:, None] == 1, caps[3].max(axis=2), sums + first + last)
 
 
 def _best_pair(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from scheduler.planning.forecast import Cluster, Device, Pipeline
 from scheduler.planning.rounds import Rounds, StepTimes, round_bounds
 from scheduler.planning.splits import Problem, make_split
 from scheduler.planning.traffic import Serving, Traffic, mean_steps
+from scheduler.planning.uniform import relaxed_bottlenecks
 from tests.planning_harness import every_split, make_spec
 
 
@@ -92,9 +93,13 @@ def rounds_of(
         0.0,
         k,
     )
-    kinds = StepTimes.stack([mean, fast, slow], axis=1)[0]
-    bound_s = round_bounds(mean, fast, slow, share, steps.in_flight, np.array([k]), num_layers)
-    rounds = Rounds(problem, kinds, facts.kind_of_layer, float(share[0]))
+    ks = np.array([k])
+    busiest, fastest = (
+        relaxed_bottlenecks(each.stage, each.layers[..., 0], each.last, num_layers, ks).bounds for each in (mean, fast)
+    )
+    limits = np.array([np.inf])
+    bound_s = round_bounds(mean, slow, busiest, fastest, share, steps.in_flight, ks, num_layers, limits)
+    rounds = Rounds(problem, times, facts.kind_of_layer, float(share[0]))
     return rounds, float(bound_s[0]), float(steps.requests[0] * steps.in_flight[0])
 
 

@@ -53,12 +53,14 @@ def test_equal_layers_are_no_special_case(seed: int) -> None:
         layer_bytes=np.full(problem.num_layers, problem.layer_bytes[0]),
     )
     ks = list(range(1, min(problem.num_devices, problem.num_layers + 2) + 1))
-    together = Uniform([problem] * len(ks), ks)
+    together = Uniform.of([problem] * len(ks), ks)
     stage, layer, last = (
         np.repeat(part[None], len(ks), axis=0) for part in (problem.stage, problem.layers[:, 0], problem.last)
     )
     relaxed = relaxed_bottlenecks(stage, layer, last, problem.num_layers, np.array(ks))
-    for k, bottleneck, bound in zip(ks, together.bottlenecks, relaxed, strict=True):
+    for row, (k, bound) in enumerate(zip(ks, relaxed.bounds, strict=True)):
+        bottleneck = together.bottleneck(row)
+        assert together.floor(row) <= bottleneck * (1 + 1e-9)
         found = search_orders(problem, k)
         assert (found is None) == (bottleneck == np.inf)
         if found is not None:
@@ -157,4 +159,5 @@ def test_what_devices_can_hold_is_the_best_of_all_assignments(seed: int) -> None
 def test_memory_that_is_short_by_far() -> None:
     """The bottleneck lies many layers above what layers cut anywhere would give."""
     problem = replace(alike(12, 60), room=np.array([60.0] + [1.0] * 11))
-    assert Uniform([problem] * 2, [2, 12]).bottlenecks.tolist() == [59.0, 49.0]
+    together = Uniform.of([problem] * 2, [2, 12])
+    assert [together.bottleneck(row) for row in range(2)] == [59.0, 49.0]
