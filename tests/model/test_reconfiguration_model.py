@@ -232,7 +232,10 @@ class ReconfigurationMachine(RuleBasedStateMachine):
     def ask(self, data: st.DataObject, strategy: Strategy, queue: bool, deadline_s: float) -> None:
         names = self.head.members.in_order()
         owners = data.draw(st.lists(st.sampled_from(names), min_size=NUM_LAYERS, max_size=NUM_LAYERS))
-        change = Change(len(self.asked) + 1, layout_from_owners(0, owners), strategy, deadline_s, 1 << 30)
+        self.start(layout_from_owners(0, owners), strategy, queue=queue, deadline_s=deadline_s)
+
+    def start(self, layout: Layout, strategy: Strategy, *, queue: bool, deadline_s: float) -> None:
+        change = Change(len(self.asked) + 1, layout, strategy, deadline_s, 1 << 30)
         is_busy, before = self.head.reconfiguration.is_active, self.head.layout
         self.asked[change.id] = Asked(change.layout, deadline_s)
         try:
@@ -316,6 +319,27 @@ class ReconfigurationMachine(RuleBasedStateMachine):
             self.handle(Submit(self.num_submitted, request, self.now_s))
         except AdmissionError:
             self.num_finished += 1
+
+    @precondition(lambda self: self.head.status == "serving" and not self.head.reconfiguration.is_active)
+    @rule(num_moved=st.integers(1, 2))
+    def ask_where_there_is_little_room(self, num_moved: int) -> None:
+        """Two workers with two layers and more blocks than they have pages for with three: they change places in several hops."""
+        names = self.head.members.in_order()[:3]
+        if len(names) < 3:
+            return
+        one, two, three = names
+        self.ask_and_wait(layout_from_owners(0, [one, one, two, two, three]))
+        for _ in range(3):
+            self.submit(24, 12)
+        for _ in range(8):
+            self.settle()
+        target = [two, two, one, one, three] if num_moved == 2 else [one, two, two, one, three]
+        self.start(layout_from_owners(0, target), "live", queue=True, deadline_s=1e9)
+
+    def ask_and_wait(self, layout: Layout) -> None:
+        self.start(layout, "live", queue=True, deadline_s=1e9)
+        while self.to_workers or self.to_head:
+            self.settle()
 
     # -- what must always hold --------------------------------------------------------------------------------
 

@@ -133,7 +133,8 @@ def check_tight(cluster: SimCluster) -> None:
     if head.members.num_lost:
         return
     assert all(stream.finish_reason != "error" for stream in cluster.streams.values())
-    assert head.batcher.counters.recomputed_for_changes_tokens == sum(r.recomputed_tokens for r in reports)
+    # What a change preempted may yet find its blocks cached: a report says at most too much.
+    assert head.batcher.counters.recomputed_for_changes_tokens <= sum(report.recomputed_tokens for report in reports)
 
 
 def test_many_hops_and_mishaps(block: int) -> None:
