@@ -5,6 +5,7 @@ hypothesis decides what is answered when, twice or not yet, what fails, who is l
 clock. There are no steps but those of one-token requests; what these compute is the simulation's business (`tests/sim`).
 """
 
+import math
 from dataclasses import dataclass, field
 
 from hypothesis import settings
@@ -394,11 +395,11 @@ class ReconfigurationMachine(RuleBasedStateMachine):
         head, batcher = self.head, self.head.batcher
         if head.reconfiguration.is_active or head.status != "serving" or head.layout is None:
             return
-        assert (batcher.is_held, batcher.admits, batcher.is_squeezed, batcher.flip_is_near) == (
+        assert (batcher.is_held, batcher.admits, batcher.is_squeezed, batcher.flip_due_s) == (
             False,
             True,
             False,
-            False,
+            math.inf,
         )
         holds = min(BLOCK_COUNTS.get(len(head.layout.layers_of(name)), 1 << 40) for name in head.layout.workers)
         assert head.pool.target == head.num_blocks == holds, "the pool is as large as the layout allows"

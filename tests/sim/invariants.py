@@ -5,6 +5,7 @@ What the head believes is held against what the workers have, whose pools and st
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -149,7 +150,7 @@ def _audit_head(cluster: SimCluster, layout: Layout) -> None:
     """Nothing of a transition is left: no reservation, no hold on admission, no second epoch."""
     head, batcher = cluster.head, cluster.head.batcher
     assert batcher.num_stages == len(layout.workers)
-    assert (batcher.is_held, batcher.admits, batcher.is_squeezed, batcher.flip_is_near) == (False, True, False, False)
+    assert (batcher.is_held, batcher.admits, batcher.is_squeezed, batcher.flip_due_s) == (False, True, False, math.inf)
     assert head.directory.epochs == (layout.epoch,)
     holds = [
         pool.num_pages // len(pool.layers)
