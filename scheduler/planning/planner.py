@@ -4,7 +4,8 @@
 divided among and so what a step is. For each k the stages' times are sums of unit times of the mean steps, memory limits
 what a device may hold (weights and the KV of the load; if that does not fit anywhere, of fewer sequences; where devices have
 their page pools already, the weights beside those), and
-`planning.search` gives the best split over all orders and choices of k devices. The numbers of stages are then compared:
+`planning.search` gives the best split over all orders and choices of k devices; for the throughput of few devices `planning.exact` does,
+by the forecast's own round. The numbers of stages are then compared:
 
     throughput   requests per second with as many sequences in service as there may be
     latency      mean seconds from a request's arrival to its end, at the load given
