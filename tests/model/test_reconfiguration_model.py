@@ -165,6 +165,10 @@ class ReconfigurationMachine(RuleBasedStateMachine):
                 case _:
                     pass
         self.head.check_integrity()
+        if self.head.status == "serving" and self.phase != "flip":  # whose last step may just have been formed
+            went_to = self.head.reconfiguration.view()
+            self.head.reconfiguration.advance()
+            assert self.head.reconfiguration.view() == went_to, "it could have gone on at once"
         change = self.change_now()
         if change is not None and self.asked[change].began_s < 0.0:
             self.asked[change].began_s = self.now_s
