@@ -432,9 +432,11 @@ class Batcher:
         return min(most, max(MIN_CHUNK_TOKENS, int(left_s / prices.prefill_s)))
 
     def _tokens_until_flip(self, now_s: float) -> int:
-        """Of prompts, those that are through all stages before anything is expected to flip."""
+        """Of prompts, those that are through before anything is expected to flip: each stage in turn, behind as many in all other
+        microbatches."""
         left_s = self.flip_due_s - now_s if self._opening is None else 0.0
-        token_s = self.prices.prefill_s * self.num_stages or NEAR_S / self._config.max_step_tokens
+        times = self.num_stages + self.num_microbatches - 1
+        token_s = self.prices.prefill_s * times or NEAR_S / self._config.max_step_tokens
         return self._config.max_step_tokens if left_s == math.inf else int(max(0.0, left_s) / token_s)
 
     def _take_prefills(self, step: StepBuilder) -> None:

@@ -263,6 +263,8 @@ class SchedulerState:
     pilot: Pilot = field(init=False)
     _last_epoch: int = 0
     _recovering_since_s: float = 0.0
+    _num_served: int = 1
+    """Workers of the last layout, once one is lost."""
     _effects: list[Effect] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -444,6 +446,7 @@ class SchedulerState:
             self.reconfiguration.broken(f"worker {name} was lost ({reason})")
         self.status = "recovering"
         self.detail = f"worker {name} is lost ({reason})"
+        self._num_served = len(self.layout.workers)
         self.layout = None
         self.layouts.clear()
         self.hop_sums.clear()
@@ -499,9 +502,11 @@ class SchedulerState:
         """Pick a layout and have it loaded, when none is chosen yet and enough workers are there."""
         if self.layout is not None or self.status == "failed":
             return
-        names, drained = self.members.to_serve(self.cluster.num_stages), self.members.drained()
-        num_there = 0 if drained.intersection(names) else len(names) + len(drained)
-        if num_there < self.cluster.num_stages:
+        wanted, drained = self.cluster.num_stages, self.members.drained()
+        if drained:
+            wanted = min(wanted, self._num_served)  # no more than served without them
+        names = self.members.to_serve(wanted)
+        if len(names) < wanted or drained.intersection(names):
             waited_s = now_s - self._recovering_since_s
             if self.status != "recovering" or not names or waited_s < self.cluster.rejoin_timeout_s:
                 return

@@ -1,10 +1,11 @@
 """Thousands of seeds of the real thing over a network that delays, reorders and duplicates, with workers that die."""
 
 import random
+from collections import Counter
 
 from scheduler.batching import BatchingConfig
 from scheduler.transition import STRATEGIES
-from tests.sim import SEEDS_PER_BLOCK
+from tests.sim import SEEDS_PER_BLOCK, of_seeds
 from tests.sim.cluster import SimCluster, make_request, random_layout, reference
 
 
@@ -94,32 +95,45 @@ def seeds_of(family: int, block: int) -> range:
     return range(first, first + SEEDS_PER_BLOCK)
 
 
+def plain(seed: int) -> Counter[str]:
+    check(scenario(seed))
+    return Counter()
+
+
+def with_crashes(seed: int) -> Counter[str]:
+    check(scenario(seed, crashes=True))
+    return Counter()
+
+
+def with_changes(seed: int) -> Counter[str]:
+    cluster = scenario(seed, changes=True)
+    check(cluster)
+    for report in cluster.head.reconfiguration.reports.values():
+        assert report.outcome in ("committed", "aborted", "refused"), report
+        assert report.dropped_requests == 0
+        assert "KV pages are needed" not in report.why, "more blocks were handed out than fit beside the weights"
+    assert all(stream.finish_reason != "error" for stream in cluster.streams.values())
+    return Counter(fetched=cluster.num_fetched, resized=cluster.num_resized)
+
+
+def with_changes_and_crashes(seed: int) -> Counter[str]:
+    check(scenario(seed, changes=True, crashes=True))
+    return Counter()
+
+
 def test_every_stream_equals_the_reference(block: int) -> None:
-    for seed in seeds_of(0, block):
-        check(scenario(seed))
+    of_seeds(plain, seeds_of(0, block))
 
 
 def test_streams_outlive_crashes(block: int) -> None:
-    for seed in seeds_of(1, block):
-        check(scenario(seed, crashes=True))
+    of_seeds(with_crashes, seeds_of(1, block))
 
 
 def test_layout_changes_change_nothing_else(block: int) -> None:
-    num_fetched = num_resized = 0
-    for seed in seeds_of(2, block):
-        cluster = scenario(seed, changes=True)
-        check(cluster)
-        num_fetched += cluster.num_fetched
-        num_resized += cluster.num_resized
-        for report in cluster.head.reconfiguration.reports.values():
-            assert report.outcome in ("committed", "aborted", "refused"), report
-            assert report.dropped_requests == 0
-            assert "KV pages are needed" not in report.why, "more blocks were handed out than fit beside the weights"
-        assert all(stream.finish_reason != "error" for stream in cluster.streams.values())
-    assert num_fetched, "no unit ever came from a peer"
-    assert num_resized, "no pool ever changed its size"
+    counts = of_seeds(with_changes, seeds_of(2, block))
+    assert counts["fetched"], "no unit ever came from a peer"
+    assert counts["resized"], "no pool ever changed its size"
 
 
 def test_layout_changes_and_crashes(block: int) -> None:
-    for seed in seeds_of(3, block):
-        check(scenario(seed, changes=True, crashes=True))
+    of_seeds(with_changes_and_crashes, seeds_of(3, block))

@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections import Counter
 
 import pytest
 
@@ -10,6 +11,7 @@ from runtime.layout import Layout, Segment
 from runtime.messages import Sampling
 from scheduler.batching import BatchingConfig
 from scheduler.request import Request
+from tests.sim import of_seeds
 from tests.sim.cluster import NUM_LAYERS, SimCluster, reference
 from tests.sim.network import HEAD
 from tests.sim.test_cluster import check, scenario, seeds_of
@@ -44,15 +46,16 @@ def harm(cluster: SimCluster, seconds: float, *, among_workers: bool) -> None:
         cluster.network.stall(sender, to, seconds)
 
 
+def with_losses(seed: int) -> Counter[str]:
+    cluster = lossy(seed)
+    check(cluster, until=60.0)
+    return Counter(lost=cluster.network.num_lost, evicted=cluster.head.members.num_lost)
+
+
 def test_losses_change_nothing_but_the_time_it_takes(block: int) -> None:
-    num_lost = num_evicted = 0
-    for seed in seeds_of(4, block):
-        cluster = lossy(seed)
-        check(cluster, until=60.0)
-        num_lost += cluster.network.num_lost
-        num_evicted += cluster.head.members.num_lost
-    assert num_lost, "nothing was ever lost"
-    assert num_evicted, "nobody was ever given up"
+    counts = of_seeds(with_losses, seeds_of(4, block))
+    assert counts["lost"], "nothing was ever lost"
+    assert counts["evicted"], "nobody was ever given up"
 
 
 def serve(seed: int) -> SimCluster:

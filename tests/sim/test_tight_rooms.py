@@ -7,6 +7,7 @@ from kvstore.ids import WorkerName
 from runtime.layout import Layout, layout_from_owners
 from scheduler.batching import BatchingConfig
 from scheduler.transition import STRATEGIES
+from tests.sim import of_seeds
 from tests.sim.cluster import NUM_LAYERS, SimCluster, make_request
 from tests.sim.network import HEAD
 from tests.sim.test_cluster import check, seeds_of
@@ -121,7 +122,8 @@ def happen(cluster: SimCluster, mishap: str) -> None:
             pass
 
 
-def check_tight(cluster: SimCluster) -> None:
+def in_tight_room(seed: int) -> Counter[str]:
+    cluster = tight(seed)
     check(cluster, until=60.0)
     head = cluster.head
     reports = head.reconfiguration.reports.values()
@@ -130,23 +132,20 @@ def check_tight(cluster: SimCluster) -> None:
         assert report.outcome in ("committed", "aborted", "refused"), report
         assert report.dropped_requests == 0
         assert "KV pages are needed" not in report.why, "more blocks were handed out than fit"
+    hops = sum(report.num_hops > 1 for report in reports)
+    parts = sum(
+        report.reached not in (report.source, report.target) and report.outcome == "aborted" for report in reports
+    )
+    counts = Counter({"several hops": hops, "part of the way": parts, "lost": head.members.num_lost})
     if head.members.num_lost:
-        return
+        return counts
     assert all(stream.finish_reason != "error" for stream in cluster.streams.values())
     # What a change preempted may yet find its blocks cached: a report says at most too much.
     assert head.batcher.counters.recomputed_for_changes_tokens <= sum(report.recomputed_tokens for report in reports)
+    return counts
 
 
 def test_many_hops_and_mishaps(block: int) -> None:
-    kinds: Counter[str] = Counter()
-    for seed in seeds_of(5, block):
-        cluster = tight(seed)
-        check_tight(cluster)
-        for report in cluster.head.reconfiguration.reports.values():
-            kinds["several hops"] += report.num_hops > 1
-            kinds["part of the way"] += (
-                report.reached not in (report.source, report.target) and report.outcome == "aborted"
-            )
-        kinds["lost"] += cluster.head.members.num_lost
+    kinds = of_seeds(in_tight_room, seeds_of(5, block))
     assert kinds["several hops"], "there was always room"
     assert kinds["lost"], "nobody was ever lost"

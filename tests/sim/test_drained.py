@@ -1,0 +1,54 @@
+"""A drained worker gets no layers by itself: neither by a recovery nor by the autopilot. But rather it serves than nobody."""
+
+import pytest
+
+from runtime.messages import Sampling
+from scheduler.batching import BatchingConfig
+from scheduler.request import Request
+from scheduler.state import Resume
+from tests.sim.cluster import SimCluster, reference
+
+
+def serve(seed: int, *, num_stages: int) -> SimCluster:
+    """So many stages and a spare, which an operator has drained."""
+    cluster = SimCluster(seed, num_stages=num_stages, batching=BatchingConfig(), num_blocks=64, num_spares=1)
+    cluster.at(0.4, lambda: cluster.head.members.drain(f"w{num_stages}"))
+    for sequence in range(3):
+        request = Request("sim", [1, 2, 3 + sequence], Sampling(temperature=0.0), max_tokens=120)
+        cluster.at(0.5, lambda s=sequence, r=request: cluster.submit(s, r))
+    for index in range(1, 60):
+        cluster.at(0.5 * index, cluster.tick)
+    return cluster
+
+
+def end(cluster: SimCluster) -> list[str]:
+    """The workers that serve."""
+    cluster.run(until=30.0)
+    for stream in cluster.streams.values():
+        assert stream.tokens == reference(stream.request)
+    cluster.audit()
+    head = cluster.head
+    assert head.status == "serving"
+    assert head.layout is not None
+    return list(head.layout.workers)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_recovery_leaves_it_out(seed: int) -> None:
+    """Whether the worker that was lost starts again or not."""
+    cluster = serve(seed, num_stages=2)
+    cluster.at(0.55, lambda: cluster.crash("w0"))
+    serving = end(cluster)
+    assert len(serving) == 1 + cluster.restarts
+    assert "w2" not in serving
+    assert "w2" not in [device.worker for device in cluster.head.pilot.devices(cluster.head)]
+    cluster.handle(Resume("w2", cluster.now))
+    assert "w2" in [device.worker for device in cluster.head.pilot.devices(cluster.head)]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_it_serves_when_nobody_else_is_left(seed: int) -> None:
+    cluster = serve(seed, num_stages=1)
+    cluster.at(0.55, lambda: cluster.crash("w0"))
+    assert end(cluster) == (["w0-r1"] if cluster.restarts else ["w1"])
+    assert cluster.head.members.drained() == {"w1"}
