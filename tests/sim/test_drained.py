@@ -12,7 +12,7 @@ from tests.sim.cluster import SimCluster, reference
 def serve(seed: int, *, num_stages: int) -> SimCluster:
     """So many stages and a spare, which an operator has drained."""
     cluster = SimCluster(seed, num_stages=num_stages, batching=BatchingConfig(), num_blocks=64, num_spares=1)
-    cluster.at(0.4, lambda: cluster.head.members.drain(f"w{num_stages}"))
+    cluster.at(0.52, lambda: cluster.head.members.drain(f"w{num_stages}"))
     for sequence in range(3):
         request = Request("sim", [1, 2, 3 + sequence], Sampling(temperature=0.0), max_tokens=120)
         cluster.at(0.5, lambda s=sequence, r=request: cluster.submit(s, r))

@@ -362,7 +362,8 @@ def test_prompts_stay_out_of_the_way_of_a_flip() -> None:
     [
         (math.inf, 0.001, 2, 100),
         (0.241, 0.001, 2, 80),
-        (0.161, 0.001, 1, 100),
+        (0.161, 0.001, 1, 80),
+        (0.301, 0.001, 2, 100),
         (0.02, 0.001, 2, FLIP_CHUNK_TOKENS),
         (NEAR_S, 0.0, 2, 100),
         (0.4001 * NEAR_S, 0.0, 2, 80),
@@ -372,7 +373,7 @@ def test_prompts_stay_out_of_the_way_of_a_flip() -> None:
 def test_what_is_read_before_a_flip_is_through_by_then(
     due_s: float, prefill_s: float, num_stages: int, expected: int
 ) -> None:
-    batcher = make_batcher(num_blocks=200, max_step_tokens=200)
+    batcher = make_batcher(num_blocks=200, max_step_tokens=200, num_microbatches=2)
     batcher.submit(1, make_request(3, max_tokens=9), 0.0)
     answer(batcher, step(batcher))
     batcher.num_stages, batcher.prices = num_stages, StepPrices(row_s=1.0, prefill_s=prefill_s)
