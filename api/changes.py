@@ -42,7 +42,7 @@ async def resume_worker(request: web.Request) -> web.Response:
     try:
         request.app[CONTEXT].engine.resume_worker(name)
     except LayoutError as error:
-        raise ApiError(_short(error), status=404, param=error.param, code="invalid_layout") from None
+        raise _invalid(error) from None
     return json_response({"name": name, "drained": False})
 
 
@@ -72,8 +72,7 @@ async def _begin(request: web.Request, wait: bool, ask: Callable[[], int]) -> we
     try:
         change = ask()
     except LayoutError as error:
-        status = 404 if error.param == "worker" else 400
-        raise ApiError(_short(error), status=status, param=error.param, code="invalid_layout") from None
+        raise _invalid(error) from None
     except Refused as error:
         raise ApiError(_short(error), status=409, code="refused") from None
     if wait:
@@ -120,6 +119,11 @@ def _view(request: web.Request, change: int) -> dict[str, Any]:
 def _unknown(change: object) -> ApiError:
     message = f"there is no transition {shown(change)}, or its report is not kept any more; see /admin/transitions"
     return ApiError(message, status=404, param="id", code="transition_not_found")
+
+
+def _invalid(error: LayoutError) -> ApiError:
+    status = 404 if error.param == "worker" else 400
+    return ApiError(_short(error), status=status, param=error.param, code="invalid_layout")
 
 
 def _short(error: Exception) -> str:

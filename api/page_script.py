@@ -210,15 +210,11 @@ function showWorkers(workers) {
   at("workers").tBodies[0].replaceChildren(...workers.map(w => {
     const row = make("tr"), name = make("td"), last = make("td", undefined, "right");
     name.append(make("i", undefined, "dot " + colour(w.name)), make("b", w.name));
-    if ((w.layers || []).length && workers.length > 1) {
-      const button = make("button", "drain", "plain");
-      button.title = `Move everything off ${w.name}`;
-      button.addEventListener("click", () => wishFor(`/admin/workers/${encodeURIComponent(w.name)}/drain`, {}));
-      last.append(button);
-    } else if (w.drained) {
-      const button = make("button", "resume", "plain");
-      button.title = `Let ${w.name} have layers again`;
-      button.addEventListener("click", () => wishFor(`/admin/workers/${encodeURIComponent(w.name)}/resume`, {}));
+    const action = (w.layers || []).length && workers.length > 1 ? "drain" : w.drained ? "resume" : "";
+    if (action) {
+      const button = make("button", action, "plain");
+      button.title = action === "drain" ? `Move everything off ${w.name}` : `Let ${w.name} have layers again`;
+      button.addEventListener("click", () => wishFor(`/admin/workers/${encodeURIComponent(w.name)}/${action}`, {}));
       last.append(button);
     }
     row.append(name, make("td", (w.status || "") + (w.drained ? ", drained" : "")), make("td", ranges(w.layers) || "idle"), make("td", [w.device, w.device_name].filter(Boolean).join(" · ")),

@@ -511,7 +511,7 @@ class SchedulerState:
             if self.status != "recovering" or not names or waited_s < self.cluster.rejoin_timeout_s:
                 return
         self.epoch = self.new_epoch()
-        self.layout = layout_from_counts(self.epoch, names, self._counts(len(names)))
+        self.layout = layout_from_counts(self.epoch, names, self._counts(names))
         self.open_layout(self.layout)
         if self.status == "waiting_for_workers":
             self.status = "loading"
@@ -527,10 +527,10 @@ class SchedulerState:
             worker.units_loaded, worker.units_total = 0, self._num_units(name)
             effects.append(Send(name, self.load_message(self.layout, name)))
 
-    def _counts(self, num_stages: int) -> tuple[int, ...]:
-        if self.cluster.layers is not None and len(self.cluster.layers) == num_stages:
+    def _counts(self, names: Sequence[WorkerName]) -> tuple[int, ...]:
+        if self.cluster.layers is not None and len(self.cluster.layers) == len(names):
             return self.cluster.layers
-        return self.balanced(self.members.to_serve(num_stages))
+        return self.balanced(names)
 
     def balanced(self, names: Sequence[WorkerName]) -> tuple[int, ...]:
         """Layers per stage that keep these workers, in this order, equally busy under the usual traffic."""

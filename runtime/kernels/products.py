@@ -87,8 +87,8 @@ def pack(*weights: Weight, rest: Callable[[], None] = lambda: None) -> Packed:
     return Packed(storage(packed.view(dtype).view(-1)), num_columns, depth)
 
 
-def pack_gate_up(gate: Weight, up: Weight, rest: Callable[[], None] = lambda: None) -> Packed:
-    """Pack two weights ``[I, K]`` so that each panel holds half a panel of gate, then the same columns of up; as `pack`."""
+def pack_gate_up(gate: Weight, up: Weight) -> Packed:
+    """Pack two weights ``[I, K]`` so that each panel holds half a panel of gate, then the same columns of up. Raises as `pack`."""
     half = PANEL // 2
     num_columns, depth = gate.shape
     packed = _panels(num_columns, depth, gate.dtype, half)
@@ -97,7 +97,6 @@ def pack_gate_up(gate: Weight, up: Weight, rest: Callable[[], None] = lambda: No
         for block in _blocks(weight, half):
             _fill(packed, begin, half, first, block)
             first += len(block)
-            rest()
     return Packed(storage(packed.view(gate.dtype).view(-1)), num_columns, depth)
 
 

@@ -568,6 +568,24 @@ class SimCluster:
         audit(self)
 
 
+def submit_long(cluster: SimCluster, num_streams: int, max_tokens: int) -> None:
+    """Streams that are long enough for whatever happens, from 0.5 s on, and time that goes on."""
+    for sequence in range(num_streams):
+        request = Request("sim", [1, 2, 3 + sequence], Sampling(temperature=0.0), max_tokens=max_tokens)
+        cluster.at(0.5, lambda s=sequence, r=request: cluster.submit(s, r))
+    for index in range(1, 60):
+        cluster.at(0.5 * index, cluster.tick)
+
+
+def end_long(cluster: SimCluster, num_streams: int) -> None:
+    """Let them end; every one says what it should."""
+    cluster.run(until=30.0)
+    assert len(cluster.streams) == num_streams
+    for stream in cluster.streams.values():
+        assert stream.tokens == reference(stream.request)
+    cluster.audit()
+
+
 def make_request(rng: random.Random, prompts: list[list[int]], *, max_prompt: int, max_output: int) -> Request:
     """A prompt of its own, or one that continues an earlier prompt (so that the prefix cache is hit)."""
     if prompts and rng.random() < 0.5:

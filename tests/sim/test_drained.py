@@ -2,31 +2,22 @@
 
 import pytest
 
-from runtime.messages import Sampling
 from scheduler.batching import BatchingConfig
-from scheduler.request import Request
 from scheduler.state import Resume
-from tests.sim.cluster import SimCluster, reference
+from tests.sim.cluster import SimCluster, end_long, submit_long
 
 
 def serve(seed: int, *, num_stages: int) -> SimCluster:
     """So many stages and a spare, which an operator has drained."""
     cluster = SimCluster(seed, num_stages=num_stages, batching=BatchingConfig(), num_blocks=64, num_spares=1)
     cluster.at(0.52, lambda: cluster.head.members.drain(f"w{num_stages}"))
-    for sequence in range(3):
-        request = Request("sim", [1, 2, 3 + sequence], Sampling(temperature=0.0), max_tokens=120)
-        cluster.at(0.5, lambda s=sequence, r=request: cluster.submit(s, r))
-    for index in range(1, 60):
-        cluster.at(0.5 * index, cluster.tick)
+    submit_long(cluster, 3, max_tokens=120)
     return cluster
 
 
 def end(cluster: SimCluster) -> list[str]:
     """The workers that serve."""
-    cluster.run(until=30.0)
-    for stream in cluster.streams.values():
-        assert stream.tokens == reference(stream.request)
-    cluster.audit()
+    end_long(cluster, 3)
     head = cluster.head
     assert head.status == "serving"
     assert head.layout is not None

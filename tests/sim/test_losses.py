@@ -8,11 +8,9 @@ import pytest
 
 from kvstore.ids import LayerRange
 from runtime.layout import Layout, Segment
-from runtime.messages import Sampling
 from scheduler.batching import BatchingConfig
-from scheduler.request import Request
 from tests.sim import of_seeds
-from tests.sim.cluster import NUM_LAYERS, SimCluster, reference
+from tests.sim.cluster import NUM_LAYERS, SimCluster, end_long, submit_long
 from tests.sim.network import HEAD
 from tests.sim.test_cluster import check, scenario, seeds_of
 
@@ -61,20 +59,8 @@ def test_losses_change_nothing_but_the_time_it_takes(block: int) -> None:
 def serve(seed: int) -> SimCluster:
     """Two stages, a spare, and streams that are long enough for whatever happens."""
     cluster = SimCluster(seed, num_stages=2, batching=BatchingConfig(prefix_cache=False), num_blocks=64, num_spares=1)
-    for sequence in range(4):
-        request = Request("sim", [1, 2, 3 + sequence], Sampling(temperature=0.0), max_tokens=160)
-        cluster.at(0.5, lambda s=sequence, r=request: cluster.submit(s, r))
-    for index in range(1, 60):
-        cluster.at(0.5 * index, cluster.tick)
+    submit_long(cluster, 4, max_tokens=160)
     return cluster
-
-
-def end(cluster: SimCluster) -> None:
-    cluster.run(until=30.0)
-    assert len(cluster.streams) == 4
-    for stream in cluster.streams.values():
-        assert stream.tokens == reference(stream.request)
-    cluster.audit()
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -85,7 +71,7 @@ def test_a_pipeline_whose_link_is_gone_is_made_anew(seconds: float, seed: int) -
     cluster.at(
         0.55, lambda: cluster.break_off("w0", "w1") if seconds < 0 else cluster.network.stall("w0", "w1", seconds)
     )
-    end(cluster)
+    end_long(cluster, 4)
     assert cluster.head.members.num_lost == 1
     assert "w1" not in cluster.head.members.workers
     assert cluster.head.status == "serving"
@@ -110,7 +96,7 @@ def test_a_link_that_only_a_change_needs(phase: str, seed: int) -> None:
     cluster.at(0.52, lambda: cluster.change(TARGET))
     for index in range(500, 4000):
         cluster.at(0.001 * index, look)
-    end(cluster)
+    end_long(cluster, 4)
     assert has_broken, f"there was no phase {phase}"
     report = cluster.head.reconfiguration.reports[1]
     assert len(cluster.head.members.workers) == 3
