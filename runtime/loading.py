@@ -149,8 +149,12 @@ class Loader:
                     f"{num_layers} layers needs {num_layers}. Raise --kv-memory or free memory on this host."
                 )
 
-        check(num_pages)
         weights = _weight_bytes(spec, keys)
+        if not load.kv_bytes and abs(num_pages * page_bytes + weights - self._most_bytes) < self._most_bytes // 20:
+            num_pages = (
+                self._most_bytes - weights
+            ) // page_bytes  # what was said before still holds: the head counts on it
+        check(num_pages)
         memory = None if load.kv_bytes else self._memory(num_pages * page_bytes + weights)
         pool = PagePool(
             num_pages,

@@ -169,6 +169,7 @@ class Member:
         self._clock = clock
         self._tracer = tracer or Tracer()
         self._newest_run: Epoch = -1
+        self._last_load: Epoch = -1
         self._pacer = pacer
         self._copies = copies
         self.pool: PagePool | None = None
@@ -215,9 +216,10 @@ class Member:
         A worker that is not in the layout only drops what it has, and does not answer.
         """
         layout = load.layout
-        if layout.epoch <= max(self._stages, default=-1):
+        if layout.epoch <= max((self._last_load, *self._stages)):
             self.num_stale += 1
             return
+        self._last_load = layout.epoch
         self._store.cancel_shadow()
         self._stages.clear()
         self._order.clear()
@@ -238,6 +240,7 @@ class Member:
             pool.hold(layout.layers_of(self._name))
         except Exception as error:
             log.exception("loading failed")
+            self._store.retain(())
             self._outbox.to_head(LoadFailed(self._name, layout.epoch, f"{type(error).__name__}: {error}"))
             return
         self._stages[layout.epoch] = Stage(layout, self._name, self._store.units, pool, self._device)

@@ -100,12 +100,6 @@ class Membership:
     def drained(self) -> set[WorkerName]:
         return {name for name, worker in self.workers.items() if worker.drained}
 
-    def to_serve(self, num_stages: int) -> list[WorkerName]:
-        """In their order, the workers for `num_stages` stages, or as many as there are: drained ones only if there is nobody else."""
-        drained = self.drained()
-        free = [name for name in self.in_order() if name not in drained]
-        return (free or self.in_order())[: max(1, num_stages)]
-
     def all_ready(self, names: tuple[WorkerName, ...], epoch: Epoch) -> bool:
         return all(
             (worker := self.workers.get(name)) is not None and worker.status == "ready" and worker.epoch == epoch

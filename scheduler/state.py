@@ -53,6 +53,7 @@ from runtime.messages import (
 from runtime.model.spec import ModelSpec
 from scheduler.batching import Batcher, BatchingConfig
 from scheduler.course import Change
+from scheduler.lineup import Lineup
 from scheduler.membership import Membership
 from scheduler.pilot import Pilot
 from scheduler.planning.autopilot import Mode, Settings
@@ -261,6 +262,7 @@ class SchedulerState:
     directory: Directory = field(init=False)
     reconfiguration: Reconfiguration = field(init=False)
     pilot: Pilot = field(init=False)
+    lineup: Lineup = field(default_factory=Lineup)
     _last_epoch: int = 0
     _recovering_since_s: float = 0.0
     _num_served: int = 1
@@ -393,11 +395,10 @@ class SchedulerState:
                     self.pilot.loaded(message.worker, message.profile)
                     worker.units_loaded = worker.units_total
                     worker.advance("loaded")
-                    self._try_serve(effects)
+                    self._try_serve(now_s, effects)
             case LoadFailed():
                 if message.epoch == worker.epoch and worker.status == "loading":
-                    self.status, self.detail = "failed", f"worker {message.worker} could not load: {message.error}"
-                    effects.append(Report("error", self.detail))
+                    self._could_not_load(message.worker, message.error, now_s, effects)
             case StepFailed():
                 self._lose(message.worker, f"step {message.ordinal} failed: {message.error}", now_s, effects)
             case Leave():
@@ -417,15 +418,19 @@ class SchedulerState:
     def _cut_off(self, message: Unreachable, now_s: float, effects: list[Effect]) -> None:
         """One worker cannot reach another, for good, and both live: a worker that joins anew gets new connections.
 
-        A transition that can be aborted is: the present layout may have no need of this connection.
+        A transition that can be aborted is: the present layout may have no need of this connection. Then it is the end that does not
+        serve that starts anew; if both do, neither.
         """
-        peer, layout = message.peer, self.layout
+        worker, peer, layout = message.worker, message.peer, self.layout
         if peer not in self.members.workers:
             return
         error = f"{peer} cannot be reached: {message.error}"
-        is_over = message.transition >= 0 and self.reconfiguration.failed(message.worker, message.transition, error)
-        if not (is_over and layout is not None and peer in layout.workers):
-            self._lose(peer, f"{message.worker} cannot reach it: {message.error}", now_s, effects)
+        is_over = message.transition >= 0 and self.reconfiguration.failed(worker, message.transition, error)
+        serving = layout.workers if is_over and layout is not None else ()
+        if peer not in serving:
+            self._lose(peer, f"{worker} cannot reach it: {message.error}", now_s, effects)
+        elif worker not in serving:
+            self._lose(worker, f"it cannot reach {peer}: {message.error}", now_s, effects)
 
     def _lose(self, name: WorkerName, reason: str, now_s: float, effects: list[Effect]) -> None:
         if self.members.lose(name) is None:
@@ -447,10 +452,27 @@ class SchedulerState:
         self.status = "recovering"
         self.detail = f"worker {name} is lost ({reason})"
         self._num_served = len(self.layout.workers)
+        self._recovering_since_s = now_s
+        self._load_another(now_s, effects)
+
+    def _could_not_load(self, name: WorkerName, error: str, now_s: float, effects: list[Effect]) -> None:
+        """At the start that is the end: the operator is there to see it. Later others are tried, as streams wait."""
+        detail = f"worker {name} could not load: {error}"
+        if not self.served_once:
+            self.status, self.detail = "failed", detail
+            effects.append(Report("error", detail))
+            return
+        assert self.layout is not None, "it loads one"
+        effects.append(Report("warning", detail))
+        self.lineup.could_not_load(self.layout.workers, name)
+        self.status, self.detail = "recovering", f"{detail}. Add a worker, or start it again with more memory"
+        self._load_another(now_s, effects)
+
+    def _load_another(self, now_s: float, effects: list[Effect]) -> None:
+        """The layout is given up; the next one may be over other workers."""
         self.layout = None
         self.layouts.clear()
         self.hop_sums.clear()
-        self._recovering_since_s = now_s
         for worker in self.members.workers.values():
             worker.advance("free")
         self._try_load(now_s, effects)
@@ -502,11 +524,11 @@ class SchedulerState:
         """Pick a layout and have it loaded, when none is chosen yet and enough workers are there."""
         if self.layout is not None or self.status == "failed":
             return
-        wanted, drained = self.cluster.num_stages, self.members.drained()
-        if drained:
+        wanted = self.cluster.num_stages
+        if self.members.drained():
             wanted = min(wanted, self._num_served)  # no more than served without them
-        names = self.members.to_serve(wanted)
-        if len(names) < wanted or drained.intersection(names):
+        names, is_whole = self.lineup.choose(self.members, wanted)
+        if not is_whole:
             waited_s = now_s - self._recovering_since_s
             if self.status != "recovering" or not names or waited_s < self.cluster.rejoin_timeout_s:
                 return
@@ -563,7 +585,7 @@ class SchedulerState:
             quantize=spec.quantize,
         )
 
-    def _try_serve(self, effects: list[Effect]) -> None:
+    def _try_serve(self, now_s: float, effects: list[Effect]) -> None:
         layout = self.layout
         if layout is None or self.status not in ("loading", "recovering"):
             return
@@ -571,10 +593,11 @@ class SchedulerState:
             return
         self.num_blocks = min(self._blocks_of(name, layout) for name in layout.workers)
         if self.num_blocks < 1:
-            self.status, self.detail = "failed", "the KV memory holds not even one block; raise --kv-memory"
-            effects.append(Report("error", self.detail))
+            smallest = min(layout.workers, key=lambda name: self._blocks_of(name, layout))
+            self._could_not_load(smallest, "its KV memory holds not even one block; raise --kv-memory", now_s, effects)
             return
         self.status, self.detail, self.served_once = "serving", "", True
+        self.lineup.served()
         self.directory.open_epoch(self.epoch, tuple((s.worker, s.layers) for s in layout.segments))
         outputs = self.batcher.open_epoch(self.epoch, self.num_blocks, self.cluster.spec.max_context)
         effects.extend(Emit(sequence, output) for sequence, output in outputs)

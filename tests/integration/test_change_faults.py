@@ -15,6 +15,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from tests.integration.links import break_link
 from tests.integration.server import Server
 from tests.integration.test_layout_http import (
     LONG,
@@ -280,3 +281,40 @@ async def test_stop_copy_and_recompute_change_no_token(faulty: Faulty) -> None:
     assert (recomputed["snapshot_bytes"], recomputed["dropped_requests"]) == (0, 0)
     assert recomputed["recomputed_tokens"] > 0
     assert owners(faulty) == [("w0", [0, 2]), (name, [2, 4])]
+
+
+# -- links that break, between workers that live -------------------------------------------------------------
+
+
+async def test_a_link_to_a_worker_that_joins_is_gone(faulty: Faulty) -> None:
+    """The change is aborted, no step was held up; the worker joins again, and then the same change is made."""
+    before = faulty.get("/admin/layout")[1]
+    pids = faulty.worker_pids()
+    (_, _), (last, _) = owners(faulty)
+    async with streams(faulty) as session:
+        assert break_link(pids["w0"], pids["w1"]), "they served together before"
+        await goes_on(faulty)
+        text = f"w0:0-1,w1:1-2,{last}:2-4"
+        code, out, _ = await end_of(await start_cli(faulty, "layout", text))
+        assert code != 0
+        assert "w1 cannot be reached" in out, out
+        await goes_on(faulty)
+        assert faulty.get("/admin/layout")[1] == before
+        await asyncio.to_thread(wait_for, lambda: "w1-r1" in faulty.worker_pids(), "its return", 60.0)
+        wish = {"stages": [{"worker": w, "layers": r} for w, r in (("w0", [0, 1]), ("w1-r1", [1, 2]), (last, [2, 4]))]}
+        ended = await report(faulty, await ask_for(session, faulty, wish))
+        assert (ended["outcome"], ended["recomputed_tokens"]) == ("committed", 0)
+        await goes_on(faulty)
+
+
+async def test_a_link_of_the_pipeline_is_gone(faulty: Faulty) -> None:
+    """Streams wait until the one that cannot be reached has joined again, and go on with what they would have said."""
+    (first, _), (second, _), *_ = owners(faulty)
+    pids = faulty.worker_pids()
+    async with streams(faulty):
+        assert break_link(pids[first], pids[second])
+        await asyncio.to_thread(wait_for, lambda: second not in faulty.worker_pids(), "its end", 60.0)
+        await asyncio.to_thread(faulty.await_health)
+        await goes_on(faulty)
+    assert pids[first] == faulty.worker_pids()[first]
+    assert f"worker {second} is lost: {first} cannot reach it" in faulty.log_text()

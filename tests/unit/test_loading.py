@@ -103,6 +103,20 @@ def test_a_worker_that_joins_leaves_room_for_its_weights(tiny: Path) -> None:
     assert pool.num_pages == (BUDGET - weights) // pool.page_bytes
 
 
+def test_a_pool_is_as_large_as_the_last_one_when_there_is_about_as_much(tiny: Path) -> None:
+    """Free memory is never twice the same, and the head begins a change anew when a pool is smaller than was said."""
+    loader = loader_of("w1")
+    message = load_message(tiny, split(1, 3))
+    said = loader.make_pool(message, 3).num_pages
+    host = loader._device
+    assert isinstance(host, Host)
+    for free in (0.96, 1.04):
+        host.free = int(free * BUDGET) + MIN_FREE_BYTES
+        assert loader.make_pool(message, 3).num_pages == said
+    host.free = BUDGET // 2 + MIN_FREE_BYTES
+    assert loader.make_pool(message, 3).num_pages < said * 0.6
+
+
 def test_too_much_in_use_is_refused_and_changes_nothing(tiny: Path) -> None:
     loader = loader_of()
     pool = load(loader, load_message(tiny, split(2, 2)))

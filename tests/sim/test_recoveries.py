@@ -1,0 +1,61 @@
+"""A recovery goes on until something serves: a worker that cannot load its part is passed over, not the end of every stream."""
+
+import pytest
+
+from scheduler.batching import BatchingConfig
+from tests.sim.cluster import SimCluster, end_long, submit_long
+
+
+def serve(seed: int, *, num_spares: int) -> SimCluster:
+    """Two stages and spares, the first of which has no memory for KV."""
+    cluster = SimCluster(seed, num_stages=2, batching=BatchingConfig(), num_blocks=64, num_spares=num_spares)
+    cluster.at(0.5, lambda: setattr(cluster.workers["w2"], "has_no_memory", True))
+    submit_long(cluster, 3, max_tokens=120)
+    return cluster
+
+
+def end(cluster: SimCluster) -> list[str]:
+    """The workers that serve."""
+    end_long(cluster, 3)
+    head = cluster.head
+    assert head.status == "serving"
+    assert head.layout is not None
+    assert not head.lineup.unfit
+    return list(head.layout.workers)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_another_spare_takes_the_place(seed: int) -> None:
+    cluster = serve(seed, num_spares=2)
+    cluster.at(0.55, lambda: cluster.crash("w0"))
+    serving = end(cluster)
+    assert len(serving) == 2
+    assert "w2" not in serving
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_who_is_left_serves(seed: int) -> None:
+    """With the worker that was lost, if it starts again in time."""
+    cluster = serve(seed, num_spares=1)
+    cluster.at(0.55, lambda: cluster.crash("w0"))
+    serving = end(cluster)
+    assert len(serving) == 1 + cluster.restarts
+    assert "w2" not in serving
+
+
+def test_streams_wait_for_a_worker_when_nobody_can() -> None:
+    cluster = serve(0, num_spares=1)
+    head = cluster.head
+
+    def harm() -> None:
+        cluster.workers["w1"].has_no_memory = True
+        cluster._end(cluster.workers["w0"], restarts=False)
+
+    cluster.at(0.55, harm)
+    cluster.at(20.0, lambda: cluster.start_worker("w5", ""))
+    seen: list[tuple[str, str]] = []
+    cluster.at(19.9, lambda: seen.append((head.status, head.detail)))
+    assert end(cluster) == ["w5"]
+    ((status, detail),) = seen
+    assert status == "recovering"
+    assert "could not load: MemoryError: no page fits. Add a worker" in detail
