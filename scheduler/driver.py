@@ -31,6 +31,27 @@ from runtime.messages import (
 from runtime.rpc import Door, DoorError
 from runtime.trace import Tracer
 from scheduler.course import Change
+from scheduler.events import (
+    AbortChange,
+    Cancel,
+    ChangeLayout,
+    Drain,
+    Effect,
+    Emit,
+    Event,
+    EvictWorker,
+    FromWorker,
+    Look,
+    Looked,
+    PeerDown,
+    Report,
+    Resume,
+    Send,
+    SendStep,
+    SetAutopilot,
+    Submit,
+    Tick,
+)
 from scheduler.pilot import SNAPSHOT_BYTES_PER_S
 from scheduler.planning.autopilot import Mode
 from scheduler.planning.look import Answer, Question, answer
@@ -47,28 +68,7 @@ from scheduler.request import (
     TokenOutput,
     TraceRun,
 )
-from scheduler.state import (
-    AbortChange,
-    Cancel,
-    ChangeLayout,
-    Drain,
-    Effect,
-    Emit,
-    Event,
-    EvictWorker,
-    FromWorker,
-    Look,
-    Looked,
-    PeerDown,
-    Report,
-    Resume,
-    SchedulerState,
-    Send,
-    SendStep,
-    SetAutopilot,
-    Submit,
-    Tick,
-)
+from scheduler.state import SchedulerState
 from scheduler.transition import STRATEGIES, Refused
 from scheduler.wishes import Drained, LayoutError, Wish, parse_wish
 

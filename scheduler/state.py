@@ -19,11 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, assert_never
 
-import msgspec
-
 from kvstore.block_pool import BlockPool
 from kvstore.directory import Directory
-from kvstore.ids import SequenceId, WorkerName
+from kvstore.ids import WorkerName
 from runtime.layout import Layout, layout_from_counts
 from runtime.messages import (
     Audited,
@@ -42,9 +40,7 @@ from runtime.messages import (
     ShadowProgress,
     ShadowReady,
     StepFailed,
-    StepPlan,
     StepResult,
-    ToHead,
     ToWorker,
     Traced,
     TransitionFailed,
@@ -53,6 +49,27 @@ from runtime.messages import (
 from runtime.model.spec import ModelSpec
 from scheduler.batching import Batcher, BatchingConfig
 from scheduler.course import Change
+from scheduler.events import (
+    AbortChange,
+    Cancel,
+    ChangeLayout,
+    Drain,
+    Effect,
+    Emit,
+    Event,
+    EvictWorker,
+    FromWorker,
+    Look,
+    Looked,
+    PeerDown,
+    Report,
+    Resume,
+    Send,
+    SendStep,
+    SetAutopilot,
+    Submit,
+    Tick,
+)
 from scheduler.lineup import Lineup
 from scheduler.membership import Membership
 from scheduler.pilot import Pilot
@@ -60,150 +77,15 @@ from scheduler.planning.autopilot import Mode, Settings
 from scheduler.planning.cost import Facts
 from scheduler.planning.emulation import speed_of_worker
 from scheduler.planning.forecast import Device
-from scheduler.planning.look import Answer, Question
 from scheduler.planning.planner import default_counts
 from scheduler.planning.traffic import Serving
 from scheduler.reconfiguration import Reconfiguration
-from scheduler.request import AdmissionError, FinishReason, Request, StageStats, TokenOutput
+from scheduler.request import AdmissionError, StageStats
 from scheduler.transition import Refused
 from scheduler.wishes import LayoutError, Wish, resolve
 
 PILOT_DEADLINE_S = 300.0
 """After which a change that the autopilot asked for is aborted, if nothing has flipped by then."""
-
-# -- events ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Submit:
-    sequence: SequenceId
-    request: Request
-    now_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Cancel:
-    """The client went away (`abort`) or a stop string was found (`stop`)."""
-
-    sequence: SequenceId
-    reason: FinishReason
-
-
-@dataclass(frozen=True, slots=True)
-class FromWorker:
-    message: ToHead
-    now_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class PeerDown:
-    """A connection ended, a call timed out, or a local process exited."""
-
-    worker: WorkerName
-    reason: str
-    now_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    now_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Drain:
-    """Take nothing new; let what runs end."""
-
-
-@dataclass(frozen=True, slots=True)
-class ChangeLayout:
-    """Go from the present layout to this one. The epoch of `change.layout` is not looked at."""
-
-    change: Change
-    queue: bool
-    now_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class AbortChange:
-    change: int
-    now_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Resume:
-    """A drained worker may get layers again."""
-
-    worker: WorkerName
-    now_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class SetAutopilot:
-    mode: Mode
-    now_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Looked:
-    """The autopilot's question has been answered."""
-
-    question: Question
-    answer: Answer
-    now_s: float
-
-
-Event: TypeAlias = (
-    Looked | Submit | Cancel | FromWorker | PeerDown | Tick | Drain | ChangeLayout | AbortChange | Resume | SetAutopilot
-)
-
-# -- effects --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class SendStep:
-    worker: WorkerName
-    plan: StepPlan
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Any message but a step."""
-
-    worker: WorkerName
-    message: ToWorker
-
-
-class Emit(msgspec.Struct, frozen=True):
-    """Hand `output` to whoever asked for `sequence`. There is one for every token, so it is made to be made fast."""
-
-    sequence: SequenceId
-    output: TokenOutput
-
-
-@dataclass(frozen=True, slots=True)
-class EvictWorker:
-    """Remove a lost worker from the RPC group, so that others can join."""
-
-    worker: WorkerName
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """A line for the operator."""
-
-    level: Literal["info", "warning", "error"]
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """Have this question answered (`planning.look.answer`), in another thread since it takes a while; then `Looked`."""
-
-    question: Question
-
-
-Effect: TypeAlias = SendStep | Send | Emit | EvictWorker | Report | Look
 
 # -- state ----------------------------------------------------------------------------------------------------
 

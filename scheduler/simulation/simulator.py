@@ -18,6 +18,20 @@ from runtime.messages import Sampling, StepResult, ToHead
 from runtime.model.spec import ModelSpec
 from scheduler.batching import BatchingConfig
 from scheduler.course import Change
+from scheduler.events import (
+    ChangeLayout,
+    Emit,
+    Event,
+    EvictWorker,
+    FromWorker,
+    Look,
+    Looked,
+    Report,
+    Send,
+    SendStep,
+    Submit,
+    Tick,
+)
 from scheduler.planning.autopilot import Mode, Settings
 from scheduler.planning.cost import Facts, work_of_rows
 from scheduler.planning.look import answer
@@ -26,22 +40,7 @@ from scheduler.simulation.policies import Policy
 from scheduler.simulation.trace import Trace
 from scheduler.simulation.worker import Flight, SimWorker
 from scheduler.simulation.world import Rates, SimDevice, World
-from scheduler.state import (
-    ChangeLayout,
-    ClusterConfig,
-    Emit,
-    Event,
-    EvictWorker,
-    FromWorker,
-    Look,
-    Looked,
-    Report,
-    SchedulerState,
-    Send,
-    SendStep,
-    Submit,
-    Tick,
-)
+from scheduler.state import ClusterConfig, SchedulerState
 from scheduler.transition import Refused
 from scheduler.transition import Report as ChangeReport
 

@@ -20,8 +20,9 @@ from runtime.garbage import settle
 from runtime.messages import HopTiming, Join, Loaded, Sampling, Step, StepPlan, StepResult, decode_to_head, encode
 from runtime.model.spec import ModelSpec
 from scheduler.batching import BatchingConfig
+from scheduler.events import FromWorker, SendStep, Submit
 from scheduler.request import Request
-from scheduler.state import ClusterConfig, FromWorker, SchedulerState, SendStep, Submit
+from scheduler.state import ClusterConfig, SchedulerState
 
 _PROMPT_TOKENS = 16
 _BLOCK_SIZE = 16

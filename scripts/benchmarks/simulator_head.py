@@ -16,8 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import api.head as head
 from api.cli import parse_serve
 from runtime.messages import StepResult
+from scheduler.events import Effect, Event, FromWorker, SendStep
 from scheduler.planning.cost import work_of_rows
-from scheduler.state import Effect, Event, FromWorker, SchedulerState, SendStep
+from scheduler.state import SchedulerState
 
 
 class RecordingState(SchedulerState):

@@ -38,21 +38,9 @@ from runtime.messages import (
 )
 from scheduler.batching import BatchingConfig
 from scheduler.course import Change
+from scheduler.events import AbortChange, ChangeLayout, Emit, Event, FromWorker, PeerDown, Send, SendStep, Submit, Tick
 from scheduler.request import AdmissionError, Request
-from scheduler.state import (
-    AbortChange,
-    ChangeLayout,
-    ClusterConfig,
-    Emit,
-    Event,
-    FromWorker,
-    PeerDown,
-    SchedulerState,
-    Send,
-    SendStep,
-    Submit,
-    Tick,
-)
+from scheduler.state import ClusterConfig, SchedulerState
 from scheduler.transition import ABORTABLE, STRATEGIES, Refused, Strategy, describe
 from tests.sim.cluster import NUM_LAYERS, make_spec
 

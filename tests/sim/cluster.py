@@ -49,11 +49,9 @@ from runtime.model.spec import ModelSpec
 from runtime.stage import Units
 from scheduler.batching import BatchingConfig
 from scheduler.course import Change
-from scheduler.request import AdmissionError, Request, TokenOutput
-from scheduler.state import (
+from scheduler.events import (
     AbortChange,
     ChangeLayout,
-    ClusterConfig,
     Emit,
     Event,
     EvictWorker,
@@ -61,13 +59,14 @@ from scheduler.state import (
     Look,
     PeerDown,
     Report,
-    SchedulerState,
     Send,
     SendStep,
     Submit,
     Tick,
 )
+from scheduler.request import AdmissionError, Request, TokenOutput
 from scheduler.state import Cancel as CancelRequest
+from scheduler.state import ClusterConfig, SchedulerState
 from scheduler.transition import Refused, Strategy
 from tests.sim.invariants import Invariants, audit
 from tests.sim.network import HEAD, Network

@@ -3,7 +3,7 @@
 import pytest
 
 from scheduler.batching import BatchingConfig
-from scheduler.state import Resume
+from scheduler.events import Resume
 from tests.sim.cluster import SimCluster, end_long, submit_long
 
 

@@ -10,8 +10,8 @@ from kvstore.ids import LayerRange
 from runtime.layout import Layout, Segment
 from runtime.messages import Sampling
 from scheduler.batching import BatchingConfig
+from scheduler.events import PeerDown
 from scheduler.request import Request
-from scheduler.state import PeerDown
 from scheduler.transition import Report, describe
 from tests.sim.cluster import NUM_LAYERS, VOCAB, SimCluster, reference
 

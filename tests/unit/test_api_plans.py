@@ -13,8 +13,9 @@ from api.scaling import Scaler
 from api.text import Text
 from runtime.layout import layout_from_counts
 from runtime.messages import Join
+from scheduler.events import FromWorker
 from scheduler.lanes import BatchingConfig
-from scheduler.state import ClusterConfig, FromWorker, SchedulerState
+from scheduler.state import ClusterConfig, SchedulerState
 from tests.tiny_models import build_tokenizer
 from tests.unit.api_harness import Api, serve
 from tests.unit.load_harness import llama_8b
