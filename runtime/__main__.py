@@ -8,9 +8,11 @@ new process, which joins under the next name (``w0``, ``w0-r1``, ...).
 """
 
 import argparse
+import contextlib
 import faulthandler
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -20,6 +22,7 @@ from typing import Any
 
 from runtime.pace import parse_pace
 
+_MAX_FILES = 65536
 _HEAD_ENDS_WITHIN_S = 1.0
 """How long after its connections a head that dies may be seen as a process; a living one has given the worker up."""
 _SWITCH_INTERVAL_S = 0.0005
@@ -38,6 +41,11 @@ def main(argv: list[str] | None = None) -> int:
         stream=sys.stderr,
     )
     logging.getLogger("numba").setLevel(logging.WARNING)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # macOS says that there is no limit, and has one
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (max(soft, min(hard, _MAX_FILES)), hard)
+        )  # every large weight is a file
     return _Process(args).run()
 
 

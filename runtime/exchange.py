@@ -1,6 +1,7 @@
 """Units from the peer that holds them, instead of the checkpoint: both ends, and the choice between the two.
 
-A target asks with `Fetch`; the peer answers with `Weights`, a slice of a tensor at a time, between its steps and at its limiter's
+A target asks with `Fetch`. A peer in the same place (`runtime.pages`) lends the unit, at once: both have it then, and it is in memory
+once. Any other answers with `Weights`, a slice of a tensor at a time, between its steps and at its limiter's
 pace. What travels is the unit as the peer holds it (packed), so nothing is converted on arrival. One unit is on
 its way at a time, which bounds what may pile up. Every slice has its checksum.
 
@@ -16,7 +17,8 @@ import torch
 
 from kvstore.ids import WorkerName
 from kvstore.page_pool import checksum
-from runtime.messages import Fetch, Weights
+from runtime.messages import Fetch, Lent, LentPart, Weights
+from runtime.pages import OWN_PAGES_BYTES, LoanError, borrow, empty, lend, place
 
 SLICE_BYTES = 1 << 20
 PATIENCE_S = 5.0
@@ -28,6 +30,18 @@ MOST_UNTIL_TRIED = 1024
 
 class FetchFailed(Exception):
     """The peer did not give the unit; the message says why."""
+
+
+def lent(fetch: Fetch, parts: Mapping[str, torch.Tensor] | None) -> tuple[Lent, tuple[torch.Tensor, ...]] | None:
+    """The answer of a peer that can lend all that is large of a unit, and what travels beside it; else None."""
+    if parts is None or not fetch.place or fetch.place != place():
+        return None
+    loans = {name: lend(part) for name, part in parts.items()}
+    small = tuple(part for name, part in parts.items() if loans[name] is None)
+    if any(part.nbytes >= OWN_PAGES_BYTES for part in small):
+        return None
+    shown = [LentPart(name, _name_of(part.dtype), tuple(part.shape), loans[name]) for name, part in parts.items()]
+    return Lent(fetch.ticket, shown), tuple(part.detach().cpu() for part in small)
 
 
 class Export:
@@ -60,8 +74,10 @@ def _slices(
         raw = part.detach().contiguous().reshape(-1).view(torch.uint8)
         for offset in range(0, max(1, len(raw)), SLICE_BYTES):
             piece = raw[offset : offset + SLICE_BYTES].cpu()
-            dtype = str(part.dtype).removeprefix("torch.")
-            yield Weights(ticket, num_bytes, name, dtype, tuple(part.shape), offset, checksum(piece)), (piece,)
+            yield (
+                Weights(ticket, num_bytes, name, _name_of(part.dtype), tuple(part.shape), offset, checksum(piece)),
+                (piece,),
+            )
 
 
 class Importer:
@@ -71,10 +87,11 @@ class Importer:
         self.send: Callable[[WorkerName, Fetch], None] = lambda worker, fetch: None
         self.name: WorkerName = ""
         self._ticket = 0
-        self._arrived: queue.SimpleQueue[tuple[Weights, torch.Tensor | None]] = queue.SimpleQueue()
+        self._takes_no_loans_of: set[WorkerName] = set()
+        self._arrived: queue.SimpleQueue[tuple[Weights | Lent, list[torch.Tensor]]] = queue.SimpleQueue()
 
-    def take(self, message: Weights, tensors: list[torch.Tensor]) -> None:
-        self._arrived.put((message, tensors[0] if tensors else None))
+    def take(self, message: Weights | Lent, tensors: list[torch.Tensor]) -> None:
+        self._arrived.put((message, tensors))
 
     def fetch(
         self,
@@ -84,44 +101,65 @@ class Importer:
         is_cancelled: Callable[[], bool],
         rest: Callable[[], None] = lambda: None,
     ) -> dict[str, torch.Tensor]:
-        """The parts of `unit` as `peer` holds them, on the CPU. `rest` is called after each slice.
+        """The parts of `unit` as `peer` holds them, on the CPU; lent ones must not be written to. `rest` is called after each slice.
 
         Raises:
             FetchFailed: the peer has it not in this form, fell silent, sent damaged bytes, or the load was cancelled.
         """
         self._ticket += 1
-        self.send(peer, Fetch(self.name, self._ticket, unit, form))
+        where = "" if peer in self._takes_no_loans_of else place()
+        self.send(peer, Fetch(self.name, self._ticket, unit, form, where))
         parts: dict[str, torch.Tensor] = {}
         seen: set[tuple[str, int]] = set()
         missing: int | None = None
         heard_s = time.monotonic()
         while missing != 0:
             try:
-                message, raw = self._arrived.get(timeout=0.1)
+                message, tensors = self._arrived.get(timeout=0.1)
             except queue.Empty:
                 if is_cancelled():
                     raise FetchFailed("the load was cancelled") from None
                 if time.monotonic() - heard_s > PATIENCE_S:
                     raise FetchFailed(f"{peer} did not answer for {PATIENCE_S:g} s") from None
                 continue
-            place = (message.name, message.offset)
-            if message.ticket != self._ticket or place in seen:
-                continue  # of a fetch that was given up, or once more
-            seen.add(place)
+            if message.ticket != self._ticket:
+                continue  # of a fetch that was given up
+            if isinstance(message, Lent):
+                return self._borrow(message, tensors, peer)
+            piece = (message.name, message.offset)
+            if piece in seen:
+                continue
+            seen.add(piece)
             heard_s = time.monotonic()
-            if not message.name or raw is None:
+            if not message.name or not tensors:
                 raise FetchFailed(f"{peer} does not hold unit {unit} in the same form")
+            raw = tensors[0]
             missing = (message.num_bytes if missing is None else missing) - raw.nbytes
             _put(parts, message, raw, peer)
             rest()
         return parts
+
+    def _borrow(self, message: Lent, tensors: list[torch.Tensor], peer: WorkerName) -> dict[str, torch.Tensor]:
+        beside, parts = iter(tensors), {}
+        for part in message.parts:
+            try:
+                dtype = getattr(torch, part.dtype)
+                parts[part.name] = next(beside) if part.loan is None else borrow(part.loan, part.shape, dtype)
+            except LoanError as error:
+                self._takes_no_loans_of.add(peer)
+                raise FetchFailed(f"{peer} lent {part.name}, and {error}; it is asked for bytes from now on") from error
+        return parts
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _put(parts: dict[str, torch.Tensor], message: Weights, raw: torch.Tensor, peer: WorkerName) -> None:
     if checksum(raw) != message.checksum:
         raise FetchFailed(f"{peer} sent {message.name}, and it arrived damaged")
     if message.name not in parts:
-        parts[message.name] = torch.empty(message.shape, dtype=getattr(torch, message.dtype))
+        parts[message.name] = empty(message.shape, getattr(torch, message.dtype))
     parts[message.name].view(-1).view(torch.uint8)[message.offset : message.offset + raw.nbytes] = raw
 
 

@@ -35,6 +35,7 @@ from runtime.messages import (
     Copy,
     Fetch,
     HopTiming,
+    Lent,
     Load,
     Loaded,
     LoadFailed,
@@ -664,7 +665,7 @@ class StepError(Exception):
         self.ordinal = ordinal
 
 
-def transition_of(message: Step | Mirror | Pages | Fetch | Weights) -> int | None:
+def transition_of(message: Step | Mirror | Pages | Fetch | Weights | Lent) -> int | None:
     """What waits for a message to a peer: a transition, by its number, or the pipeline (-1). None when nothing does: who asks a
     peer for weights gives up and reads the checkpoint."""
     match message:
@@ -672,7 +673,7 @@ def transition_of(message: Step | Mirror | Pages | Fetch | Weights) -> int | Non
             return -1
         case Mirror() | Pages():
             return message.transition
-        case Fetch() | Weights():
+        case Fetch() | Weights() | Lent():
             return None
         case _:
             assert_never(message)

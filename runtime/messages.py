@@ -248,20 +248,45 @@ class Pages(msgspec.Struct, frozen=True, array_like=True, tag=12):
 
 
 class Fetch(msgspec.Struct, frozen=True, array_like=True, tag=13):
-    """From a worker to a peer that holds `unit`: send its tensors to `worker`, as `Weights`.
+    """From a worker to a peer that holds `unit`: lend its tensors to `worker` (`Lent`), or send them (`Weights`).
 
     `form` says which unit of which model, and how it is held: `runtime.model.builder.UnitBuilder.form`. `ticket` is the
-    asker's own number.
+    asker's own number, `place` where it is (`runtime.pages.place`); empty when it takes no loans.
     """
 
     worker: WorkerName
     ticket: int
     unit: int | str
     form: str
+    place: str = ""
+
+
+class Loan(msgspec.Struct, frozen=True, array_like=True):
+    """Memory that another process of the same host can map: `descriptor` of process `pid`, a file of this random name."""
+
+    pid: int
+    descriptor: int
+    file: str
+
+
+class LentPart(msgspec.Struct, frozen=True, array_like=True):
+    """A tensor of a unit that is lent. Without a loan it travels beside the message, being small."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    loan: Loan | None
+
+
+class Lent(msgspec.Struct, frozen=True, array_like=True, tag=18):
+    """The answer to `Fetch` by a peer in the same place: all tensors of the unit; beside it travel those without a loan, in their order."""
+
+    ticket: int
+    parts: list[LentPart]
 
 
 class Weights(msgspec.Struct, frozen=True, array_like=True, tag=14):
-    """The answer to `Fetch`: bytes of the tensor `name`, from byte `offset` on; beside it travel these bytes (uint8).
+    """The other answer to `Fetch`: bytes of the tensor `name`, from byte `offset` on; beside it travel these bytes (uint8).
 
     `num_bytes` is the size of the whole unit. Without a name: the peer has no such unit of this form.
     """
@@ -302,6 +327,7 @@ ToWorker: TypeAlias = (
     | Pages
     | Fetch
     | Weights
+    | Lent
     | StartMirror
     | Trace
 )

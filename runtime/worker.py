@@ -25,6 +25,7 @@ import torch
 
 from kvstore.ids import WorkerName
 from runtime.device import DeviceInfo
+from runtime.exchange import lent
 from runtime.inbox import Inbox
 from runtime.loading import Loader
 from runtime.member import COMPUTE, Member, StepError, transition_of
@@ -36,6 +37,7 @@ from runtime.messages import (
     Heartbeat,
     Join,
     Leave,
+    Lent,
     Load,
     Mirror,
     Open,
@@ -173,10 +175,13 @@ class Worker:
         self._door.send(HEAD, encode(message), on_error=self._head_lost)
 
     def to_peer(
-        self, worker: WorkerName, message: Step | Mirror | Pages | Fetch | Weights, tensors: Sequence[torch.Tensor]
+        self,
+        worker: WorkerName,
+        message: Step | Mirror | Pages | Fetch | Weights | Lent,
+        tensors: Sequence[torch.Tensor],
     ) -> None:
         if worker == self._name:
-            assert not isinstance(message, Weights), "a worker has no need of its own units"
+            assert not isinstance(message, Weights | Lent), "a worker has no need of its own units"
             self._put(message, tensors)
             return
         assert self._door is not None
@@ -195,8 +200,11 @@ class Worker:
         if self._tracer.is_on:
             name = f"receive {type(message).__name__.lower()}"
             self._tracer.span("rpc", name, begun_s, time.perf_counter(), amounts={"bytes": len(payload)})
-        if isinstance(message, Weights):  # for the loader's thread, which waits for it
+        if isinstance(message, Weights | Lent):  # for the loader's thread, which waits for it
             self._loader.importer.take(message, list(tensors))
+            return None
+        if isinstance(message, Fetch) and (answer := lent(message, self._loader.parts(message.unit, message.form))):
+            self.to_peer(message.worker, *answer)  # a loan costs no step anything
             return None
         reply: Future[bytes] | None = Future() if isinstance(message, Audit) else None
         self._put(message, tensors, reply)

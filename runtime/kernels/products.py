@@ -22,6 +22,7 @@ from runtime.kernels.lanes import HAS_AMX, PANEL, address, depth_step, kernel, p
 from runtime.kernels.quantized import GROUP, SCALE_BYTES, fill_panels, is_quantized, panel_bytes, quantized_rows
 from runtime.kernels.spans import add_floats, store_scaled, store_silu_mul, store_sum
 from runtime.kernels.tiles import tile_rows
+from runtime.pages import empty
 
 ROW_BLOCK = 192
 """Rows that pass through all panels together; bounds the scratch and keeps activations in the cache."""
@@ -118,7 +119,7 @@ def _pack_int8(weights: tuple[torch.Tensor, ...], width: int) -> Packed:
     num_columns, depth = weights[0].shape
     if depth % 2:
         raise ValueError(f"a packed product needs an even number of inputs, got {depth}")
-    packed = torch.empty(-(-num_columns // width), panel_bytes(depth), dtype=torch.int8)
+    packed = empty((-(-num_columns // width), panel_bytes(depth)), torch.int8)
     for i, weight in enumerate(weights):
         fill_panels(packed, i * width, width, weight)
     return Packed(packed.view(-1).numpy(), num_columns, depth)
@@ -140,7 +141,7 @@ def _panels(num_columns: int, depth: int, dtype: torch.dtype, width: int) -> tor
     if depth % 2:
         raise ValueError(f"a packed product needs an even number of inputs, got {depth}")
     unit, num_units = (torch.int32, depth // 2) if dtype is torch.bfloat16 else (dtype, depth)
-    packed = torch.empty(-(-num_columns // width), num_units, PANEL, dtype=unit)
+    packed = empty((-(-num_columns // width), num_units, PANEL), unit)
     if num_columns % width:
         packed[-1] = 0
     return packed

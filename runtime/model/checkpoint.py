@@ -18,13 +18,14 @@ import functools
 import hashlib
 import json
 import math
-import mmap
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+
+from runtime.pages import empty
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +41,6 @@ FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _MAX_HEADER_BYTES = 100_000_000
-_OWN_PAGES_BYTES = 1 << 20
 _PIECE_BYTES = 2 << 20
 _UNIT_OF_NAME = re.compile(
     r"^(?:model\.)?(?:layers\.(?P<layer>\d+)\.(?P<in_layer>.+)"
@@ -203,9 +203,9 @@ class _InFile:
         return self.info.shape
 
     def whole(self) -> "torch.Tensor":
-        raw = _allocate(self.shape, self._as_stored())
+        raw = empty(self.shape, self._as_stored())
         self._read(0, raw)
-        return raw if raw.dtype == self.dtype else _allocate(self.shape, self.dtype).copy_(raw)
+        return raw if raw.dtype == self.dtype else empty(self.shape, self.dtype).copy_(raw)
 
     def blocks(self, num_rows: int) -> "Iterator[torch.Tensor]":
         import torch
@@ -275,7 +275,7 @@ class DummyWeights:
         block = torch.empty(min(numel, self._BLOCK)).normal_(0.0, self._std, generator=generator).to(dtype)
         if numel == len(block):
             return block.view(shape)
-        whole = _allocate((numel,), dtype)
+        whole = empty((numel,), dtype)
         for start in range(0, numel, len(block)):
             part = whole[start : start + len(block)]
             part.copy_(block[: len(part)])
@@ -345,18 +345,6 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
     if end > size:
         raise ModelError(f"{file} is cut short: its tensors end at byte {end}, the file at {size}; download it again")
     return infos
-
-
-def _allocate(shape: tuple[int, ...], dtype: "torch.dtype") -> "torch.Tensor":
-    """An empty CPU tensor. A large one has pages of its own, which go back to the system the moment it dies; the heap
-    would keep them, in pieces, and a worker that loads layer after layer would grow by what it has already dropped."""
-    import torch
-
-    nbytes = math.prod(shape) * dtype.itemsize
-    if nbytes < _OWN_PAGES_BYTES:
-        return torch.empty(shape, dtype=dtype)
-    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def _sample(info: TensorInfo) -> bytes:
