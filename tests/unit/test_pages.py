@@ -79,7 +79,7 @@ def test_what_dies_gives_its_files_back() -> None:
         assert num_files() > before
         del tensor, borrowed
         assert num_files() == before
-        with pytest.raises(pages.LoanError, match="does not give it|has let go of it"):
+        with pytest.raises(pages.LoanError, match=r"does not give it|has let go of it"):
             pages.borrow(loan, SHAPE, torch.float32)
 
 
@@ -149,7 +149,7 @@ def test_a_unit_is_borrowed_with_its_small_tensors_beside() -> None:
 
 def test_a_loan_that_is_gone_is_asked_for_only_once() -> None:
     importer = importer_beside({"norm": torch.randn(5), "weight": make()}, stale=True)
-    with pytest.raises(FetchFailed, match="peer lent weight, and .*; it is asked for bytes from now on"):
+    with pytest.raises(FetchFailed, match=r"peer lent weight, and .*; it is asked for bytes from now on"):
         importer.fetch("peer", 3, "form", lambda: False)
     with pytest.raises(FetchFailed, match="does not hold unit 3"):
         importer.fetch("peer", 3, "form", lambda: False)
