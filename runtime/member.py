@@ -170,7 +170,6 @@ class Member:
         self._clock = clock
         self._tracer = tracer or Tracer()
         self._newest_run: Epoch = -1
-        self._last_load: Epoch = -1
         self._pacer = pacer
         self._copies = copies
         self.pool: PagePool | None = None
@@ -178,7 +177,8 @@ class Member:
         self._order: dict[tuple[Epoch, int], StepOrder[_Due]] = {}
         self._handover: Handover | None = None
         self._early: list[tuple[Mirror | Pages, Tensors]] = []
-        self._last_transition = 0
+        self._newest_told: Epoch = 0
+        """By `Load` or `Prepare`: one that is older comes too late."""
         self._called_off = 0
         """A transition whose `Cancel` came before its `Prepare`."""
         self._retire_due: Retire | None = None
@@ -217,10 +217,10 @@ class Member:
         A worker that is not in the layout only drops what it has, and does not answer.
         """
         layout = load.layout
-        if layout.epoch <= max((self._last_load, *self._stages)):
+        if layout.epoch <= max((self._newest_told, *self._stages)):
             self.num_stale += 1
             return
-        self._last_load = layout.epoch
+        self._newest_told = layout.epoch
         self._store.cancel_shadow()
         self._stages.clear()
         self._order.clear()
@@ -402,9 +402,9 @@ class Member:
 
     def prepare(self, prepare: Prepare) -> None:
         """Begin a transition: room for the arriving layers, and the shadow's loading."""
-        if prepare.transition <= self._last_transition:
+        if prepare.transition <= self._newest_told:
             return
-        self._last_transition = prepare.transition
+        self._newest_told = prepare.transition
         if prepare.transition == self._called_off:
             if self.pool is not None:
                 self.pool.release_blocks(prepare.retired_blocks)
@@ -497,7 +497,7 @@ class Member:
     def arrive(self, message: Mirror | Pages, tensors: Tensors) -> None:
         """KV from a peer. What comes before its `Prepare` is kept until then; what comes too late is dropped."""
         handover = self._handover
-        if message.transition > max(self._last_transition, self._called_off):
+        if message.transition > max(self._newest_told, self._called_off):
             assert len(self._early) < MAX_EARLY_MESSAGES, "peers send KV for a transition that the head never prepared"
             self._early.append((message, tensors))
             return
@@ -522,7 +522,7 @@ class Member:
     def retire(self, message: Retire | Cancel) -> None:
         """The transition has ended: keep what its outcome needs, and report; committed, once all rows are here."""
         handover = self._handover
-        if message.transition > self._last_transition:
+        if message.transition > self._newest_told:
             # It overtook its `Prepare`, which has yet to say what pages must go.
             assert isinstance(message, Cancel), "a transition is retired that was never prepared here"
             self._called_off = message.transition

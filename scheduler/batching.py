@@ -8,11 +8,12 @@ At most `num_microbatches` steps are in flight. Whenever there is room for one m
    TPOT leaves beside the decoding rows. Every hop runs the steps of an epoch in
    their order, so the next chunk of a prompt may follow while the last one is still on its way;
 3. admission: waiting sequences, first come first served, when their blocks can be had. The first that does not
-   fit stops the line: nobody overtakes.
+   fit stops the line: nobody overtakes, but for those that the pool cannot hold at all while a change has made it small.
 
 When a running sequence needs a block and there is none, the youngest running sequence is preempted: it gives its
 blocks back and waits at the head of the line to be recomputed. The oldest is never preempted by a younger, and no
-sequence can outgrow the pool alone (`Batcher.submit` refuses it), so there is always progress.
+sequence can outgrow the pool alone (`Batcher.submit` refuses it; while a change has made the pool smaller it waits for its end), so there is
+always progress.
 
 Because the order of steps is the order of KV writes, a block may be published to the prefix cache when its tokens
 are *scheduled*, and freed blocks may be handed on at once: whoever reads or overwrites them does so in a later step.
@@ -182,16 +183,7 @@ class Batcher:
         self._pool.resize(num_blocks)
         self._epoch = epoch
         self._lanes[epoch], self._released[epoch] = Lane(), []
-        self.set_capacity(num_blocks, max_context)
-        outputs: list[Output] = []
-        for sequence in list(self._sequences.values()):
-            if sequence.num_prompt_tokens + sequence.request.max_tokens > self._max_context:
-                message = (
-                    f"the KV cache shrank to {self._max_context} tokens after a worker was lost; this request needs "
-                    f"{sequence.num_prompt_tokens + sequence.request.max_tokens}"
-                )
-                self._end(sequence, "error", outputs, error=message)
-        return outputs
+        return self.set_limit(num_blocks, max_context)
 
     def close_epoch(self) -> None:
         """The pipeline is gone: forget what is in flight and cached, put everything that ran back in line."""
@@ -207,8 +199,18 @@ class Batcher:
         self._released.clear()
         self._pool.forget_cached()
 
-    def set_capacity(self, num_blocks: int, max_context: int) -> None:
+    def set_limit(self, num_blocks: int, max_context: int) -> list[Output]:
+        """From now on no request may reach more tokens than the model's `max_context`, or than `num_blocks` hold; those that need
+        more end with an error, which is returned. (The pool itself may be smaller for the time of a change: what does not fit then waits.)
+        """
         self._max_context = min(max_context, num_blocks * self._config.block_size)
+        outputs: list[Output] = []
+        for sequence in list(self._sequences.values()):
+            needed = sequence.num_prompt_tokens + sequence.request.max_tokens
+            if needed > self._max_context:
+                message = f"the KV cache has shrunk to {self._max_context} tokens, and this request needs {needed}"
+                self._end(sequence, "error", outputs, error=message)
+        return outputs
 
     def preempt_all(self) -> None:
         """Everything that runs is to be recomputed."""
@@ -455,11 +457,15 @@ class Batcher:
         epoch = self._opening.epoch if self._opening is not None else self._epoch
         if not (self.admits and step.accepts(epoch)):
             return
-        while self._waiting and step.budget > 0 and self._num_running < self._config.max_running:
-            sequence = self._waiting[0]
+        place = 0
+        while place < len(self._waiting) and step.budget > 0 and self._num_running < self._config.max_running:
+            sequence = self._waiting[place]
+            if self._guarded and self._waits_for_the_end(sequence):
+                place += 1
+                continue
             if not self._admit(sequence, epoch):
                 return
-            self._waiting.popleft()
+            del self._waiting[place]
             if sequence.queue_s < 0.0:
                 sequence.queue_s = now_s - sequence.submitted_s
             self._add(step, sequence, min(sequence.num_remaining, step.budget), epoch)
@@ -520,6 +526,13 @@ class Batcher:
         self._prefilling.append(sequence)
         self._directory.add(sequence.id, epoch, sequence.blocks)
         return True
+
+    def _waits_for_the_end(self, sequence: Sequence) -> bool:
+        """Whether the pool is too small for it even when it is empty, as long as the change lasts: others go first."""
+        needed = -(-len(sequence.tokens) // self._config.block_size)
+        if self.is_squeezed:
+            needed += self._growth_of(sequence, needed, GROWTH_BLOCKS)
+        return needed > self._pool.target
 
     def _growth_of(self, sequence: Sequence, num_blocks: int, max_blocks: int) -> int:
         end = -(-(sequence.num_prompt_tokens + sequence.request.max_tokens) // self._config.block_size)

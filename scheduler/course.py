@@ -52,6 +52,8 @@ class Course:
     report: Report
     began_s: float
     recomputed_before: int
+    first: Layout
+    """The layout that it began with."""
     later: deque[Layout]
     """The layouts of the hops after the present one."""
     hop: int = 0
@@ -59,6 +61,8 @@ class Course:
     num_retries: int = 0
     stopped: str = ""
     """Why it cannot go on as planned once the present hop is over."""
+    given_up: str = ""
+    """Why it ends once the present hop is over, wherever that leads: somebody wants it so, or its time is up."""
     pauses: Pauses = field(default_factory=Pauses)
 
 
@@ -73,6 +77,7 @@ class Transition:
     phase: Phase
     entered_s: float
     workers: tuple[WorkerName, ...]
+    began_s: float
     fly_through: int = -1
     awaiting: set[WorkerName] = field(default_factory=set)
     not_warm: set[WorkerName] = field(default_factory=set)
@@ -111,14 +116,23 @@ class Transition:
         return self.course.hop == 1 and self.phase in ABORTABLE
 
     @property
+    def can_be_aborted(self) -> bool:
+        """Whether this hop can be called off, or is not the last."""
+        return self.phase in ABORTABLE or (self.phase != "abort" and bool(self.course.later))
+
+    @property
     def copies(self) -> bool:
         return self.change.strategy in ("live", "stop-copy")
 
     def enter(self, phase: Phase, now_s: float) -> None:
         assert phase in NEXT_PHASES[self.phase], f"transition {self.change.id} cannot go from {self.phase} to {phase}"
+        self.leave(now_s)
+        self.phase, self.entered_s = phase, now_s
+
+    def leave(self, now_s: float) -> None:
+        """The present phase has lasted until now."""
         spent = self.report.phases_s
         spent[self.phase] = spent.get(self.phase, 0.0) + now_s - self.entered_s
-        self.phase, self.entered_s = phase, now_s
 
     def view(self, now_s: float, num_left: int | None) -> dict[str, Any]:
         """For ``GET /admin/layout``; `num_left` sequences have yet to flip."""

@@ -75,6 +75,15 @@ def split_into_hops(old: Layout, new: Layout, moves: ListOf[Move], room: Room, w
     return hops
 
 
+def split_evenly(old: Layout, new: Layout, order: ListOf[int], count: int) -> list[Layout]:
+    """Layouts from `old` (not included) to `new` in `count` hops of about as many layers each, which go in this order."""
+    targets, hops = new.owners(), []
+    stops = [len(order) * (hop + 1) // count for hop in range(count)]
+    for stop in stops[:-1]:
+        hops.append(_changed(old, targets, order[:stop]))
+    return [*hops, new]
+
+
 def roomiest(old: Layout, new: Layout, moves: ListOf[Move], room: Room) -> int:
     """The most blocks that may be in use for the change to be possible, in as many hops as it takes."""
     least, most = capacity(room, old, new), min(capacity(room, old, old), capacity(room, new, new))

@@ -43,6 +43,8 @@ from scheduler.wishes import Drained, Wish
 
 MAX_QUEUED = 16
 MAX_REPORTS = 64
+LATER_HOP_S = 600.0
+"""The least that a hop may take that is not the first: a deadline is for what has flipped nothing yet, but nothing may hang for ever."""
 MAX_RETRIES = 2
 """How often the rest of a change is planned anew after something of it has flipped and a hop then failed."""
 ASK_AGAIN = "a layout over the workers that are left comes up; ask again when the server serves"
@@ -76,6 +78,8 @@ class Head(Protocol):
     def adopt_layout(self, layout: Layout) -> None: ...
 
     def set_capacity(self, num_blocks: int) -> None: ...
+
+    def set_limit(self, num_blocks: int) -> None: ...
 
     def max_context_tokens(self) -> int: ...
 
@@ -131,9 +135,9 @@ class Reconfiguration:
         """
         if self._now is not None:
             if not queue:
+                abort = f" abort it with DELETE /admin/transitions/{self._now.change.id}," * self._now.can_be_aborted
                 raise Refused(
-                    f"transition {self._now.change.id} is under way ({self._now.phase}); wait for it, abort it with "
-                    f"DELETE /admin/transitions/{self._now.change.id}, or ask again with queue=true"
+                    f"transition {self._now.change.id} is under way ({self._now.phase}); wait for it,{abort} or ask again with queue=true"
                 )
             if len(self._queue) >= MAX_QUEUED:
                 raise Refused(f"{MAX_QUEUED} changes are queued already, the most that are kept")
@@ -143,9 +147,10 @@ class Reconfiguration:
         self._begin(change)
 
     def cancel(self, transition: int, why: str) -> bool:
-        """Abort a change that has not flipped anything, or take it out of the queue; False when it is too late.
+        """Abort a change, or take it out of the queue; False when it is too late: what flips now is the last of it.
 
-        Nothing happens to one that is being aborted already, but that it is not begun anew.
+        Nothing happens to one that is being aborted already, but that it is not begun anew. One of several hops stays where the hops
+        that were made have led; one that flips, where the present hop leads.
         """
         for change in self._queue:
             if change.id == transition:
@@ -161,9 +166,11 @@ class Reconfiguration:
                 now.again, now.why = False, why
                 self.num_aborts_asked += 1
             return True
-        if not now.can_leave_no_trace:
+        if now.phase != "abort" and not now.can_be_aborted:
             return False
-        self._abort(now, why)
+        now.course.given_up = now.course.given_up or why
+        if now.phase in ABORTABLE:
+            self._abort(now, why)
         self.num_aborts_asked += 1
         return True
 
@@ -206,12 +213,14 @@ class Reconfiguration:
         return True
 
     def broken(self, why: str) -> None:
-        """The pipeline is being rebuilt from nothing; whatever was under way is over."""
+        """The pipeline is being rebuilt from nothing, and no layout serves; whatever was under way is over."""
         now, self._now = self._now, None
         if now is not None:
             for worker in now.workers:
                 if worker in self._head.members.workers:
                     self._head.send(worker, Cancel(now.new.epoch))
+            now.leave(self._head.now_s)
+            now.report.sequences_flipped += now.opening.num_flipped if now.phase == "flip" and now.opening else 0
             now.report.total_s = self._head.now_s - now.course.began_s
             self._end_report(now.report, "aborted", f"{why}; {ASK_AGAIN}")
         while self._queue:
@@ -236,8 +245,10 @@ class Reconfiguration:
     def _advance_once(self, now: Transition) -> bool:
         """One phase further? Each branch is the condition under which its phase ends."""
         head = self._head
-        if now.can_leave_no_trace and head.now_s - now.course.began_s > now.change.deadline_s:
-            self._abort(now, f"its deadline of {now.change.deadline_s:g} s has passed in phase {now.phase}")
+        limit_s = now.change.deadline_s if now.course.hop == 1 else max(now.change.deadline_s, LATER_HOP_S)
+        if now.phase in ABORTABLE and head.now_s - now.began_s > limit_s:
+            now.course.given_up = f"its deadline of {limit_s:g} s has passed in phase {now.phase}"
+            self._abort(now, now.course.given_up)
             return True
         match now.phase:
             case "reserve":
@@ -303,7 +314,9 @@ class Reconfiguration:
         )
         self._keep(report)
         head.batcher.guard()
-        self._start_hop(Course(change, report, head.now_s, self._recomputed(), deque(hops)), old)
+        course = Course(change, report, head.now_s, self._recomputed(), old, deque(hops))
+        head.set_limit(self._limit(course))
+        self._start_hop(course, old)
         head.note(f"transition {change.id} begins: {old.brief()} -> {change.layout.brief()} ({change.strategy})")
 
     def _end_at_once(self, change: Change, present: Layout) -> None:
@@ -338,20 +351,18 @@ class Reconfiguration:
             phase="reserve",
             entered_s=head.now_s,
             workers=workers,
+            began_s=head.now_s,
         )
         for name in workers:
             now.weights_before[name] = head.members.workers[name].weight_bytes
-        if change.strategy == "stop-copy":
-            head.batcher.is_held = True
         if change.strategy == "drain":
             head.batcher.admits = False
-        if change.strategy != "drain":
+        else:
             self._shrink(now)
         now.fly_through = head.batcher.last_ordinal(old.epoch)
 
     def _go_on(self, course: Course, why: str) -> None:
-        """Plan the rest of a change anew from where it is; when there is no way any more, it is over. The pool is still
-        as small as the hop that failed made it, so what runs has room for that one again."""
+        """Plan the rest of a change anew from where it is; when there is no way any more, it is over."""
         head, report = self._head, course.report
         assert head.layout is not None, "it has been reached"
         try:
@@ -359,7 +370,7 @@ class Reconfiguration:
                 raise Refused(f"tried again {MAX_RETRIES} times")
             course.later = deque(self._room.plan(head.layout, course.change.layout, head.pool.num_used))
         except Refused as error:
-            self._end_course(course, "aborted", f"{why}; {error}. It stays as {head.layout.brief()}, part of the way")
+            self._stay(course, f"{why}; {error}")
             return
         course.stopped = ""
         course.num_retries += 1
@@ -367,14 +378,16 @@ class Reconfiguration:
         head.note(f"transition {report.id} goes on from {head.layout.brief()}: {why}")
         self._start_hop(course, head.layout)
 
+    def _stay(self, course: Course, why: str) -> None:
+        """It ends where the hops that were made have led."""
+        assert self._head.layout is not None, "it has been reached"
+        self._end_course(course, "aborted", f"{why}. It stays as {self._head.layout.brief()}, part of the way")
+
     def _end_course(self, course: Course, outcome: str, why: str) -> None:
         """The change is over, and this is its report."""
         head, report = self._head, course.report
         assert head.layout is not None, "there is always one, but for a pipeline that is broken"
-        head.set_capacity(self._room.capacity(head.layout, head.layout))
-        head.batcher.is_squeezed = False
-        head.batcher.unguard()
-        self._now = None
+        self._let_go(head.layout)
         report.add_pauses(course.pauses.pauses_us, course.pauses.excesses_us, course.pauses.ordinary_us)
         report.recomputed_tokens = self._recomputed() - course.recomputed_before
         report.total_s = head.now_s - course.began_s
@@ -385,12 +398,29 @@ class Reconfiguration:
         what = head.layout.brief() if outcome == "committed" else why
         head.note(f"transition {report.id} {outcome}{after}: {what}")
 
+    def _let_go(self, layout: Layout) -> None:
+        """No change is under way any more: pool and limits are what `layout` holds."""
+        head, num_blocks = self._head, self._room.capacity(layout, layout)
+        self._now = None
+        head.set_capacity(num_blocks)
+        head.set_limit(num_blocks)
+        head.batcher.is_squeezed = False
+        head.batcher.unguard()
+
+    def _limit(self, course: Course) -> int:
+        """Blocks that one request may need while the change is under way: those that the old layout and the new one hold, whichever it
+        will be, though the pool may be smaller on the way."""
+        old, new = course.first, course.change.layout
+        return min(self._room.capacity(old, old), self._room.capacity(new, new))
+
     def _shrink(self, now: Transition) -> None:
-        """Reduce the pool to what both layouts hold; the retired ids are free, and given back by `prepare`."""
-        capacity = self._room.capacity(now.old, now.new)
-        if capacity < self._head.pool.num_blocks:
-            self._head.set_capacity(capacity)
-        self._head.batcher.is_squeezed = capacity < self._room.capacity(now.old, now.old)
+        """The pool as large as fits on all of the way that is left, so that no later hop has to wait for room; ids that retire are free,
+        and given back by `prepare`."""
+        head, course = self._head, now.course
+        num_blocks, before = self._room.least([now.old, now.new, *course.later]), head.pool.num_cached
+        head.set_capacity(num_blocks)
+        course.report.cached_blocks_dropped += max(0, before - head.pool.num_cached)
+        head.batcher.is_squeezed = num_blocks < self._room.capacity(course.first, course.first)
 
     def _must_wait(self, now: Transition) -> bool:
         """Whether the room is not there yet, or what holds it is not settled."""
@@ -399,6 +429,8 @@ class Reconfiguration:
             return batcher.num_running > 0 or batcher.num_in_flight > 0
         if pool.num_blocks > pool.target:
             return True
+        if now.change.strategy == "stop-copy" and not batcher.is_held:
+            batcher.is_held, now.fly_through = True, batcher.last_ordinal(now.old.epoch)
         return bool(pool.retired() or batcher.is_held) and self._has_unguarded_steps(now)
 
     def _has_unguarded_steps(self, now: Transition) -> bool:
@@ -427,7 +459,10 @@ class Reconfiguration:
             worker = head.members.workers[message.worker]
             worker.num_pages, worker.page_bytes = message.num_pages, message.page_bytes
             worker.room_bytes = message.room_bytes
-        if head.pool.num_blocks <= self._room.capacity(now.old, now.new):
+        limit = self._limit(now.course)
+        accepted = head.max_context_tokens() <= limit * head.pool.block_size
+        if accepted and head.pool.num_blocks <= self._room.capacity(now.old, now.new):
+            head.set_limit(limit)
             return True
         now.again = True
         self._abort(now, "the pool of a worker that joins is smaller than was thought")
@@ -483,11 +518,12 @@ class Reconfiguration:
     def _finish_hop(self, now: Transition) -> None:
         head, course = self._head, now.course
         course.report.paced_s += now.load_s + now.copy_s
-        head.set_capacity(self._room.capacity(now.new, now.new))
-        head.batcher.is_squeezed = False
         if not course.later:
             now.enter("done", head.now_s)
             self._end_course(course, "committed", "")
+        elif course.given_up:
+            now.enter("done", head.now_s)
+            self._stay(course, course.given_up)
         elif course.stopped:
             now.enter("done", head.now_s)
             self._go_on(course, course.stopped)
@@ -510,12 +546,12 @@ class Reconfiguration:
         now.enter("done", head.now_s)
         if course.hop > 1:
             course.hop -= 1  # those that were made
-            self._go_on(course, now.why)
+            if course.given_up:
+                self._stay(course, course.given_up)
+            else:
+                self._go_on(course, now.why)
         elif now.again:
-            head.set_capacity(self._room.capacity(now.old, now.old))
-            head.batcher.is_squeezed = False
-            head.batcher.unguard()
-            self._now = None
+            self._let_go(now.old)
             now.report.total_s = head.now_s - course.began_s
             try:
                 self._begin(now.change)
@@ -541,6 +577,6 @@ class Reconfiguration:
             del self.reports[change]
 
     def _end_report(self, report: Report, outcome: str, why: str) -> None:
-        report.outcome, report.why = outcome, why
-        report.reached = describe(self._head.layout) if self._head.layout is not None else []
+        layout = self._head.layout
+        report.outcome, report.why, report.reached = outcome, why, describe(layout) if layout is not None else []
         self.num_outcomes[outcome] = self.num_outcomes.get(outcome, 0) + 1

@@ -3,7 +3,8 @@
 What workers hold is known by their pools (`scheduler.membership`) and by what weights leave; `scheduler.hops` finds the order.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from itertools import pairwise
 from typing import Protocol
 
 from kvstore.block_pool import BlockPool
@@ -11,9 +12,12 @@ from kvstore.ids import WorkerName
 from runtime.layout import Layout, Move, moves_between
 from runtime.model.spec import ModelSpec
 from scheduler.batching import GROWTH_BLOCKS, Batcher
-from scheduler.hops import NO_LIMIT, capacity, find_course, roomiest, split_into_hops
+from scheduler.hops import NO_LIMIT, capacity, find_course, roomiest, split_evenly, split_into_hops
 from scheduler.membership import Membership
 from scheduler.transition import Refused
+
+MAX_HOPS_FOR_CACHE = 4
+"""A change goes in more hops than it must, up to so many, when cached blocks would be lost otherwise: each hop is a flip for every stream."""
 
 
 class Head(Protocol):
@@ -39,6 +43,10 @@ class KvRoom:
         """Blocks that every worker's pages hold when it has the layers of both layouts."""
         return capacity(self._blocks_of, a, b)
 
+    def least(self, layouts: Sequence[Layout]) -> int:
+        """Blocks that every worker's pages hold on the whole way from the first of `layouts` to the last."""
+        return min(self.capacity(a, b) for a, b in pairwise(layouts))
+
     def blocks_needed(self) -> int:
         """What runs must go on without preemption: its blocks, one more for each sequence, and a little air."""
         pool, batcher = self._head.pool, self._head.batcher
@@ -55,15 +63,34 @@ class KvRoom:
         tokens, block_size = head.max_context_tokens(), head.pool.block_size
         if (holds := self.capacity(new, new)) * block_size < tokens:
             raise Refused(
-                f"the new layout holds {holds * block_size} KV tokens, and a request that was accepted may need {tokens}; "
-                f"give the layers to more workers or raise --kv-memory"
+                f"the new layout holds {holds * block_size} KV tokens, and a request that was accepted may need {tokens} (without "
+                f"max_tokens it may need all there are); wait for it to end, give the layers to more workers, or raise --kv-memory"
             )
         wanted = needed + head.batcher.growth(GROWTH_BLOCKS)
+        if hops := self._with_cache(old, new, moves, wanted):
+            return hops
         if self.capacity(old, new) < wanted:
             wanted = min(wanted, roomiest(old, new, moves, self._blocks_of))
         if wanted < needed or not (hops := split_into_hops(old, new, moves, self._blocks_of, wanted)):
             raise Refused(self._no_room(old, new, moves, needed))
         return hops
+
+    def _with_cache(self, old: Layout, new: Layout, moves: tuple[Move, ...], wanted: int) -> list[Layout]:
+        """The fewest hops, few altogether, through which what is cached lasts beside `wanted` blocks; else those that keep most of it,
+        when that is more than none. Empty when even `wanted` needs more hops."""
+        everything = wanted + self._head.pool.num_cached
+        if self.capacity(old, new) >= everything:
+            return [new]
+        if min(self.capacity(old, old), self.capacity(new, new)) < wanted:
+            return []
+        order = find_course(old, new, moves, self._blocks_of, wanted).layers
+        best: tuple[int, list[Layout]] = (wanted - 1, [])
+        for count in range(1, min(MAX_HOPS_FOR_CACHE, len(order)) + 1):
+            hops = split_evenly(old, new, order, count)
+            holds = min(self.least([old, *hops]), everything)
+            if holds > best[0]:
+                best = holds, hops
+        return best[1]
 
     def _no_room(self, old: Layout, new: Layout, moves: tuple[Move, ...], needed: int) -> str:
         """What is missing, where, and what would fit."""
@@ -76,7 +103,7 @@ class KvRoom:
         course = find_course(old, new, moves, self._blocks_of, needed)
         if course.blocked is not None:
             worker = self._head.members.workers[course.blocked]
-            num_layers = len(course.reached.layers_of(course.blocked)) + 1
+            num_layers = max(len(course.reached.layers_of(course.blocked)) + 1, len(new.layers_of(course.blocked)))
             missing = (needed * num_layers - worker.num_pages) * worker.page_bytes
             text += f"; {course.blocked} has pages for {worker.num_pages // num_layers} blocks of {num_layers} layers"
             if not worker.room_bytes:

@@ -326,14 +326,15 @@ class SchedulerState:
             return
         if self.status != "serving" and name not in self.layout.workers:
             return
+        self._num_served = len(self.layout.workers)
         if self.status == "serving":
             self.batcher.close_epoch()
             for epoch in self.directory.epochs:
                 self.directory.close_epoch(epoch)
+            self.layout = None
             self.reconfiguration.broken(f"worker {name} was lost ({reason})")
         self.status = "recovering"
         self.detail = f"worker {name} is lost ({reason})"
-        self._num_served = len(self.layout.workers)
         self._recovering_since_s = now_s
         self._load_another(now_s, effects)
 
@@ -574,7 +575,11 @@ class SchedulerState:
     def set_capacity(self, num_blocks: int) -> None:
         self.pool.resize(num_blocks)
         self.num_blocks = num_blocks
-        self.batcher.set_capacity(num_blocks, self.cluster.spec.max_context)
+
+    def set_limit(self, num_blocks: int) -> None:
+        outputs = self.batcher.set_limit(num_blocks, self.cluster.spec.max_context)
+        self._effects.extend(Emit(sequence, output) for sequence, output in outputs)
+        self.pilot.outputs(outputs, self.now_s)
 
     def max_context_tokens(self) -> int:
         """Tokens that the largest accepted request may reach."""

@@ -94,7 +94,8 @@ class Report(msgspec.Struct):
     why: str = ""
     num_hops: int = 1
     reached: list[dict[str, Any]] = []
-    """The layout that served when it ended: the target's if it committed, the source's if nothing had flipped."""
+    """The layout that served when it ended: the target's if it committed, the source's if nothing had flipped; empty when the pipeline
+    broke, and whatever the recovery finds serves next."""
     phases_s: dict[str, float] = {}
     total_s: float = 0.0
     layers_moved: int = 0
@@ -114,6 +115,8 @@ class Report(msgspec.Struct):
     recomputed_tokens: int = 0
     """KV rows that sequences lost because the change needed their room (or flipped at once), and compute again."""
     dropped_requests: int = 0
+    cached_blocks_dropped: int = 0
+    """Blocks of the prefix cache that had to go because the change needed their room."""
 
     def add_pauses(self, pauses_us: ListOf[int], excesses_us: ListOf[int] = (), ordinary_us: ListOf[int] = ()) -> None:
         """`pauses_us` are all that any worker saw, kept as their maximum, median, 99th percentile and number.

@@ -12,7 +12,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--seeds", type=int, default=350, help="seeds for each of the simulation's six families of tests")
+    parser.addoption(
+        "--seeds", type=int, default=350, help="seeds for each of the simulation's seven families of tests"
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -175,6 +175,14 @@ class ReconfigurationMachine(RuleBasedStateMachine):
         view = self.head.reconfiguration.view()
         return view is not None and view["hop"] == 1 and view["phase"] in ABORTABLE
 
+    @property
+    def can_be_aborted(self) -> bool:
+        """Before this hop flips, or in time for the hops after it."""
+        view = self.head.reconfiguration.view()
+        if view is None or view["phase"] == "abort":
+            return False
+        return view["phase"] in ABORTABLE or int(str(view["hop"])) < int(str(view["num_hops"]))
+
     def settle(self) -> None:
         """Everything that is on its way arrives, in order."""
         while self.to_workers:
@@ -245,15 +253,16 @@ class ReconfigurationMachine(RuleBasedStateMachine):
         change = data.draw(st.sampled_from(sorted(self.head.reconfiguration.reports)))
         report = self.head.reconfiguration.reports[change]
         was_queued = report.outcome == "queued"
-        in_time = was_queued or (self.change_now() == change and self.can_leave_no_trace)
+        in_time = was_queued or (self.change_now() == change and self.can_be_aborted)
+        flips = self.phase != "abort"
         before = self.head.reconfiguration.num_aborts_asked
         self.handle(AbortChange(change, self.now_s))
         if in_time:
             self.asked[change].aborted = True
             assert self.head.reconfiguration.num_aborts_asked == before + 1
             assert not was_queued or report.outcome == "aborted"
-        elif self.change_now() == change and change in self.flipped:
-            assert self.head.reconfiguration.num_aborts_asked == before, "something has flipped: it goes forward"
+        elif self.change_now() == change and flips:
+            assert self.head.reconfiguration.num_aborts_asked == before, "the last of it flips: it goes forward"
 
     @rule(seconds=st.sampled_from((0.1, 2.0)))
     def time_passes(self, seconds: float) -> None:
@@ -313,6 +322,11 @@ class ReconfigurationMachine(RuleBasedStateMachine):
         except AdmissionError:
             self.num_finished += 1
 
+    @precondition(lambda self: self.head.status == "serving")
+    @rule(num_tokens=st.integers(1, 12), spare=st.integers(0, 8))
+    def submit_as_large_as_may_be(self, num_tokens: int, spare: int) -> None:
+        self.submit(max(1, self.head.batcher.max_context - num_tokens - spare), num_tokens)
+
     @precondition(lambda self: self.head.status == "serving" and not self.head.reconfiguration.is_active)
     @rule(num_moved=st.integers(1, 2))
     def ask_where_there_is_little_room(self, num_moved: int) -> None:
@@ -364,6 +378,25 @@ class ReconfigurationMachine(RuleBasedStateMachine):
             assert head.pool.num_blocks <= BLOCK_COUNTS.get(num_layers, 1 << 40), f"{name} holds {num_layers} layers"
 
     @invariant()
+    def what_was_accepted_will_fit(self) -> None:
+        """Into the layout that serves, and into the one that a change leads to; what may be asked for follows neither's hops."""
+        head = self.head
+        if head.status != "serving" or head.layout is None:
+            return
+        layouts = [head.layout]
+        change = self.change_now()
+        if change is not None and self.phase in ("shadow", "copy", "flip", "retire"):  # every pool's size is known
+            layouts.append(self.asked[change].layout)
+        least = min(self.holds(layout) for layout in layouts) * BLOCK_SIZE
+        assert head.batcher.longest_request() <= least
+        assert head.batcher.max_context <= least
+        if change is None:
+            assert head.batcher.max_context == min(least, head.spec.max_context)
+
+    def holds(self, layout: Layout) -> int:
+        return min(BLOCK_COUNTS.get(len(layout.layers_of(name)), 1 << 40) for name in layout.workers)
+
+    @invariant()
     def reports_say_what_is(self) -> None:
         head = self.head
         for change, report in head.reconfiguration.reports.items():
@@ -380,7 +413,7 @@ class ReconfigurationMachine(RuleBasedStateMachine):
             if self.asked[change].aborted:
                 assert report.outcome in ("aborted", "refused")
             if report.outcome == "aborted" and change not in self.flipped and report.source:
-                assert report.reached == report.source, "it has left no trace"
+                assert report.reached in (report.source, []), "it has left no trace, or the pipeline broke"
 
     @invariant()
     def at_rest_nothing_is_held(self) -> None:
@@ -393,8 +426,9 @@ class ReconfigurationMachine(RuleBasedStateMachine):
             False,
             math.inf,
         )
-        holds = min(BLOCK_COUNTS.get(len(head.layout.layers_of(name)), 1 << 40) for name in head.layout.workers)
-        assert head.pool.target == head.num_blocks == holds, "the pool is as large as the layout allows"
+        assert head.pool.target == head.num_blocks == self.holds(head.layout), (
+            "the pool is as large as the layout allows"
+        )
 
     def teardown(self) -> None:
         """All that is on its way arrives: then everything has ended, and every worker has what the layout gives it."""

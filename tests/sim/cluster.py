@@ -397,6 +397,8 @@ class SimCluster:
         self.num_fetched = 0
         self.restarts = 0
         self.changes = 0
+        self.page_shares: tuple[float, ...] = (1.0,)
+        """Of the usual number of pages, what a worker may have."""
         self.num_to_damage = 0
         """Pieces of snapshots from now on that will not arrive as they were sent."""
         for index in range(num_stages + num_spares):
@@ -474,7 +476,8 @@ class SimCluster:
     # -- workers --------------------------------------------------------------------------------------------
 
     def start_worker(self, name: str, replaces: str) -> None:
-        self.workers[name] = worker = SimWorker(name, self.num_blocks * NUM_LAYERS, self)
+        share = self.random.choice(self.page_shares) if len(self.page_shares) > 1 else 1.0
+        self.workers[name] = worker = SimWorker(name, int(self.num_blocks * NUM_LAYERS * share), self)
         worker.has_no_memory = self.spares_without_memory and int(name[1:].partition("-")[0]) >= self.num_stages
         join = Join(name, "host", 1, "cpu", "sim", 1, 1, 1, {}, replaces)
         self.transmit_to_head(worker, encode(join), twice=0.0)  # a call, of which the door sees to it

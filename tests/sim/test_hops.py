@@ -8,12 +8,13 @@ import pytest
 
 from kvstore.ids import LayerRange
 from runtime.layout import Layout, Segment
-from runtime.messages import Sampling
+from runtime.messages import Prepare, Sampling, ToWorker
+from scheduler import reconfiguration
 from scheduler.batching import BatchingConfig
 from scheduler.events import PeerDown
 from scheduler.request import Request
 from scheduler.transition import Report, describe
-from tests.sim.cluster import NUM_LAYERS, VOCAB, SimCluster, reference
+from tests.sim.cluster import NUM_LAYERS, VOCAB, SimCluster, SimWorker, reference
 
 NUM_BLOCKS = 28
 
@@ -89,6 +90,16 @@ def fail_once(cluster: SimCluster) -> None:
     mend()
 
 
+def hang(cluster: SimCluster) -> None:
+    """A disk that says nothing any more: no shadow is ever built."""
+    for worker in cluster.workers.values():
+        worker.store.shadow = lambda *_: None  # type: ignore[method-assign]
+
+
+def delete(cluster: SimCluster) -> None:
+    cluster.abort_change(2)
+
+
 def fail_always(cluster: SimCluster) -> None:
     cluster.shadow_failures = 1.0
 
@@ -131,11 +142,26 @@ def test_after_the_first_hop_a_change_goes_forward(fault: str, seed: int) -> Non
         ((2, "prepare"), fail_always, "RuntimeError: no memory; tried again 2 times. It stays as"),
         ((2, "shadow"), kill("w3"), "worker w3 was lost; there is no worker w3"),
         ((1, "flip"), kill("w3"), "worker w3 was lost; there is no worker w3"),
+        ((2, "prepare"), hang, "its deadline of 3 s has passed in phase shadow. It stays as"),
+        ((1, "flip"), delete, "the operator aborted it. It stays as"),
+        ((1, "retire"), delete, "the operator aborted it. It stays as"),
+        ((2, "shadow"), delete, "the operator aborted it. It stays as"),
     ],
-    ids=["loads fail", "the target is lost", "a later target is lost"],
+    ids=[
+        "loads fail",
+        "the target is lost",
+        "a later target is lost",
+        "a load hangs",
+        "DELETE while the first flips",
+        "DELETE at its end",
+        "DELETE in the second",
+    ],
 )
-def test_where_it_cannot_go_on_it_says_where_it_stays(at: tuple[int, str], act: Act, said: str, seed: int) -> None:
-    cluster, report, served = changed(seed, at, act)
+def test_where_it_cannot_go_on_it_says_where_it_stays(
+    at: tuple[int, str], act: Act, said: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reconfiguration, "LATER_HOP_S", 3.0)
+    cluster, report, served = changed(seed, at, act, deadline_s=2.0)
     assert report.outcome == "aborted"
     assert said in report.why
     assert cluster.head.layout is not None
@@ -156,3 +182,43 @@ def test_a_worker_that_a_later_hop_needs_is_lost_before_anything_flips(phase: st
     assert served[-1] == START.brief()
     assert cluster.head.layout is not None
     assert cluster.head.layout.segments == START.segments
+
+
+def test_a_prepare_from_before_the_pipeline_was_rebuilt_is_not_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would have the worker give back pages of blocks that are in use again by then."""
+    batching = BatchingConfig(prefix_cache=False, block_size=4)
+    cluster = SimCluster(3, num_stages=2, batching=batching, num_blocks=NUM_BLOCKS, num_spares=1)
+    late: list[tuple[SimWorker, Prepare]] = []
+    receive = SimWorker.receive
+
+    def hold_the_first(worker: SimWorker, message: ToWorker, tensors: list[Any]) -> None:
+        if isinstance(message, Prepare) and worker.name == "w0" and not late:
+            late.append((worker, message))
+        else:
+            receive(worker, message, tensors)
+
+    monkeypatch.setattr(SimWorker, "receive", hold_the_first)
+    for sequence in range(2):
+        request = Request("sim", [sequence + 1] * 30, Sampling(temperature=0.0), max_tokens=70)
+        cluster.at(0.6, lambda s=sequence, r=request: cluster.submit(s, r))
+    cluster.at(0.7, lambda: cluster.change(layout(("w0", 0, 5))))
+    cluster.at(0.75, lambda: kill("w1")(cluster))
+    told: list[int] = []
+
+    def look() -> None:
+        head = cluster.head
+        if head.status == "serving" and head.epoch > 2 and not told:
+            worker, message = late[0]
+            told.extend(set(message.retired_blocks) & set(head.pool.used_blocks()))
+            if told:
+                receive(worker, message, [])
+
+    for index in range(2000):
+        cluster.at(0.75 + 0.001 * index, look)
+    for index in range(1, 100):
+        cluster.at(0.1 * index, cluster.tick)
+    cluster.run(until=20.0)
+    assert told, "blocks that had been retired before are in use"
+    assert [stream.tokens for stream in cluster.streams.values()] == [
+        reference(stream.request) for stream in cluster.streams.values()
+    ]

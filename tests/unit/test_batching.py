@@ -199,6 +199,36 @@ def test_nobody_is_admitted_to_the_room_that_running_ones_grow_into_during_a_cha
     assert batcher.counters.finished == {"length": 2}
 
 
+def test_what_the_pool_cannot_hold_during_a_change_lets_others_pass_and_comes_at_its_end() -> None:
+    batcher = make_batcher(num_blocks=8, num_microbatches=1, prefix_cache=False, max_step_tokens=64)
+    batcher.guard()
+    batcher._pool.resize(4)
+    batcher.is_squeezed = True
+    batcher.submit(1, make_request(24, max_tokens=8), 0.0)
+    batcher.submit(2, make_request(8, max_tokens=4, first=50), 0.0)
+    assert [{row.sequence for row in step.rows} for step in drained(batcher)] == [{2}] * 4
+    assert batcher.num_waiting == 1
+    batcher._pool.resize(8)
+    batcher.is_squeezed = False
+    batcher.unguard()
+    assert [{row.sequence for row in step.rows} for step in drained(batcher)] == [{1}] * 8
+    assert (batcher.counters.preemptions, batcher.num_unfinished) == (0, 0)
+
+
+def test_a_limit_that_falls_ends_what_would_pass_it() -> None:
+    batcher = make_batcher(num_blocks=8, num_microbatches=1)
+    batcher.submit(1, make_request(24, max_tokens=8), 0.0)
+    batcher.submit(2, make_request(8, max_tokens=4, first=50), 0.0)
+    plan = step(batcher)
+    ((sequence, output),) = batcher.set_limit(7, 1 << 20)
+    assert (sequence, output.finish_reason) == (1, "error")
+    assert output.error == "the KV cache has shrunk to 28 tokens, and this request needs 32"
+    with pytest.raises(AdmissionError, match="at most 28 are possible here"):
+        batcher.submit(3, make_request(24, max_tokens=8), 0.0)
+    answer(batcher, plan)
+    assert {row.sequence for step in drained(batcher) for row in step.rows} == {2}
+
+
 def drained(batcher: Batcher) -> list[StepPlan]:
     """The steps until nothing is left to do."""
     plans = []

@@ -1,0 +1,162 @@
+"""Requests as large as may be asked for, while the room goes up and down: what is accepted is answered, whatever the layout becomes.
+
+Workers have pools of different sizes. What may be asked for is what both ends of a change hold; a hop between them may hold less, so
+a request may have to wait for the end of the change, but nobody behind it has to.
+"""
+
+import random
+from collections import Counter
+
+import pytest
+
+from kvstore.ids import LayerRange
+from runtime.layout import Layout, Segment
+from runtime.messages import Sampling
+from scheduler.batching import BatchingConfig
+from scheduler.request import Request
+from scheduler.transition import STRATEGIES, Strategy
+from tests.sim import of_seeds
+from tests.sim.cluster import NUM_LAYERS, VOCAB, SimCluster, random_layout
+from tests.sim.test_cluster import check, seeds_of
+
+BLOCK_SIZE = 4
+
+
+def layout_of(*segments: tuple[str, int, int]) -> Layout:
+    return Layout(0, NUM_LAYERS, tuple(Segment(w, LayerRange(first, stop)) for w, first, stop in segments))
+
+
+def large(seed: int) -> SimCluster:
+    """Some requests need all that there is, some little; layouts of any kind, and sometimes a worker dies."""
+    rng = random.Random(f"large {seed}")
+    num_stages = rng.choice((1, 2, 2, 3))
+    batching = BatchingConfig(
+        num_microbatches=rng.randint(0, num_stages + 1),
+        max_step_tokens=rng.choice((8, 64)),
+        max_running=rng.choice((2, 4, 8)),
+        block_size=BLOCK_SIZE,
+        prefix_cache=rng.random() < 0.5,
+    )
+    cluster = SimCluster(
+        seed,
+        num_stages=num_stages,
+        batching=batching,
+        num_blocks=rng.randint(8, 16),
+        num_spares=rng.randint(0, 2),
+        is_elastic=rng.random() < 0.5,
+    )
+    cluster.page_shares = (1.0, 1.0, 1.5, 2.5)
+    at = 0.6
+    for sequence in range(1, rng.randint(4, 12)):
+        at += rng.expovariate(15.0)
+        share, num_tokens = rng.choice((0.1, 0.5, 0.9, 1.0)), rng.choice((1, 4, 20, 40))
+        cluster.at(at, lambda s=sequence, f=share, n=num_tokens: submit(cluster, s, f, n))
+    for _ in range(rng.randint(1, 5)):
+        cluster.at(rng.uniform(0.5, at + 0.2), lambda: ask(cluster))
+    if rng.random() < 0.2:
+        cluster.at(rng.uniform(0.6, at), lambda: cluster.crash(cluster.random.choice(sorted(cluster.workers))))
+    for index in range(1, 120):
+        cluster.at(0.5 * index, cluster.tick)
+    return cluster
+
+
+def submit(cluster: SimCluster, sequence: int, share: float, num_tokens: int) -> None:
+    """A request that needs this share of what may be asked for just now."""
+    needed = max(2, int(share * cluster.head.batcher.max_context))
+    num_tokens = min(num_tokens, needed - 1)
+    prompt = [cluster.random.randrange(VOCAB) for _ in range(needed - num_tokens)]
+    cluster.submit(sequence, Request(f"{sequence}", prompt, Sampling(temperature=0.0), max_tokens=num_tokens))
+
+
+def ask(cluster: SimCluster) -> None:
+    rng, names = cluster.random, cluster.head.members.in_order()
+    if names:
+        strategy = "live" if rng.random() < 0.5 else rng.choice(STRATEGIES)
+        cluster.change(random_layout(rng, names), strategy, queue=rng.random() < 0.5, deadline_s=rng.choice((0.3, 1e9)))
+        if rng.random() < 0.2:
+            latest = cluster.changes
+            cluster.at(rng.uniform(0.0, 0.5), lambda: cluster.abort_change(latest))
+
+
+def with_large_requests(seed: int) -> Counter[str]:
+    cluster = large(seed)
+    check(cluster, until=60.0)
+    head = cluster.head
+    reports = head.reconfiguration.reports.values()
+    assert all(report.outcome in ("committed", "aborted", "refused") for report in reports)
+    counts = Counter({report.outcome: 1 for report in reports}, hops=sum(report.num_hops > 1 for report in reports))
+    if not head.members.num_lost:
+        assert not [error for error in cluster.rejected if error.status == 400], "it was no more than may be asked for"
+        if (
+            not cluster.is_elastic
+        ):  # such a pool may get back less than it gave, and what no longer fits ends with an error
+            assert all(stream.finish_reason != "error" for stream in cluster.streams.values())
+    return counts
+
+
+def test_what_is_accepted_is_answered(block: int) -> None:
+    counts = of_seeds(with_large_requests, seeds_of(6, block))
+    assert counts["committed"]
+    assert counts["hops"], "there was always room"
+    assert counts["refused"] or counts["aborted"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_request_that_comes_during_a_change_to_a_smaller_layout_fits_it(strategy: Strategy) -> None:
+    """Two stages hold twice what one does. In the middle somebody asks for what only two hold: that is refused, not accepted and
+    never answered; and those behind it do not wait."""
+    batching = BatchingConfig(prefix_cache=False, block_size=BLOCK_SIZE)
+    cluster = SimCluster(1, num_stages=2, batching=batching, num_blocks=28)
+    cluster.at(0.6, lambda: submit(cluster, 0, 0.3, 60))
+    cluster.at(0.7, lambda: cluster.change(layout_of(("w0", 0, 5)), strategy))
+    too_large = Request("large", [5] * 20, Sampling(temperature=0.0), max_tokens=130)
+    cluster.at(0.701, lambda: cluster.submit(1, too_large))
+    cluster.at(0.702, lambda: submit(cluster, 2, 1.0, 5))
+    cluster.at(0.703, lambda: submit(cluster, 3, 0.1, 5))
+    for index in range(1, 60):
+        cluster.at(0.5 * index, cluster.tick)
+    check(cluster, until=30.0)
+    assert not cluster.refused
+    assert [error.status for error in cluster.rejected] == [400]
+    assert "at most 112 are possible here" in str(cluster.rejected[0])
+    assert sorted(cluster.streams) == [0, 2, 3]
+    assert cluster.head.reconfiguration.reports[1].outcome == "committed"
+
+
+def swap(strategy: Strategy, *, deadline_s: float = 1e9) -> SimCluster:
+    """Workers change places, with more in use than both hold at once; at the first hop more requests come, one as large as may be."""
+    batching = BatchingConfig(prefix_cache=False, block_size=BLOCK_SIZE)
+    cluster = SimCluster(1, num_stages=3, batching=batching, num_blocks=28, num_spares=1)
+    cluster.at(0.005, lambda: setattr(cluster.workers["w0"], "num_pages", 60))
+    cluster.at(0.6, lambda: cluster.change(layout_of(("w0", 0, 1), ("w1", 1, 3), ("w2", 3, 5))))
+    for sequence in range(3):
+        request = Request("a", [1 + sequence] * 20, Sampling(temperature=0.0), max_tokens=60)
+        cluster.at(1.2, lambda s=sequence, r=request: cluster.submit(s, r))
+    asked: list[str] = []
+
+    def look() -> None:
+        view = cluster.head.reconfiguration.view()
+        needed = cluster.head.pool.num_used + cluster.head.batcher.num_running + 2
+        if not asked and view is None and 36 < needed <= 44:
+            asked.append("change")
+            cluster.change(layout_of(("w3", 0, 1), ("w2", 1, 4), ("w0", 4, 5)), strategy, deadline_s=deadline_s)
+        elif len(asked) == 1 and view and view["hop"] == 1 and view["phase"] in ("shadow", "copy"):
+            asked.append("requests")
+            assert int(str(view["num_hops"])) > 1
+            submit(cluster, 7, 1.0, 30)
+            for sequence in range(20, 28):
+                submit(cluster, sequence, 0.15, 12)
+
+    for index in range(2000):
+        cluster.at(1.2 + 0.002 * index, look)
+    for index in range(1, 100):
+        cluster.at(0.5 * index, cluster.tick)
+    check(cluster, until=60.0)
+    assert asked == ["change", "requests"]
+    assert len(cluster.streams) == 12
+    return cluster
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_several_hops_end_with_all_that_waits(strategy: Strategy) -> None:
+    assert swap(strategy).head.reconfiguration.reports[2].outcome == "committed"
