@@ -142,7 +142,12 @@ def report_lines(report: dict[str, Any]) -> list[str]:
                 "running",
                 f"{_count(report['sequences_flipped'], 'sequence')} taken over, "
                 f"{_count(report['recomputed_tokens'], 'token')} recomputed, "
-                f"{_count(report['dropped_requests'], 'request')} dropped",
+                f"{_count(report['dropped_requests'], 'request')} dropped"
+                + (
+                    f", {_count(report['cached_blocks_dropped'], 'cached block')} gone"
+                    if report["cached_blocks_dropped"]
+                    else ""
+                ),
             ],
             ["pause", _pause(report)],
         ]
