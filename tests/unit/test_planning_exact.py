@@ -37,10 +37,11 @@ def random_cluster(rng: np.random.Generator, max_devices: int, max_layers: int) 
     return Rounds(problem, times, np.zeros(num_layers, dtype=np.intp), share), times, share, k
 
 
-@given(st.integers(0, 2**32 - 1))
-@settings(max_examples=150, deadline=None)
-def test_no_split_has_a_shorter_round(seed: int) -> None:
-    rounds, times, share, k = random_cluster(np.random.default_rng(seed), max_devices=4, max_layers=5)
+@pytest.mark.parametrize(("max_devices", "max_layers"), [(4, 5), (3, 16)])
+@given(seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=120, deadline=None)
+def test_no_split_has_a_shorter_round(max_devices: int, max_layers: int, seed: int) -> None:
+    rounds, times, share, k = random_cluster(np.random.default_rng(seed), max_devices, max_layers)
     problem = rounds.problem
     few = FewDevices(times, share, problem.in_flight, k, problem.num_layers, memory_of(problem))
     best = min(
