@@ -55,6 +55,7 @@ def parse_serve(arguments: Sequence[str], environment: Mapping[str, str]) -> Ser
 def _serve(options: argparse.Namespace, environment: Mapping[str, str]) -> int:
     config = _serve_config(options, environment)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or TensorPipe warns of every worker that leaves
+    os.environ.setdefault("NUMBA_CACHE_DIR", str(config.home / "numba"))  # the planner's loops, as a worker's kernels
     from api.head import run_head
 
     code = run_head(config)
@@ -124,6 +125,7 @@ def _plan(options: argparse.Namespace, environment: Mapping[str, str]) -> int:
 def _simulate(options: argparse.Namespace, environment: Mapping[str, str]) -> int:
     from api.simulate import simulate
 
+    os.environ.setdefault("NUMBA_CACHE_DIR", str(_home(environment) / "numba"))
     return simulate(options)
 
 

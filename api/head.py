@@ -11,6 +11,7 @@ import ipaddress
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,7 @@ from runtime.model.spec import ModelSpec
 from runtime.rpc import Door, DoorError
 from scheduler.batching import BatchingConfig
 from scheduler.driver import Driver
+from scheduler.planning import compiled
 from scheduler.planning.autopilot import Mode, Settings
 from scheduler.planning.traffic import Objective, Slo
 from scheduler.state import ClusterConfig, SchedulerState
@@ -91,6 +93,8 @@ class _Head:
         try:
             driver.start(door)
             self._launch(door.address, loop)
+            # workers take longer to load than this does, and no plan is asked for before
+            threading.Thread(target=compiled.prepare, name="prepare the planner", daemon=True).start()
             text = await unless_stopped(signals, _load_text, spec)
             runner = make_runner(build_app(driver, text, _settings(config, spec)))
             await _listen(runner, config)

@@ -19,7 +19,7 @@ from runtime.model.spec import ModelSpec
 from scheduler.batching import BatchingConfig
 from scheduler.planning.autopilot import Settings
 from scheduler.planning.cost import Facts, Speed
-from scheduler.planning.planner import NoPlan
+from scheduler.planning.plans import NoPlan
 from scheduler.planning.traffic import Serving, Slo
 from scheduler.simulation.policies import Oracle, Planning, Policy
 from scheduler.simulation.results import REQUEST_COLUMNS, WINDOW_COLUMNS, request_rows, summarise, window_rows

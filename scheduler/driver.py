@@ -53,6 +53,7 @@ from scheduler.events import (
     Tick,
 )
 from scheduler.pilot import SNAPSHOT_BYTES_PER_S
+from scheduler.planning import compiled
 from scheduler.planning.autopilot import Mode
 from scheduler.planning.look import Answer, Question, answer
 from scheduler.planning.sizing import Workers
@@ -342,6 +343,7 @@ class Driver:
 
     async def plan_view(self) -> dict[str, Any]:
         """What the planner says of the present load; see `scheduler.pilot.Pilot.view`."""
+        await self._loop.run_in_executor(None, compiled.prepare)  # at once, but in a head that has just begun
         state = self._state
         state.now_s = self._loop.time()
         question, answered = state.pilot.question(state), None

@@ -28,7 +28,8 @@ from scheduler.planning.cost import Facts, Work, work_of_rows
 from scheduler.planning.fleet import Fleet
 from scheduler.planning.forecast import Device
 from scheduler.planning.look import Answer, Question
-from scheduler.planning.planner import NoPlan, Plan, plan
+from scheduler.planning.planner import plan
+from scheduler.planning.plans import NoPlan, Plan
 from scheduler.planning.sizing import Workers
 from scheduler.planning.traffic import Serving, Traffic
 from scheduler.prices import step_prices

@@ -34,7 +34,7 @@ from scheduler.planning.cost import Facts, MigrationCost
 from scheduler.planning.forecast import Device
 from scheduler.planning.look import Answer, Question, Staffing, answer, cost_s, per_token_s
 from scheduler.planning.monitor import Load, Measured, Monitor
-from scheduler.planning.planner import Plan
+from scheduler.planning.plans import Plan
 from scheduler.planning.settings import Settings
 from scheduler.planning.sizing import Workers
 from scheduler.planning.traffic import Serving, Traffic

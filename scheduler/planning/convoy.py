@@ -31,13 +31,12 @@ import numpy as np
 _CHOICE = 1.5
 
 
-def slow_weight(share: Any, in_flight: Any, busy: Any = 1.0) -> np.ndarray:
-    """M / (M + gap), in [0, 1], for a share f of slow steps, in [0, 1], and M steps in flight; arrays of one shape.
+def slow_weight(share: Any, in_flight: Any, busy: Any = 1.0) -> Any:
+    """M / (M + gap), in [0, 1], for a share f of slow steps, in [0, 1], and M steps in flight; numbers, or arrays of one shape.
 
     `busy` is M fast busiest / fast sum: 1 for even stages and as many steps in flight.
     """
-    share, in_flight = np.asarray(share, dtype=float), np.asarray(in_flight, dtype=float)
-    choice = np.minimum(np.maximum(2.0 * np.asarray(busy) - 1.0, 0.0), 1.0)
+    choice = np.minimum(np.maximum(2.0 * busy - 1.0, 0.0), 1.0)
     scarce = (1.0 - share) ** (1.0 + _CHOICE * (1.0 - 1.0 / in_flight) * choice)
     return in_flight * share / (in_flight * share + scarce)
 
@@ -48,13 +47,13 @@ def weighted(share: Any, fast: Any, slow: Any) -> Any:
 
 
 def round_seconds(
-    share: Any, in_flight: Any, *, mean_sum: Any, mean_busiest: Any, slow_sum: Any, fast_sum: Any, fast_busiest: Any
-) -> np.ndarray:
-    """In which `in_flight` steps go once around, a share of them slow. Arrays of one shape.
+    share: Any, in_flight: Any, mean_sum: Any, mean_busiest: Any, slow_sum: Any, fast_sum: Any, fast_busiest: Any
+) -> Any:
+    """In which `in_flight` steps go once around, a share of them slow. Numbers, or arrays of one shape.
 
     Seconds: sums over the stages, and of the busiest worker, for a step in mean, a slow and a fast one.
     """
-    along = in_flight * np.asarray(fast_busiest)
+    along = in_flight * fast_busiest
     weight = slow_weight(share, in_flight, along / np.maximum(fast_sum, 1e-300))
     convoy = weighted(weight, np.maximum(along, fast_sum), slow_sum)
-    return np.maximum(np.maximum(mean_sum, in_flight * np.asarray(mean_busiest)), convoy)
+    return np.maximum(np.maximum(mean_sum, in_flight * mean_busiest), convoy)

@@ -19,7 +19,6 @@ learns them. Every function works on arrays of devices and of works alike, since
 Never true: a cost depends on anything but its arguments. The embedding costs nothing but memory (a lookup).
 """
 
-import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -116,10 +115,10 @@ class Facts:
         self.flops = np.array([float(flops) for _, _, flops, _ in kinds])
         self.windows = np.array([np.inf if window is None else float(window) for _, _, _, window in kinds])
         self.untouched = 1.0 - spec.experts_per_token / spec.num_experts if spec.num_experts else 0.0
-        self.kinds_until = np.zeros((spec.num_layers + 1, len(kinds)))
-        """How many layers of each kind there are before each layer."""
-        np.cumsum(self.kind_of_layer[:, None] == np.arange(len(kinds)), axis=0, out=self.kinds_until[1:])
-        self.bytes_until = [0.0, *itertools.accumulate(map(float, spec.layer_bytes))]
+        self.until = np.zeros((spec.num_layers + 1, len(kinds) + 1))
+        """``[num_layers + 1, U + 1]``: how many layers of each kind there are before each layer, and their bytes; for `planning.compiled`."""
+        np.cumsum(self.kind_of_layer[:, None] == np.arange(len(kinds)), axis=0, out=self.until[1:, :-1])
+        np.cumsum(spec.layer_bytes, out=self.until[1:, -1])
         self._rows = list(
             zip(*map(np.ndarray.tolist, (self.dense_bytes, self.expert_bytes, self.flops, self.windows)), strict=True)
         )
@@ -127,6 +126,20 @@ class Facts:
         self.kv_bytes = float(spec.kv_bytes_per_token_layer())
         self.score_flops = 4.0 * spec.num_heads * spec.head_dim
         self.hidden_bytes = spec.hidden_size * (4 if spec.dtype == "float32" else 2)
+        self.kinds = np.stack([self.dense_bytes, self.expert_bytes, self.flops, self.windows], axis=1)
+        """``[U, 4]``: the same of each kind of layer, for `planning.compiled`."""
+        self.model = np.array(
+            [
+                self.untouched,
+                self.kv_bytes,
+                self.score_flops,
+                spec.lm_head_bytes,
+                spec.lm_head_flops_per_token,
+                spec.vocab_size,
+            ],
+            dtype=float,
+        )
+        """``[6]``: what all layers share, and the LM head."""
 
     def kinds_within(self, layers: LayerRange) -> list[tuple[float, float, float, float, float]]:
         """Of each kind of layer among `layers`: how many, bytes without experts, of all experts, FLOP a token, window."""
@@ -159,7 +172,7 @@ def unit_times(facts: Facts, speeds: "Sequence[Speed] | Speeds", works: Sequence
     device = speeds if isinstance(speeds, Speeds) else Speeds.of(speeds)
     columns = works if isinstance(works, Works) else Works.of(works)
     elements = np.stack(layer_elements(facts, device, columns))
-    products, attention = _norm(elements[0::2], elements[1::2], device.sharpness[:, None])
+    products, attention = corner(elements[0::2], elements[1::2], device.sharpness[:, None])
     head, sample = head_elements(facts, device, columns)
     return UnitTimes(device.step, device.layer[:, None] + products + attention, head + sample)
 
@@ -303,21 +316,38 @@ class Speeds(NamedTuple):
 
 def layer_elements(facts: Facts, device: Any, work: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Seconds ``[K, n, U]`` of reading weights, of products, of reading KV, and of attention's arithmetic."""
-    tokens = (work.decode_rows + work.prefill_tokens)[:, None, None]
-    has_work = tokens > 0
-    read = facts.dense_bytes + facts.expert_bytes * (1.0 - facts.untouched**tokens)
-    decode = work.decode_rows[:, None] * np.minimum(work.decode_context[:, None], facts.windows)
-    context = np.minimum(work.prefill_context[:, None], facts.windows)
-    prefill = work.prefill_tokens[:, None]
-    weights = np.where(has_work, read, 0.0) * device.weights[:, None]
-    products = facts.flops * tokens * device.products[:, None]
-    kv = ((decode + prefill * context / QUERY_TILE) * facts.kv_bytes)[:, None, :] * device.kv[:, None]
-    scores = ((decode + prefill * context) * facts.score_flops)[:, None, :] * device.scores[:, None]
-    return weights, products, kv, scores
+    weights, products, kv, scores = layer_amounts(
+        facts.dense_bytes, facts.expert_bytes, facts.flops, facts.windows,
+        facts.untouched, facts.kv_bytes, facts.score_flops,
+        work.decode_rows[:, None], work.decode_context[:, None],
+        work.prefill_tokens[:, None], work.prefill_context[:, None],
+    )  # fmt: skip
+    return (
+        weights[:, None, :] * device.weights[:, None],
+        products[:, None, :] * device.products[:, None],
+        kv[:, None, :] * device.kv[:, None],
+        scores[:, None, :] * device.scores[:, None],
+    )
+
+
+def layer_amounts(
+    dense: Any, experts: Any, flops: Any, window: Any, untouched: float, kv_bytes: float, score_flops: float,
+    decode_rows: Any, decode_context: Any, prefill_tokens: Any, prefill_context: Any,
+) -> tuple[Any, Any, Any, Any]:  # fmt: skip
+    """The law of a layer: bytes of weights read, FLOP of products, bytes of KV read, FLOP of attention.
+
+    For numbers or for arrays, which numba compiles into the planner's loops as it is.
+    """
+    tokens = decode_rows + prefill_tokens
+    decode = decode_rows * np.minimum(decode_context, window)
+    context = np.minimum(prefill_context, window)
+    weights = pick(tokens > 0.0, dense + experts * (1.0 - untouched**tokens), 0.0)
+    kv = (decode + prefill_tokens * context / QUERY_TILE) * kv_bytes
+    return weights, flops * tokens, kv, (decode + prefill_tokens * context) * score_flops
 
 
 def _shares(a: float, b: float, p: float) -> tuple[float, float]:
-    """Two elements as parts of their rounded corner: they add up to its `_norm`."""
+    """Two elements as parts of their rounded corner: they add up to its `corner`."""
     high, low = (a, b) if a > b else (b, a)
     if high <= 0.0:
         return 0.0, 0.0
@@ -335,11 +365,25 @@ def head_elements(facts: Facts, device: Any, work: Any) -> tuple[np.ndarray, np.
     rows = np.maximum(samples, 1.0)
     reading = facts.spec.lm_head_bytes * device.head_bytes
     product = facts.spec.lm_head_flops_per_token * rows * device.head_flops
-    return share * _norm(reading, product, device.sharpness), samples * facts.spec.vocab_size * device.sample
+    return share * corner(reading, product, device.sharpness), samples * facts.spec.vocab_size * device.sample
 
 
-def _norm(a: np.ndarray, b: np.ndarray, p: np.ndarray) -> np.ndarray:
-    high = np.maximum(a, b)
-    low = np.minimum(a, b)
-    ratio = np.divide(low, high, out=np.zeros_like(high), where=high > 0)
-    return high * (1.0 + ratio**p) ** (1.0 / p)
+def corner(a: Any, b: Any, p: Any) -> Any:
+    """The roofline with its corner rounded, ``(a^p + b^p)^(1/p)``; for numbers or for arrays, like `layer_amounts`."""
+    high, low = np.maximum(a, b), np.minimum(a, b)
+    return high * root(1.0 + power(low / np.maximum(high, 1e-300), p), p)
+
+
+def power(x: Any, p: Any) -> Any:
+    """``x^p``; numba has a shorter way for the p of most devices (`compiled.build`)."""
+    return x**p
+
+
+def root(x: Any, p: Any) -> Any:
+    """``x^(1/p)``, likewise."""
+    return x ** (1.0 / p)
+
+
+def pick(condition: Any, yes: Any, no: Any) -> Any:
+    """`yes` where the condition holds, else `no`; for numbers or for arrays, like `layer_amounts`."""
+    return np.where(condition, yes, no)

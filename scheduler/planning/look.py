@@ -16,7 +16,8 @@ from runtime.layout import Layout
 from scheduler.planning.cost import Facts, MigrationCost, migration_cost
 from scheduler.planning.forecast import Device, Pipeline
 from scheduler.planning.monitor import Load, Measured
-from scheduler.planning.planner import NoPlan, Plan, plan
+from scheduler.planning.planner import plan
+from scheduler.planning.plans import NoPlan, Plan
 from scheduler.planning.settings import Settings
 from scheduler.planning.sizing import Workers, num_wanted
 from scheduler.planning.traffic import Serving, Traffic

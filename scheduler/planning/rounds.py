@@ -12,11 +12,10 @@ import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
 
 import numpy as np
 
-from scheduler.planning.convoy import round_seconds, slow_weight, weighted
+from scheduler.planning import compiled
 from scheduler.planning.splits import Problem, Split, make_split
 
 _EVERY_MOVE = 8
@@ -25,7 +24,6 @@ _ENDS = 5
 FEW = 6
 _MOST_TRIES = 1000
 """An exchange and a move are tried together where that makes no more splits."""
-_EVEN = 0.97
 _ROUNDS = 12
 _WORTH = 1e-7
 
@@ -38,51 +36,6 @@ class StepTimes:
     layers: np.ndarray
     last: np.ndarray
 
-    def __getitem__(self, rows: Any) -> "StepTimes":
-        return StepTimes(self.stage[rows], self.layers[rows], self.last[rows])
-
-    def weighted(self, share: np.ndarray, slow: "StepTimes") -> "StepTimes":
-        """The mean of these and of `slow` steps, which are a ``share [R]``."""
-        return StepTimes(
-            weighted(share[:, None], self.stage, slow.stage),
-            weighted(share[:, None, None], self.layers, slow.layers),
-            weighted(share[:, None], self.last, slow.last),
-        )
-
-
-def round_bounds(
-    mean: StepTimes, slow: StepTimes, busiest: np.ndarray, fastest: np.ndarray, share: np.ndarray, in_flight: np.ndarray,
-    ks: np.ndarray, num_layers: int, limits: np.ndarray,
-) -> np.ndarray:  # fmt: skip
-    """``[R]``: no split over ``ks [R]`` devices has a round that is shorter than this and than its ``limits [R]``, for equal layers.
-
-    No busiest stage is below ``busiest [R]`` in mean and ``fastest [R]`` in a fast step; and of a slow step no device holds more layers
-    than the mean step allows within the limit.
-    """
-    layer = slow.layers[:, :, 0]
-    order = np.argsort(layer, axis=1)
-    caps = ((limits / in_flight)[:, None] - mean.stage) / mean.layers[:, :, 0]
-    rows, caps = np.arange(len(ks))[:, None], np.minimum(np.maximum(caps, 0.0), num_layers)
-    caps = caps[rows, order]
-    held = caps.cumsum(axis=1)
-    layers = np.minimum(np.maximum(num_layers - (held - caps), 0.0), caps) * layer[rows, order]
-    stages = np.sort(slow.stage, axis=1).cumsum(axis=1)[rows[:, 0], ks - 1]
-    is_full = in_flight >= ks  # then no stage is less busy than it would be in mean
-    weight = slow_weight(share, in_flight, is_full)
-    along = np.where(is_full, (1.0 - weight) * in_flight * fastest, 0.0)
-    return np.maximum(in_flight * busiest, weight * (stages + layers.sum(axis=1) + slow.last.min(axis=1)) + along)
-
-
-def even_rounds(busiest: np.ndarray, evenly: np.ndarray, in_flight: np.ndarray) -> np.ndarray:
-    """``[R]``: rounds that no split is expected to go below: what even stages would take, less a little (what uneven ones may gain;
-    planning with no such bound gave the same plans). ``evenly [R]`` is the least busiest stage of `even_steps`."""
-    return in_flight * np.maximum(busiest, _EVEN * evenly)
-
-
-def even_steps(fast: StepTimes, slow: StepTimes, share: np.ndarray, in_flight: np.ndarray, ks: np.ndarray) -> StepTimes:
-    """Steps whose busiest stage, times the steps in flight, is the convoy's round if stages are even."""
-    return fast.weighted(slow_weight(share, in_flight, np.minimum(1.0, in_flight / ks)), slow)
-
 
 class Rounds:
     """Steps of two kinds on n devices, a share of them slow.
@@ -93,51 +46,43 @@ class Rounds:
 
     def __init__(self, problem: Problem, times: StepTimes, kind_of_layer: np.ndarray, share: float) -> None:
         self.problem, self._times, self._kind_of_layer, self._share = problem, times, kind_of_layer, share
-        self._is_uniform = times.layers.shape[2] == 1
+        self._stage, self._last = times.stage.copy(), times.last.copy()
 
     @cached_property
     def _until(self) -> np.ndarray:
         """``[2, n, L + 1]``: the layers before each."""
         layers = self._times.layers[:, :, self._kind_of_layer]
-        return np.concatenate([np.zeros((*layers.shape[:2], 1)), layers.cumsum(axis=2)], axis=2)
+        until = np.zeros((*layers.shape[:2], layers.shape[2] + 1))
+        layers.cumsum(axis=2, out=until[:, :, 1:])
+        return until
 
-    def _layers(self, orders: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """``[2, k, C]``: what the layers of every stage cost."""
-        if self._is_uniform:
-            return self._times.layers[:, :, 0][:, orders] * counts
-        starts, stops = _spans(counts, len(self._kind_of_layer))
-        return self._until[:, orders, stops] - self._until[:, orders, starts]
+    @cached_property
+    def _need_until(self) -> np.ndarray:
+        """``[L + 1]``: the bytes of the layers before each."""
+        return np.concatenate(([0.0], np.cumsum(self.problem.layer_bytes)))
 
-    def seconds(self, orders: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """``[C]``: the round of C splits, whose devices and numbers of layers are ``[k, C]``."""
-        stages = self._times.stage[:, orders] + self._layers(orders, counts)
-        stages[:, -1] += self._times.last[:, orders[-1]]
-        fast, slow = stages
-        fast_sum, slow_sum = stages.sum(axis=1)
-        return round_seconds(
-            self._share,
-            self.problem.in_flight,
-            mean_sum=weighted(self._share, fast_sum, slow_sum),
-            mean_busiest=weighted(self._share, fast, slow).max(axis=0),
-            slow_sum=slow_sum,
-            fast_sum=fast_sum,
-            fast_busiest=fast.max(axis=0),
-        )
+    def _shortest(self, orders: np.ndarray, counts: np.ndarray) -> tuple[float, int, float]:
+        """Of C splits, whose devices are ``[k, C]`` or ``[k, 1]`` and numbers of layers ``[k, C]``: the round of the first one, which of those that fit
+        has the shortest round, and that."""
+        problem = self.problem
+        return compiled.convoys.shortest_of(
+            self._share, problem.in_flight, self._until, self._stage, self._last, self._need_until, problem.room,
+            problem.first_bytes, problem.last_bytes, orders, counts,
+        )  # fmt: skip
 
     def of(self, split: Split) -> float:
-        return float(self.seconds(np.array(split.order)[:, None], np.array(split.counts)[:, None])[0])
+        """The round in seconds."""
+        return self._shortest(np.array(split.order)[:, None], np.array(split.counts)[:, None])[0]
 
     def improve(self, split: Split, *, keep_order: bool = False) -> tuple[Split, float]:
         """The split or one near it with a shorter round, and that in seconds. With `keep_order` devices stay where they are."""
         order, counts = np.array(split.order), np.array(split.counts)
-        best, at, turns, thorough = np.inf, 0, 0, self.problem.num_devices <= FEW
+        best, turns, thorough = np.inf, 0, self.problem.num_devices <= FEW
         while turns < _ROUNDS:
             orders, moved = self._neighbours(order, counts, exchange=not keep_order, both=thorough)
-            seconds = self.seconds(orders, moved)
-            seconds[1:][~self._fit(orders[:, min(1, orders.shape[1] - 1) :], moved[:, 1:])] = np.inf
-            at, best = int(seconds.argmin()), float(seconds[0])
-            if seconds[at] < best * (1.0 - _WORTH):
-                order, counts, best = orders[:, at if orders.shape[1] > 1 else 0], moved[:, at], float(seconds[at])
+            best, at, seconds = self._shortest(orders, moved)
+            if seconds < best * (1.0 - _WORTH):
+                order, counts, best = orders[:, at if orders.shape[1] > 1 else 0], moved[:, at], seconds
                 turns += 1
             elif thorough or keep_order:
                 break
@@ -163,30 +108,11 @@ class Rounds:
     def _moves(self, order: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """``[k, C]``: one layer less on a stage and one more on another, of the slowest and the busiest to the others."""
         per_layer = self._times.layers[1, order] @ np.bincount(self._kind_of_layer)
-        busy = self._layers(order[:, None], counts[:, None])[0, :, 0]
+        stops = counts.cumsum()
+        busy = self._until[0, order, stops] - self._until[0, order, stops - counts]
         sources = {*np.argsort(-per_layer)[:_ENDS].tolist(), *np.argsort(-busy)[:_ENDS].tolist()}
         targets = {*np.argsort(per_layer)[:_ENDS].tolist(), *np.argsort(busy)[:_ENDS].tolist()}
         return _moves_between(len(order), sources, targets)
-
-    def _fit(self, orders: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """``[C]``: which of the splits have room on every device, and a layer on every inner stage."""
-        problem = self.problem
-        if self._is_uniform:
-            need = counts * problem.layer_bytes[0]
-        else:
-            until = np.concatenate(([0.0], np.cumsum(problem.layer_bytes)))
-            starts, stops = _spans(counts, problem.num_layers)
-            need = until[stops] - until[starts]
-        need[0] += problem.first_bytes
-        need[-1] += problem.last_bytes
-        fits = (need <= problem.room[orders]).all(axis=0)
-        return fits & (counts[1:-1] > 0).all(axis=0) & (np.minimum(counts[0], counts[-1]) >= 0)
-
-
-def _spans(counts: np.ndarray, num_layers: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where stages of so many layers begin and end; within the layers there are, even if a count is negative (`Rounds._fit`)."""
-    stops = counts.cumsum(axis=0)
-    return (stops - counts).clip(0, num_layers), stops.clip(0, num_layers)
 
 
 @lru_cache(maxsize=64)

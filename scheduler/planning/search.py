@@ -36,11 +36,11 @@ class _Reached(NamedTuple):
 class Solver:
     """One problem, for k stages."""
 
-    def __init__(self, problem: Problem, k: int, uniform: Uniform | None = None, row: int = 0) -> None:
-        """`uniform` holds the problem in its row `row`, where it is one of several that were posed together."""
-        self._problem, self._k, self._uniform, self._row = problem, k, uniform, row
-        if uniform is None and problem.is_uniform:
-            self._uniform, self._row = Uniform.of([problem], [k]), 0
+    def __init__(self, problem: Problem, k: int, memory: np.ndarray | None = None) -> None:
+        """`memory` as in `Uniform`, where layers are known to be alike."""
+        self._problem, self._k = problem, k
+        is_uniform = memory is not None or problem.is_uniform
+        self._uniform = Uniform(problem, k, memory) if is_uniform else None
 
     def best(self, wanted: Sequence[int] = (), cuts: Sequence[int] = ()) -> Split | None:
         """The split with the shortest cycle, ``max(sum, in_flight * largest)``; None when nothing fits the memory.
@@ -71,7 +71,7 @@ class Solver:
     def _stage_values(self, low: float) -> list[float]:
         """Everything from `low` on that a stage can cost, ascending: the bounds that can make a difference."""
         if self._uniform is not None:
-            return self._uniform.stage_values(self._row, low)
+            return self._uniform.stage_values(low)
         problem = self._problem
         sums = np.concatenate([np.zeros((problem.num_devices, 1)), np.cumsum(problem.layers, axis=1)], axis=1)
         rows, columns = np.triu_indices(problem.num_layers + 1)
@@ -81,7 +81,7 @@ class Solver:
 
     def _least_bottleneck(self, wanted: Sequence[int], cuts: Sequence[int]) -> Split | None:
         if self._uniform is not None:
-            return self._uniform.choose(self._problem, self._row, wanted, cuts)
+            return self._uniform.choose(wanted, cuts)
         best = search_orders(self._problem, self._k)
         if best is not None and len(wanted) == self._k and len(cuts) == self._k - 1:
             return split_near(self._problem, wanted, best.largest, cuts) or best
@@ -89,7 +89,7 @@ class Solver:
 
     def _least_sum(self, bound: float, start: Split) -> Split | None:
         if self._uniform is not None:
-            return self._uniform.least_sum(self._problem, self._row, bound, start)
+            return self._uniform.least_sum(bound, start)
         return search_orders(self._problem, self._k, bound, by_sum=True)
 
 
@@ -197,10 +197,10 @@ def _improve(problem: Problem, k: int, bound: float, by_sum: bool) -> Split | No
         layers=np.repeat(problem.layers.mean(axis=1, keepdims=True), problem.num_layers, axis=1),
         layer_bytes=np.full(problem.num_layers, problem.layer_bytes.mean()),
     )
-    uniform = Uniform.of([average], [k])
-    start = uniform.choose(average, 0, (), ())
+    uniform = Uniform(average, k)
+    start = uniform.choose()
     if start is not None and by_sum:
-        start = uniform.least_sum(average, 0, bound, start) or start
+        start = uniform.least_sum(bound, start) or start
     if start is None:
         return None
     best = split_order(problem, start.order, bound, by_sum=by_sum)

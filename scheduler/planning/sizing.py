@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from scheduler.planning.forecast import Device
-from scheduler.planning.planner import Candidate, Plan
+from scheduler.planning.plans import Candidate, Plan
 from scheduler.planning.traffic import Slo
 
 FULL = 0.8
@@ -43,7 +43,7 @@ def num_wanted(ask: Ask, devices: Sequence[Device], num_layers: int, slo: Slo, n
     """The fewest workers that carry the load, while `num_serving` serve it.
 
     Raises:
-        ValueError: the model does not fit on the devices (`planner.NoPlan`).
+        ValueError: the model does not fit on the devices (`plans.NoPlan`).
     """
     best = ask(devices, 0)
     used = len(best.layout.workers)

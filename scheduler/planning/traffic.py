@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias
 import msgspec
 import numpy as np
 
-from scheduler.planning.cost import Works
+from scheduler.planning.cost import Works, pick
 
 Objective: TypeAlias = Literal["throughput", "latency", "goodput"]
 
@@ -55,6 +55,11 @@ class Traffic(msgspec.Struct, frozen=True):
     def mean_context(self) -> float:
         """Positions that a decoding row attends to, and KV rows that a running sequence holds, in mean."""
         return self.prompt_tokens + self.output_tokens / 2
+
+    @property
+    def prefill_context(self) -> float:
+        """Positions that a row of a prompt attends to, in mean."""
+        return self.cached_tokens + self.new_tokens / 2
 
 
 class Slo(msgspec.Struct, frozen=True):
@@ -103,37 +108,50 @@ def mean_steps(traffic: Traffic, serving: Serving, num_microbatches: Any, num_se
 
     The last two are numbers or arrays ``[G]``.
     """
-    output, prompt, budget = traffic.output_tokens, traffic.new_tokens, float(serving.max_step_tokens)
     num_sequences = np.atleast_1d(np.maximum(1.0, num_sequences))
-    in_flight = np.minimum(num_microbatches, num_sequences)
-    alone = num_sequences <= num_microbatches  # a step then carries one sequence: a token of it, or a chunk
-    shared, decode_rows = ~alone, np.zeros(num_sequences.shape)
-    requests = chunks = decode_rows
-    for _ in range(2):  # the chunks of a prompt depend on the room that decode rows leave, and the other way round
-        chunks = np.ceil(prompt / np.maximum(1.0, budget - decode_rows))
-        most = np.where(alone, 1.0 / (chunks + (output - 1.0)), budget / (prompt + output - 1.0))
-        requests = np.minimum(num_sequences / (in_flight * output + chunks - 1.0), most)
-        decode_rows = requests * (output - 1.0) * shared
-    free = np.maximum(1.0, budget - decode_rows)
-    read = requests * prompt
-    shares = np.maximum(read / free, -np.expm1(-read / np.minimum(free, prompt)))
-    share = np.minimum(1.0, np.where(alone, requests * chunks, shares))
-    chunk = read / share
-    rows = requests * (output - 1.0)
-    decoding = rows / np.where(alone & (share < 1.0), 1.0 - share, 1.0)
-    none = np.zeros(rows.shape)
+    in_flight, requests, chunks, share, decoding, decode_rows, chunk = step_of(
+        traffic.new_tokens, traffic.output_tokens, float(serving.max_step_tokens), num_microbatches, num_sequences
+    )
+    none = np.zeros(requests.shape)
     return Steps(
         num_sequences=num_sequences,
         in_flight=in_flight,
         requests=requests,
-        num_tokens=rows + read,
+        num_tokens=requests * (traffic.output_tokens - 1.0 + traffic.new_tokens),
         prefill_share=share,
         prefill_steps=chunks,
         works=Works(
             decode_rows=np.concatenate([decoding, decode_rows]),
-            decode_context=np.full(2 * len(rows), traffic.mean_context),
+            decode_context=np.full(2 * len(none), traffic.mean_context),
             prefill_tokens=np.concatenate([none, chunk]),
-            prefill_context=np.concatenate([none, none + (traffic.cached_tokens + prompt / 2)]),
-            samples=np.concatenate([decoding, decode_rows + chunk / prompt]),
+            prefill_context=np.concatenate([none, none + traffic.prefill_context]),
+            samples=np.concatenate([decoding, decode_rows + chunk / traffic.new_tokens]),
         ),
     )
+
+
+def step_of(prompt: float, output: float, budget: float, microbatches: Any, in_service: Any) -> tuple[Any, ...]:
+    """The law of the mean step: for numbers or for arrays, which numba compiles into the planner's loops as it is.
+
+    Requests have `prompt` tokens to compute and `output` tokens to give; a step has room for `budget` tokens, and at least one
+    sequence is in service.
+
+    Returns:
+        steps in flight; requests that a step finishes; steps that read one prompt; the share of steps with a chunk; decoding rows of a step
+        without one, and of a step with one; tokens of the chunk.
+    """
+    in_flight = np.minimum(microbatches, in_service)
+    alone = in_service <= microbatches  # a step then carries one sequence: a token of it, or a chunk
+    decode_rows = in_service * 0.0
+    requests, chunks = decode_rows, decode_rows
+    for _ in range(2):  # the chunks of a prompt depend on the room that decode rows leave, and the other way round
+        chunks = np.ceil(prompt / np.maximum(1.0, budget - decode_rows))
+        most = pick(alone, 1.0 / (chunks + (output - 1.0)), budget / (prompt + output - 1.0))
+        requests = np.minimum(in_service / (in_flight * output + chunks - 1.0), most)
+        decode_rows = pick(alone, 0.0, requests * (output - 1.0))
+    free = np.maximum(1.0, budget - decode_rows)
+    read = requests * prompt
+    shares = np.maximum(read / free, -np.expm1(-read / np.minimum(free, prompt)))
+    share = np.minimum(1.0, pick(alone, requests * chunks, shares))
+    decoding = requests * (output - 1.0) / pick(alone & (share < 1.0), 1.0 - share, 1.0)
+    return in_flight, requests, chunks, share, decoding, decode_rows, read / share

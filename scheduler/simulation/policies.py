@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from runtime.layout import Layout
 from scheduler.planning.cost import Facts
 from scheduler.planning.forecast import Device
-from scheduler.planning.planner import NoPlan, Plan, plan
+from scheduler.planning.planner import plan
+from scheduler.planning.plans import NoPlan, Plan
 from scheduler.planning.traffic import Objective, Serving, Slo, Traffic
 from scheduler.simulation.trace import Trace
 from scheduler.simulation.world import SimDevice

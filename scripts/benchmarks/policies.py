@@ -28,7 +28,7 @@ from runtime.layout import Layout
 from scheduler.batching import BatchingConfig
 from scheduler.planning.autopilot import Settings
 from scheduler.planning.cost import Facts
-from scheduler.planning.planner import NoPlan
+from scheduler.planning.plans import NoPlan
 from scheduler.planning.traffic import Serving, Slo, Traffic
 from scheduler.simulation.policies import Oracle, Planning, Policy
 from scheduler.simulation.shapes import load_shape

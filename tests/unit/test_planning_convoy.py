@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 from runtime.layout import layout_from_counts
-from scheduler.planning.convoy import round_seconds, slow_weight
+from scheduler.planning import compiled
+from scheduler.planning.convoy import round_seconds, slow_weight, weighted
 from scheduler.planning.cost import TERMS, Facts, Speed, unit_times
 from scheduler.planning.devices import lookup
 from scheduler.planning.forecast import Cluster, Device, Pipeline
-from scheduler.planning.rounds import Rounds, StepTimes, round_bounds
+from scheduler.planning.rounds import Rounds, StepTimes
 from scheduler.planning.splits import Problem, make_split
 from scheduler.planning.traffic import Serving, Traffic, mean_steps
-from scheduler.planning.uniform import relaxed_bottlenecks
 from tests.planning_harness import every_split, make_spec
 
 
@@ -81,24 +81,30 @@ def rounds_of(
     steps = mean_steps(traffic, Serving(), k, traffic.concurrency)
     units = unit_times(facts, cluster.speeds, steps.works)
     times = StepTimes(units.fixed + cluster.hops(steps.works), units.layers, units.last)
-    fast, slow, share = times[:1], times[1:], steps.prefill_share
-    mean = fast.weighted(share, slow)
+    share = steps.prefill_share
+    # of a fast, a slow and a mean step
+    stage, layer, last = (
+        np.stack([*part, weighted(share[0], *part)])[:, None]
+        for part in (times.stage, times.layers[..., 0], times.last)
+    )
     problem = Problem(
-        mean.stage[0],
-        np.repeat(mean.layers[0], num_layers, axis=1),
-        mean.last[0],
+        stage[2, 0],
+        np.repeat(layer[2, 0][:, None], num_layers, axis=1),
+        last[2, 0],
         np.full(len(devices), room),
         np.ones(num_layers),
         0.0,
         0.0,
-        k,
+        float(k),
     )
     ks = np.array([k])
     busiest, fastest = (
-        relaxed_bottlenecks(each.stage, each.layers[..., 0], each.last, num_layers, ks).bounds for each in (mean, fast)
+        compiled.bottlenecks.relaxed_bottlenecks(stage[kind], layer[kind], last[kind], num_layers, ks)
+        for kind in (2, 0)
     )
-    limits = np.array([np.inf])
-    bound_s = round_bounds(mean, slow, busiest, fastest, share, steps.in_flight, ks, num_layers, limits)
+    bound_s = compiled.bottlenecks.round_bounds(
+        stage, layer, last, busiest, fastest, share, steps.in_flight, ks, num_layers, np.array([np.inf])
+    )
     rounds = Rounds(problem, times, facts.kind_of_layer, float(share[0]))
     return rounds, float(bound_s[0]), float(steps.requests[0] * steps.in_flight[0])
 

@@ -5,10 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scheduler.planning.convoy import weighted
 from scheduler.planning.exact import FewDevices
 from scheduler.planning.rounds import Rounds, StepTimes
 from scheduler.planning.splits import Problem, fits, make_split
-from scheduler.planning.uniform import memory_caps
+from scheduler.planning.uniform import memory_of
 from tests.planning_harness import every_split
 
 
@@ -22,11 +23,11 @@ def random_cluster(rng: np.random.Generator, max_devices: int, max_layers: int) 
         np.stack([fast, fast * (1.0 + 4.0 * rng.random(n))])[:, :, None],
         np.outer([1.0, 2.0], rng.random(n) * rng.choice([0.2, 3.0])),
     )
-    mean = times[:1].weighted(np.array([share]), times[1:])
+    mean = StepTimes(*(weighted(share, *part) for part in (times.stage, times.layers, times.last)))
     problem = Problem(
-        stage=mean.stage[0],
-        layers=np.repeat(mean.layers[0], num_layers, axis=1),
-        last=mean.last[0],
+        stage=mean.stage,
+        layers=np.repeat(mean.layers, num_layers, axis=1),
+        last=mean.last,
         room=np.where(rng.random(n) < 0.5, np.inf, 1.0 + 1.5 * num_layers * rng.random(n)),
         layer_bytes=np.ones(num_layers),
         first_bytes=float(rng.random()),
@@ -36,15 +37,13 @@ def random_cluster(rng: np.random.Generator, max_devices: int, max_layers: int) 
     return Rounds(problem, times, np.zeros(num_layers, dtype=np.intp), share), times, share, k
 
 
-@given(st.integers(0, 2**32 - 1))
-@settings(max_examples=150, deadline=None)
-def test_no_split_has_a_shorter_round(seed: int) -> None:
-    rounds, times, share, k = random_cluster(np.random.default_rng(seed), max_devices=4, max_layers=5)
+@pytest.mark.parametrize(("max_devices", "max_layers"), [(4, 5), (3, 16)])
+@given(seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=120, deadline=None)
+def test_no_split_has_a_shorter_round(max_devices: int, max_layers: int, seed: int) -> None:
+    rounds, times, share, k = random_cluster(np.random.default_rng(seed), max_devices, max_layers)
     problem = rounds.problem
-    memory = memory_caps(
-        problem.room, problem.first_bytes, problem.last_bytes, problem.layer_bytes[:1], problem.num_layers
-    )
-    few = FewDevices(times, share, problem.in_flight, k, problem.num_layers, memory[..., 0])
+    few = FewDevices(times, share, problem.in_flight, k, problem.num_layers, memory_of(problem))
     best = min(
         (
             rounds.of(make_split(problem, order, counts))
@@ -54,6 +53,7 @@ def test_no_split_has_a_shorter_round(seed: int) -> None:
         default=np.inf,
     )
     found = few.best()
+    assert few.has_room == (best < np.inf)
     if found is None:
         assert best == np.inf
         return

@@ -10,7 +10,8 @@ from runtime.layout import Layout, layout_from_counts
 from scheduler.planning.cost import TERMS, Facts, Speed
 from scheduler.planning.devices import lookup
 from scheduler.planning.forecast import Device, Pipeline
-from scheduler.planning.planner import NoPlan, Plan, default_counts, plan
+from scheduler.planning.planner import default_counts, plan
+from scheduler.planning.plans import NoPlan, Plan
 from scheduler.planning.traffic import Objective, Serving, Slo, Traffic, mean_steps
 from tests.planning_harness import every_split, llama_70b, make_spec
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.planning import search
+from scheduler.planning import compiled, search
 from scheduler.planning.search import Solver, search_orders
 from scheduler.planning.splits import Problem, fits, make_split, split_near, split_order, stage_times
-from scheduler.planning.uniform import Uniform, most_layers, relaxed_bottlenecks
+from scheduler.planning.uniform import Uniform
 from tests.planning_harness import brute_force, random_problem
 
 
@@ -53,19 +53,17 @@ def test_equal_layers_are_no_special_case(seed: int) -> None:
         layer_bytes=np.full(problem.num_layers, problem.layer_bytes[0]),
     )
     ks = list(range(1, min(problem.num_devices, problem.num_layers + 2) + 1))
-    together = Uniform.of([problem] * len(ks), ks)
     stage, layer, last = (
         np.repeat(part[None], len(ks), axis=0) for part in (problem.stage, problem.layers[:, 0], problem.last)
     )
-    relaxed = relaxed_bottlenecks(stage, layer, last, problem.num_layers, np.array(ks))
-    for row, (k, bound) in enumerate(zip(ks, relaxed.bounds, strict=True)):
-        bottleneck = together.bottleneck(row)
-        assert together.floor(row) <= bottleneck * (1 + 1e-9)
-        found = search_orders(problem, k)
-        assert (found is None) == (bottleneck == np.inf)
-        if found is not None:
-            assert bottleneck == pytest.approx(found.largest, rel=1e-8)
-            assert bound <= bottleneck * (1 + 1e-9)
+    relaxed = compiled.bottlenecks.relaxed_bottlenecks(stage, layer, last, problem.num_layers, np.array(ks))
+    for k, bound in zip(ks, relaxed, strict=True):
+        split, found = Uniform(problem, k).choose(), search_orders(problem, k)
+        assert (found is None) == (split is None)
+        if found is not None and split is not None:
+            assert split.largest == pytest.approx(found.largest, rel=1e-8)
+            assert fits(problem, split.order, split.counts)
+            assert bound <= split.largest * (1 + 1e-9)
 
 
 def test_the_lm_head_counts() -> None:
@@ -142,22 +140,42 @@ def test_stage_times_add_up() -> None:
 
 @pytest.mark.parametrize("seed", range(60))
 def test_what_devices_can_hold_is_the_best_of_all_assignments(seed: int) -> None:
-    """Of every choice of k devices and of their two ends, for several problems and bounds at once."""
+    """Of every choice of k devices and of their two ends."""
     draw = np.random.default_rng(seed)
-    n, num_rows, num_bounds = int(draw.integers(1, 6)), 3, 4
-    caps = draw.integers(0, 9, (4, n, num_rows, num_bounds)).astype(float)  # small numbers make ties
+    n = int(draw.integers(1, 6))
+    caps = draw.integers(0, 9, (4, n)).astype(float)  # small numbers make ties
     caps[draw.random(caps.shape) < 0.1] = -1e9
-    ks = draw.integers(1, n + 1, num_rows)
-    found = most_layers(caps, ks)
-    for row, column in np.ndindex(num_rows, num_bounds):
-        inner, first, last, only = caps[:, :, row, column]
-        orders = itertools.permutations(range(n), int(ks[row]))
-        held = [only[d[0]] if len(d) == 1 else first[d[0]] + last[d[-1]] + inner[list(d[1:-1])].sum() for d in orders]
-        assert found[row, column] == max(held) or (found[row, column] < 0 and max(held) < 0)
+    inner, first, last, only = caps
+    for k in range(1, n + 1):
+        orders = itertools.permutations(range(n), k)
+        held = [only[d[0]] if k == 1 else first[d[0]] + last[d[-1]] + inner[list(d[1:-1])].sum() for d in orders]
+        for num_layers in range(1, 40):
+            assert compiled.bottlenecks.can_hold(caps, k, num_layers) == (max(held) >= num_layers)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_among_equal_splits_the_one_near_the_present_is_chosen(seed: int) -> None:
+    """A layout with the least bottleneck, anywhere among others, is given back when it is the present one; so are its devices."""
+    draw = np.random.default_rng(seed)
+    problem = replace(alike(6, 17, last=2.0), stage=draw.integers(0, 3, 6) / 4.0)
+    k = int(draw.integers(1, 7))
+    least = Uniform(problem, k).choose()
+    assert least is not None
+    equal = []
+    for order in itertools.islice(itertools.permutations(range(6), k), int(draw.integers(0, 30)), None, 7):
+        found = split_order(problem, order)
+        if found is not None and found.largest <= least.largest * (1 + 1e-9):
+            equal.append(found)
+    for split in equal[:5]:
+        cuts = list(itertools.accumulate(split.counts))[:-1]
+        again = Uniform(problem, k).choose(split.order, cuts)
+        assert again is not None
+        assert again.order == split.order
+        assert again.counts == split.counts
 
 
 def test_memory_that_is_short_by_far() -> None:
     """The bottleneck lies many layers above what layers cut anywhere would give."""
     problem = replace(alike(12, 60), room=np.array([60.0] + [1.0] * 11))
-    together = Uniform.of([problem] * 2, [2, 12])
-    assert [together.bottleneck(row) for row in range(2)] == [59.0, 49.0]
+    splits = [Uniform(problem, k).choose() for k in (2, 12)]
+    assert [split and split.largest for split in splits] == [59.0, 49.0]
