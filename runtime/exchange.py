@@ -87,6 +87,8 @@ class Importer:
         self.send: Callable[[WorkerName, Fetch], None] = lambda worker, fetch: None
         self.name: WorkerName = ""
         self._ticket = 0
+        self.lenders: set[WorkerName] = set()
+        """Peers that lent what they were last asked for: nothing is faster."""
         self._takes_no_loans_of: set[WorkerName] = set()
         self._arrived: queue.SimpleQueue[tuple[Weights | Lent, list[torch.Tensor]]] = queue.SimpleQueue()
 
@@ -126,6 +128,7 @@ class Importer:
                 continue  # of a fetch that was given up
             if isinstance(message, Lent):
                 return self._borrow(message, tensors, peer)
+            self.lenders.discard(peer)
             piece = (message.name, message.offset)
             if piece in seen:
                 continue
@@ -147,7 +150,9 @@ class Importer:
                 parts[part.name] = next(beside) if part.loan is None else borrow(part.loan, part.shape, dtype)
             except LoanError as error:
                 self._takes_no_loans_of.add(peer)
+                self.lenders.discard(peer)
                 raise FetchFailed(f"{peer} lent {part.name}, and {error}; it is asked for bytes from now on") from error
+        self.lenders.add(peer)
         return parts
 
 
@@ -185,11 +190,11 @@ class Sources:
 
     def prefers(self, peer: WorkerName) -> bool:
         """Whether the next unit should come from `peer`."""
-        if self._checkpoint.s_per_byte is None:
-            return False
         known = self._peers.get(peer)
         if known is None or known.s_per_byte is None:
             return True
+        if self._checkpoint.s_per_byte is None:
+            return False
         known.since_tried += 1
         faster = known.s_per_byte < self._checkpoint.s_per_byte
         if faster != known.was_faster:

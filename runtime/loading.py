@@ -340,7 +340,9 @@ class Loader:
         """The unit from the peer that holds it, when that is the faster way; else None."""
         builder = self._builder
         assert builder is not None
-        if holder is None or holder == self.importer.name or builder.has_tied(key) or not self._sources.prefers(holder):
+        if holder is None or holder == self.importer.name or builder.has_tied(key):
+            return None
+        if holder not in self.importer.lenders and not self._sources.prefers(holder):
             return None
         try:
             parts = self.importer.fetch(

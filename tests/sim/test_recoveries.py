@@ -2,8 +2,10 @@
 
 import pytest
 
+from kvstore.ids import LayerRange
+from runtime.layout import Layout, Segment
 from scheduler.batching import BatchingConfig
-from tests.sim.cluster import SimCluster, end_long, submit_long
+from tests.sim.cluster import NUM_LAYERS, SimCluster, end_long, submit_long
 
 
 def serve(seed: int, *, num_spares: int) -> SimCluster:
@@ -59,3 +61,30 @@ def test_streams_wait_for_a_worker_when_nobody_can() -> None:
     ((status, detail),) = seen
     assert status == "recovering"
     assert "could not load: MemoryError: no page fits. Add a worker" in detail
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_report_of_a_change_that_a_crash_ends_says_how_far_it_was(seed: int) -> None:
+    """Some sequences have gone over when the target dies: that is said, and that no layout was reached, for the recovery finds its own."""
+    cluster = SimCluster(seed, num_stages=2, batching=BatchingConfig(max_step_tokens=8), num_blocks=64, num_spares=1)
+    submit_long(cluster, 6, max_tokens=120)
+    target = Layout(0, NUM_LAYERS, (Segment("w0", LayerRange(0, 1)), Segment("w2", LayerRange(1, NUM_LAYERS))))
+    cluster.at(0.7, lambda: cluster.change(target))
+    gone_over: list[int] = []
+
+    def look() -> None:
+        view = cluster.head.reconfiguration.view()
+        if view is None or view["phase"] != "flip" or not view["sequences_flipped"] or gone_over:
+            return
+        gone_over.append(int(str(view["sequences_flipped"])))
+        cluster.crash("w2")
+
+    for index in range(20_000):
+        cluster.at(0.7 + 0.0001 * index, look)
+    end_long(cluster, 6)
+    report = cluster.head.reconfiguration.reports[1]
+    assert report.outcome == "aborted"
+    assert "worker w2 was lost" in report.why
+    assert report.sequences_flipped >= gone_over[0] > 0
+    assert report.phases_s["flip"] > 0.0
+    assert report.reached == []

@@ -84,10 +84,10 @@ def test_a_cancelled_load_does_not_wait_for_a_silent_peer() -> None:
 
 def test_each_source_is_tried_and_the_faster_one_chosen() -> None:
     sources = Sources()
+    assert sources.prefers("peer"), "it may be near, and lend what it has"
+    sources.measured("peer", 1000, 0.5)
     assert not sources.prefers("peer")
     sources.measured(None, 1000, 1.0)
-    assert sources.prefers("peer")
-    sources.measured("peer", 1000, 0.5)
     assert sources.prefers("peer")
     assert sources.prefers("another"), "a peer that was never measured is tried"
     for _ in range(5):

@@ -145,6 +145,7 @@ def test_a_unit_is_borrowed_with_its_small_tensors_beside() -> None:
         for name, part in parts.items():
             assert torch.equal(found[name], part)
         assert pages.lend(found["weight"]) is not None
+    assert importer.lenders == {"peer"}
 
 
 def test_a_loan_that_is_gone_is_asked_for_only_once() -> None:
@@ -153,6 +154,7 @@ def test_a_loan_that_is_gone_is_asked_for_only_once() -> None:
         importer.fetch("peer", 3, "form", lambda: False)
     with pytest.raises(FetchFailed, match="does not hold unit 3"):
         importer.fetch("peer", 3, "form", lambda: False)
+    assert not importer.lenders
 
 
 def test_nothing_is_lent_to_another_place_or_without_the_large_part() -> None:
