@@ -39,6 +39,8 @@ from runtime.trace import Tracer
 
 log = logging.getLogger("midflight.worker")
 
+SHADOW_ENDS_WITHIN_S = 20.0
+"""How long a cancelled shadow may go on with the unit that it reads before a load that waits for it fails."""
 _WARM_UP_ROWS = (1, 2, 3, 4, 8, 16)
 _WARM_UP_CHUNK = 64
 WARM_UP_BLOCK_SIZE = 16
@@ -88,9 +90,9 @@ class Loader:
 
         Raises:
             ModelError: when the model cannot be read.
-            MemoryError, RuntimeError: when it does not fit.
+            MemoryError, RuntimeError: when it does not fit, or a shadow that was cancelled still hangs.
         """
-        self._wait_for(self._shadow)
+        self._wait_for(self._shadow, SHADOW_ENDS_WITHIN_S)
         spec = self._open(load)
         assert self._builder is not None
         self._builder.rest = lambda: None
@@ -241,10 +243,14 @@ class Loader:
         if self.queued is not None:
             self._wait_for(self._shadow)
 
-    def _wait_for(self, thread: threading.Thread | None) -> None:
-        """Until `thread` builds nothing any more."""
+    def _wait_for(self, thread: threading.Thread | None, limit_s: float | None = None) -> None:
+        """Until `thread` builds nothing any more. Raises RuntimeError when that takes too long."""
         if thread is not None and thread is not threading.current_thread():
-            thread.join()
+            thread.join(limit_s)
+            if thread.is_alive():
+                raise RuntimeError(
+                    f"reading weights for a change that was called off still hangs after {limit_s:g} s; look at the disk of the model"
+                )
 
     def _load_shadow(
         self,

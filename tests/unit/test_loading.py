@@ -166,6 +166,9 @@ def test_a_disk_that_hangs_holds_up_neither_the_cancel_nor_what_is_there(
     loader.shadow(load_message(tiny, wide), unit_keys(wide, "w0"), 2, pace)
     assert ready.empty(), "one builds at a time, and the first still does"
     assert sorted(loader.units.layers) == [0, 1]
+    monkeypatch.setattr("runtime.loading.SHADOW_ENDS_WITHIN_S", 0.05)
+    with pytest.raises(RuntimeError, match=r"still hangs after 0.05 s; look at the disk"):
+        load(loader, load_message(tiny, narrow))
     goes_on.set()
     assert ready.get(timeout=60.0) == (2, None)
     assert ready.empty(), "nobody hears of what was cancelled"
