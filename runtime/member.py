@@ -538,6 +538,7 @@ class Member:
         gone = handover.source_epoch if committed else handover.layout.epoch
         self._handover, self._blocked_since_s, self._retire_due, self._room_due = None, None, None, None
         self._store.cancel_shadow()
+        self._exports.clear()  # nobody waits for them any more, and they hold weights that may leave now
         self._stages.pop(gone, None)
         for key in [key for key in self._order if key[0] == gone]:
             del self._order[key]
