@@ -583,14 +583,16 @@ class Member:
 
     def background_wait_s(self) -> float | None:
         """Seconds until `background` has something to do, negative when it is overdue; None when it has nothing."""
-        has_slices = self._handover is not None and self._handover.has_slices
-        if self._exports or has_slices or self._room_due is not None:
-            return self._background_due_s - self._clock()
+        due_s, handover = self._background_due_s, self._handover
+        if self._exports or self._room_due is not None:
+            return due_s - self._clock()
+        if handover is not None and handover.has_slices:
+            return max(due_s, handover.slice_due_s) - self._clock()
         return None
 
     def background(self) -> None:
         """Do one slice of what can be done between steps: room for units, weights that a peer asked for, then the snapshot."""
-        began_s, bytes_per_s = self._clock(), math.inf
+        began_s, bytes_per_s, handover = self._clock(), math.inf, self._handover
         if began_s < self._background_due_s:
             return
         if self._copies is not None and self._copies.is_full:
@@ -600,9 +602,9 @@ class Member:
             what, num_bytes = "room made", self._make_room(*self._room_due)
         elif self._exports:
             what, num_bytes = "weights sent", self._send_weights()
-        elif self._handover is not None and self._handover.has_slices:
-            what, num_bytes = "snapshot slice", self._handover.send_slice(began_s, self._outbox.to_peer)
-            bytes_per_s = self._handover.bytes_per_s
+        elif handover is not None and handover.has_slices and began_s >= handover.slice_due_s:
+            what, num_bytes = "snapshot slice", handover.send_slice(began_s, self._outbox.to_peer)
+            bytes_per_s = handover.bytes_per_s if not handover.is_bound else math.inf
         else:
             return
         now_s = self._clock()

@@ -184,14 +184,15 @@ class Prepare(msgspec.Struct, frozen=True, array_like=True, tag=6):
 class Copy(msgspec.Struct, frozen=True, array_like=True, tag=7):
     """Send the snapshot of `blocks`, in this order, for every move of which you are the source.
 
-    `bytes_per_s` bounds it while steps run here, and so does the limiter; an idle worker copies as fast as it can. The flip
-    waits for the first `num_awaited` blocks of every move.
+    `bytes_per_s` bounds it while steps run here, and so does the limiter; an idle worker copies as fast as it can, unless
+    `is_bound`: then it holds always. The flip waits for the first `num_awaited` blocks of every move.
     """
 
     transition: int
     blocks: list[BlockId]
     bytes_per_s: int
     num_awaited: int
+    is_bound: bool = False
 
 
 class Open(msgspec.Struct, frozen=True, array_like=True, tag=8):

@@ -452,10 +452,16 @@ class SimCluster:
             self.handle(CancelRequest(sequence, "abort"))
 
     def change(
-        self, layout: Layout, strategy: Strategy = "live", *, queue: bool = False, deadline_s: float = 1e9
+        self,
+        layout: Layout,
+        strategy: Strategy = "live",
+        *,
+        queue: bool = False,
+        deadline_s: float = 1e9,
+        rate: int | None = None,
     ) -> None:
         self.changes += 1
-        change = Change(self.changes, layout, strategy, deadline_s, 10_000)
+        change = Change(self.changes, layout, strategy, deadline_s, rate or 10_000, is_bound=rate is not None)
         try:
             self.handle(ChangeLayout(change, queue, self.now))
         except Refused as error:
