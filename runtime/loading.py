@@ -22,7 +22,7 @@ import torch
 from kvstore.ids import LayerRange, WorkerName
 from kvstore.page_memory import HostMemory, PageMemory
 from kvstore.page_pool import PagePool
-from runtime import attention, profile, sampling
+from runtime import attention, heap, profile, sampling
 from runtime.batch import LayerKV, StepBatch
 from runtime.cuda.device import Queued
 from runtime.cuda.step import attach
@@ -42,6 +42,8 @@ log = logging.getLogger("midflight.worker")
 _WARM_UP_ROWS = (1, 2, 3, 4, 8, 16)
 _WARM_UP_CHUNK = 64
 WARM_UP_BLOCK_SIZE = 16
+GIVE_BACK_AFTER_S = 0.5
+"""How long after units were dropped their memory is given back, and how often it is asked whether no step runs then."""
 PIECE_S = 0.001
 """A loader that rests does so after this much work."""
 
@@ -78,6 +80,9 @@ class Loader:
         self._sources = Sources()
         self._form: str | None = None
         self._process = psutil.Process()
+        self._giver: threading.Thread | None = None
+        self._dropped = threading.Event()
+        self._is_idle: Callable[[], bool] = lambda: True
 
     # -- at once --------------------------------------------------------------------------------------------
 
@@ -206,6 +211,21 @@ class Loader:
         if self.queued is not None:
             self.queued.retain(key for key in keep if isinstance(key, int))
         self._count_bytes()
+
+    def give_back(self, is_idle: Callable[[], bool]) -> None:
+        self._is_idle = is_idle
+        self._dropped.set()
+        if self._giver is None:
+            self._giver = threading.Thread(target=self._give_back, name="heap", daemon=True)
+            self._giver.start()
+
+    def _give_back(self) -> None:
+        while self._dropped.wait():
+            self._dropped.clear()
+            time.sleep(GIVE_BACK_AFTER_S)
+            while not self._is_idle():
+                time.sleep(GIVE_BACK_AFTER_S)
+            heap.give_back()
 
     def rss(self) -> int:
         return self._process.memory_info().rss

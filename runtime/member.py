@@ -121,6 +121,10 @@ class UnitStore(Protocol):
         """Drop all other units."""
         ...
 
+    def give_back(self, is_idle: Callable[[], bool]) -> None:
+        """Return to the system what dropped units left, soon, when `is_idle` says so; it is asked from another thread."""
+        ...
+
     def rss(self) -> int: ...
 
 
@@ -228,6 +232,7 @@ class Member:
         self._exports.clear()
         if self._name not in layout.workers:
             self._store.retain(())
+            self._give_back()
             return
         keys = unit_keys(layout, self._name)
 
@@ -551,6 +556,7 @@ class Member:
             self.pool = None
         if self.pool is not None:
             self._store.fit_pool(self.pool, keys)
+        self._give_back()
         self._outbox.to_head(
             Retired(
                 worker=self._name,
@@ -568,6 +574,10 @@ class Member:
                 ordinary_us=[int(1e6 * excess) for excess in handover.ordinary_s],
             )
         )
+
+    def _give_back(self) -> None:
+        """What has left leaves memory behind; it goes when no step waits for that."""
+        self._store.give_back(lambda: not self._stages or self._limiter.is_idle(self._clock()))
 
     def _served_keys(self) -> list[UnitKey]:
         """The units that the layouts served here give to this worker."""

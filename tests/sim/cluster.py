@@ -155,6 +155,7 @@ class _Store:
         self.room_bytes = 0
         self.implementation = "sim"
         self.profile: list[ProfilePoint] = []
+        self.may_give_back: Callable[[], bool] | None = None
         self._worker = worker
         self._cluster = cluster
         self._token = self._ticket = 0
@@ -245,6 +246,9 @@ class _Store:
         self.units.layers = {key: unit for key, unit in self.units.layers.items() if key in keep}
         self.units.embedding = self.units.embedding if "embedding" in keep else None
         self.units.lm_head = self.units.lm_head if "lm_head" in keep else None
+
+    def give_back(self, is_idle: Callable[[], bool]) -> None:
+        self.may_give_back = is_idle
 
     def rss(self) -> int:
         return 0
