@@ -23,7 +23,7 @@ _MAX_MESSAGE = 600
 
 
 async def change_layout(request: web.Request) -> web.Response:
-    """202 and the id of the change; with ``?wait=true`` 200 and its report, once it has ended."""
+    """202, the id of the change and whether it waits; with ``?wait=true`` 200 and its report, once it has ended."""
     wait = _wait(request)
     wish = await read_wish(request, _LAYOUT_FIELDS)
     return await _begin(request, wait, functools.partial(request.app[CONTEXT].engine.change_layout, wish))
@@ -77,7 +77,8 @@ async def _begin(request: web.Request, wait: bool, ask: Callable[[], int]) -> we
         raise ApiError(_short(error), status=409, code="refused") from None
     if wait:
         return json_response(await request.app[CONTEXT].engine.wait_change(change))
-    return json_response({"id": change}, status=202, headers={"Location": f"/admin/transitions/{change}"})
+    answer = {"id": change, "outcome": _view(request, change)["outcome"]}
+    return json_response(answer, status=202, headers={"Location": f"/admin/transitions/{change}"})
 
 
 async def read_wish(request: web.Request, fields: tuple[str, ...]) -> dict[str, Any]:

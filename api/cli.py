@@ -2,14 +2,17 @@
 
 Only parsing happens here, and nothing heavy is imported before a command is known, so that `--help` is instant. This is
 the entry point: the one place that reads the environment (`MIDFLIGHT_HOME`, `MIDFLIGHT_API_KEY`, `MIDFLIGHT_ADMIN_KEY`,
-`MIDFLIGHT_URL`). A mistake on the command line is one line and exit code 2; a failure later is exit code 1.
+`MIDFLIGHT_URL`, and `MIDFLIGHT_COMMAND`, by which a script says how this command line is reached). A mistake on the command line is one line and exit code 2; a failure later is exit code 1.
 """
 
 import argparse
 import os
 import re
+import shlex
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -53,7 +56,7 @@ def parse_serve(arguments: Sequence[str], environment: Mapping[str, str]) -> Ser
 
 
 def _serve(options: argparse.Namespace, environment: Mapping[str, str]) -> int:
-    config = _serve_config(options, environment)
+    config = replace(_serve_config(options, environment), command=_command(environment))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or TensorPipe warns of every worker that leaves
     os.environ.setdefault("NUMBA_CACHE_DIR", str(config.home / "numba"))  # the planner's loops, as a worker's kernels
     from api.head import run_head
@@ -468,7 +471,14 @@ def _add_change(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="abort when nothing has flipped by then",
     )
-    add("--rate", dest="bytes_per_s", type=_size, default=None, metavar="SIZE", help="of the KV snapshot per second")
+    add(
+        "--rate",
+        dest="bytes_per_s",
+        type=_size,
+        default=None,
+        metavar="SIZE",
+        help="of the KV snapshot per second, over all workers; default: as their load allows",
+    )
     add("--no-wait", action="store_true", help="print the id and leave")
 
 
@@ -477,6 +487,14 @@ def _url(options: argparse.Namespace, environment: Mapping[str, str]) -> str:
     if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", url):
         _fail(f"--url: {url!r} is no address; one looks like {_DEFAULT_URL}", code=2)
     return url
+
+
+def _command(environment: Mapping[str, str]) -> str:
+    """How a user reaches this command line: as a script says, by its name, by its path, or as a module."""
+    program = environment.get("MIDFLIGHT_COMMAND") or sys.argv[0]
+    if Path(program).name != "midflight":
+        return f"{shlex.quote(sys.executable)} -m api.cli"
+    return "midflight" if shutil.which("midflight") == program else shlex.quote(program)
 
 
 def _home(environment: Mapping[str, str]) -> Path:

@@ -83,6 +83,8 @@ class ServeConfig:
     scale_command: str = ""
     """Run by the shell when another number of workers is wanted; see `api.scaling`."""
 
+    command: str = "midflight"
+    """How a user reaches this command line."""
     api_key: str = ""
     admin_key: str = ""
     max_body_bytes: int = 8 << 20

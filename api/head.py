@@ -161,6 +161,7 @@ class _Head:
             lambda: ready_lines(
                 url,
                 driver.layout_view(),
+                config.command,
                 has_api_key=bool(config.api_key),
                 has_admin_key=bool(config.admin_key),
                 is_public=_is_public(config.host),

@@ -20,6 +20,11 @@ _SILENCE_S = 60.0
 """The server says something at least every 15 s."""
 _POLL_S = 0.25
 _OVER = ("committed", "aborted", "refused")
+_ACCEPTED = {
+    "queued": "is queued behind a change that is under way",
+    "running": "is under way",
+    "committed": "is committed: the layout was this one already",
+}
 _BEFORE_FLIP = ("reserve", "prepare", "shadow", "copy")
 
 
@@ -214,8 +219,12 @@ def _change(server: _Server, path: str, wish: dict[str, Any], wait: bool, as_jso
     progress = Progress(sys.stderr)
     try:
         if not wait:
-            change = server.ask(path, wish)["id"]
-            print(json.dumps({"id": change}) if as_json else f"transition {change} is under way")
+            answer = server.ask(path, wish)
+            print(
+                json.dumps(answer)
+                if as_json
+                else f"transition {answer['id']} {_ACCEPTED.get(answer['outcome'], 'has ended')}"
+            )
             return 0
         with server.events() as events:
             change = server.ask(path, wish)["id"]

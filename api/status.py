@@ -103,16 +103,17 @@ def progress_line(health: Health) -> str:
 
 
 def ready_lines(
-    url: str, layout: dict[str, Any], *, has_api_key: bool, has_admin_key: bool, is_public: bool
+    url: str, layout: dict[str, Any], command: str, *, has_api_key: bool, has_admin_key: bool, is_public: bool
 ) -> list[str]:
-    """What to know once the server is up: where it is, who serves what, and a request to paste."""
+    """What to know once the server is up: where it is, who serves what, and commands to paste; `command` is this program's."""
     lines = [f"serving {layout['model']} at {url}"]
     for stage in layout["stages"]:
         start, stop = stage["layers"]
         layers = f"layers {start} to {stop - 1} of {layout['num_layers']}" if stop > start else "no layer"
         device = stage["device_name"] if stage.get("pace") else stage["device"]
         lines.append(f"{stage['worker']}: {layers}, {device}")
-    lines.append(f"status page: {url}/    another layout: midflight layout --help    stop: Ctrl-C")
+    lines.append(f"status page: {url}/    stop: Ctrl-C")
+    lines.append(f"layout: {command} layout --url {url}    another one: the same with --help")
     if is_public and not (has_api_key and has_admin_key):
         missing = [
             name

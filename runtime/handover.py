@@ -23,6 +23,8 @@ from runtime.messages import Copy, Mirror, Pages, Prepare, StepPlan
 from runtime.stage_state import PlannedBatch
 
 SLICE_BYTES = 1 << 20
+BOUND_SLICE_S = 0.1
+"""Under a bound, what a slice may carry, in seconds of that rate; but at least a block."""
 MAX_PAUSES = 4096
 """And as many gaps between steps to hold them against."""
 
@@ -93,6 +95,10 @@ class Handover:
     ordinary_s: list[float] = field(default_factory=list)
     """The same of gaps at which nothing flipped, in the old layout: what the pauses stand beside."""
     bytes_per_s: float = math.inf
+    is_bound: bool = False
+    """Whether `bytes_per_s` holds always, not only while steps run here."""
+    slice_due_s: float = -math.inf
+    """When such a bound admits the next slice."""
     copy_s: float = 0.0
     """From the first slice of the snapshot to the last."""
     _leaving: list[tuple[int, Move]] = field(default_factory=list)
@@ -253,18 +259,19 @@ class Handover:
 
     def copy(self, message: Copy, now_s: float, send: SendPeer) -> None:
         """Begin to send the snapshot for every move away from here."""
-        self.bytes_per_s, self._copy_began_s, self._num_awaited = message.bytes_per_s, now_s, message.num_awaited
+        self.bytes_per_s, self.is_bound = message.bytes_per_s, message.is_bound
+        self._copy_began_s, self._num_awaited = now_s, message.num_awaited
+        most = min(SLICE_BYTES, int(BOUND_SLICE_S * self.bytes_per_s)) if self.is_bound else SLICE_BYTES
         blocks = np.asarray(message.blocks, dtype=np.int64)
         for source in self.sources:
-            per_slice = max(1, SLICE_BYTES // source.outgoing.bytes_per_block)
+            per_slice = max(1, most // source.outgoing.bytes_per_block)
             self._jobs.append(_CopyJob(source, blocks, per_slice))
+        self._await_rate(now_s)
         self._flush(send)
 
     def send_slice(self, now_s: float, send: SendPeer) -> int:
         """Send the next slice of the snapshot, of what the flip waits for first; its bytes."""
-        awaited = self._num_awaited or 0
-        job = next((job for job in self._jobs if job.next < awaited), self._jobs[0])
-        blocks = job.blocks[job.next : job.next + job.blocks_per_slice]
+        job, blocks = self._next_slice()
         pages = job.source.outgoing.pages(blocks)
         head = (self.transition, job.source.index, job.next, blocks.astype(np.int32).tobytes())
         self._send(job.source, pages, lambda check: Pages(*head, check), send)
@@ -272,8 +279,21 @@ class Handover:
         if job.next >= len(job.blocks):
             self._jobs.remove(job)
         self.copy_s = now_s - self._copy_began_s
+        self._await_rate(now_s)
         self._flush(send)
         return pages.nbytes
+
+    def _next_slice(self) -> tuple[_CopyJob, np.ndarray]:
+        awaited = self._num_awaited or 0
+        job = next((job for job in self._jobs if job.next < awaited), self._jobs[0])
+        return job, job.blocks[job.next : job.next + job.blocks_per_slice]
+
+    def _await_rate(self, now_s: float) -> None:
+        """Under a bound the next slice is sent when there has been time for it."""
+        if self.is_bound and self._jobs:
+            job, blocks = self._next_slice()
+            num_bytes = len(blocks) * job.source.outgoing.bytes_per_block
+            self.slice_due_s = max(self.slice_due_s, now_s) + num_bytes / self.bytes_per_s
 
     def totals(self) -> tuple[int, int]:
         """Bytes received here: mirrored rows, snapshot pages."""

@@ -4,7 +4,8 @@ Two things take time from steps: a step that comes while background work runs wa
 without idle time has none to give. So background work gets a *share* of the time that follows from how busy the worker
 is: a fifth of the time that steps leave free, at least `MIN_SHARE` (or a saturated worker could never give
 its layers away), and all of it when no step came for a while. After a slice that took t seconds from steps the next may begin
-t / share later. On top of that, `bytes_per_s` bounds what one change may put on the network.
+t / share later. On top of that, `bytes_per_s` bounds what a source may put on the network while steps run there. What an operator
+bounds is bounded whether idle or not, and is not the limiter's: `runtime.handover`.
 
 What a slice takes from steps depends on where they run. On a processor that computes steps itself it is all of the slice's time. On an
 accelerator bytes move by copy engines and on streams of their own; steps lose what the host needs to queue the slice, and the

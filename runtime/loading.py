@@ -22,7 +22,7 @@ import torch
 from kvstore.ids import LayerRange, WorkerName
 from kvstore.page_memory import HostMemory, PageMemory
 from kvstore.page_pool import PagePool
-from runtime import attention, profile, sampling
+from runtime import attention, heap, profile, sampling
 from runtime.batch import LayerKV, StepBatch
 from runtime.cuda.device import Queued
 from runtime.cuda.step import attach
@@ -44,6 +44,8 @@ SHADOW_ENDS_WITHIN_S = 20.0
 _WARM_UP_ROWS = (1, 2, 3, 4, 8, 16)
 _WARM_UP_CHUNK = 64
 WARM_UP_BLOCK_SIZE = 16
+GIVE_BACK_AFTER_S = 0.5
+"""How long after units were dropped their memory is given back, and how often it is asked whether no step runs then."""
 PIECE_S = 0.001
 """A loader that rests does so after this much work."""
 
@@ -80,6 +82,9 @@ class Loader:
         self._sources = Sources()
         self._form: str | None = None
         self._process = psutil.Process()
+        self._giver: threading.Thread | None = None
+        self._dropped = threading.Event()
+        self._is_idle: Callable[[], bool] = lambda: True
 
     # -- at once --------------------------------------------------------------------------------------------
 
@@ -121,9 +126,10 @@ class Loader:
         return pool
 
     def make_pool(self, load: Load, num_layers: int) -> PagePool:
-        """A pool as large as was asked for, or as the free memory allows beside the weights that are yet to come.
+        """A pool as large as was asked for, or as this worker's room or its share of the free memory allows beside the weights
+        that are yet to come.
 
-        What was asked for is fixed. What the free memory allows, pages and weights share from then on (`fit_pool`).
+        What was asked for is fixed. What the memory allows, pages and weights share from then on (`fit_pool`).
 
         Raises:
             MemoryError: when not even one block of `num_layers` layers fits.
@@ -133,15 +139,18 @@ class Loader:
             self.queued.drop_pool()
         page_bytes = load.block_size * spec.kv_bytes_per_token_layer()
         keys = unit_keys(load.layout, self.importer.name)
-        budget = load.kv_bytes
-        if not budget and self.queued is not None:
-            assert self._builder is not None
-            budget = self.queued.budget(spec, load.block_size, load.memory_share, self._builder.implementation)
-        elif not budget:
-            _, free = self._device.memory()
-            budget = int((free - MIN_FREE_BYTES) * load.memory_share)
-        if not load.kv_bytes:
+        weights = _weight_bytes(spec, keys)
+        budget, room = load.kv_bytes, load.room_bytes
+        if not budget:
+            budget = self._free_for_pages(load, spec, 1.0 if room else load.memory_share)
             budget -= sum(_unit_bytes(spec, key) for key in keys if self._get(key) is None)
+        if room and budget < room - weights:
+            log.warning(
+                "of the %d MiB for weights and KV that there were, %d are free", room >> 20, (budget + weights) >> 20
+            )
+            room = 0
+        if room:
+            budget = room - weights
         num_pages = budget // page_bytes
 
         def check(num_pages: int) -> None:
@@ -151,13 +160,12 @@ class Loader:
                     f"{num_layers} layers needs {num_layers}. Raise --kv-memory or free memory on this host."
                 )
 
-        weights = _weight_bytes(spec, keys)
-        if not load.kv_bytes and abs(num_pages * page_bytes + weights - self._most_bytes) < self._most_bytes // 20:
-            num_pages = (
-                self._most_bytes - weights
-            ) // page_bytes  # what was said before still holds: the head counts on it
+        said = self._most_bytes
+        if not (load.kv_bytes or room) and abs(num_pages * page_bytes + weights - said) < said // 20:
+            num_pages = (said - weights) // page_bytes  # what was said before still holds: the head counts on it
         check(num_pages)
-        memory = None if load.kv_bytes else self._memory(num_pages * page_bytes + weights)
+        room = room or num_pages * page_bytes + weights
+        memory = None if load.kv_bytes else self._memory(room)
         pool = PagePool(
             num_pages,
             load.block_size,
@@ -168,7 +176,9 @@ class Loader:
             memory,
         )
         check(pool.num_pages)  # the system may have had less after all
-        self._most_bytes = self.room_bytes = pool.num_pages * page_bytes + weights if memory is not None else 0
+        if pool.num_pages < num_pages:
+            room = pool.num_pages * page_bytes + weights
+        self._most_bytes = self.room_bytes = room if memory is not None else 0
         if self.queued is not None:
             assert self._builder is not None
             self.queued.pool_made(pool, spec, self._builder.implementation)
@@ -209,8 +219,30 @@ class Loader:
             self.queued.retain(key for key in keep if isinstance(key, int))
         self._count_bytes()
 
+    def give_back(self, is_idle: Callable[[], bool]) -> None:
+        self._is_idle = is_idle
+        self._dropped.set()
+        if self._giver is None:
+            self._giver = threading.Thread(target=self._give_back, name="heap", daemon=True)
+            self._giver.start()
+
+    def _give_back(self) -> None:
+        while self._dropped.wait():
+            self._dropped.clear()
+            time.sleep(GIVE_BACK_AFTER_S)
+            while not self._is_idle():
+                time.sleep(GIVE_BACK_AFTER_S)
+            heap.give_back()
+
     def rss(self) -> int:
         return self._process.memory_info().rss
+
+    def _free_for_pages(self, load: Load, spec: ModelSpec, share: float) -> int:
+        if self.queued is None:
+            _, free = self._device.memory()
+            return int((free - MIN_FREE_BYTES) * share)
+        assert self._builder is not None
+        return self.queued.budget(spec, load.block_size, share, self._builder.implementation)
 
     def _memory(self, capacity: int) -> PageMemory | None:
         """Memory for up to `capacity` bytes of pages; None when this machine has none that grows and shrinks."""

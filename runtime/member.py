@@ -122,6 +122,10 @@ class UnitStore(Protocol):
         """Drop all other units."""
         ...
 
+    def give_back(self, is_idle: Callable[[], bool]) -> None:
+        """Return to the system what dropped units left, soon, when `is_idle` says so; it is asked from another thread."""
+        ...
+
     def rss(self) -> int: ...
 
 
@@ -229,6 +233,7 @@ class Member:
         self._exports.clear()
         if self._name not in layout.workers:
             self._store.retain(())
+            self._give_back()
             return
         keys = unit_keys(layout, self._name)
 
@@ -539,6 +544,7 @@ class Member:
         gone = handover.source_epoch if committed else handover.layout.epoch
         self._handover, self._blocked_since_s, self._retire_due, self._room_due = None, None, None, None
         self._store.cancel_shadow()
+        self._exports.clear()  # nobody waits for them any more, and they hold weights that may leave now
         self._stages.pop(gone, None)
         for key in [key for key in self._order if key[0] == gone]:
             del self._order[key]
@@ -551,6 +557,7 @@ class Member:
             self.pool = None
         if self.pool is not None:
             self._store.fit_pool(self.pool, keys)
+        self._give_back()
         self._outbox.to_head(
             Retired(
                 worker=self._name,
@@ -569,6 +576,10 @@ class Member:
             )
         )
 
+    def _give_back(self) -> None:
+        """What has left leaves memory behind; it goes when no step waits for that."""
+        self._store.give_back(lambda: not self._stages or self._limiter.is_idle(self._clock()))
+
     def _served_keys(self) -> list[UnitKey]:
         """The units that the layouts served here give to this worker."""
         return [key for stage in self._stages.values() for key in unit_keys(stage.layout, self._name)]
@@ -583,14 +594,16 @@ class Member:
 
     def background_wait_s(self) -> float | None:
         """Seconds until `background` has something to do, negative when it is overdue; None when it has nothing."""
-        has_slices = self._handover is not None and self._handover.has_slices
-        if self._exports or has_slices or self._room_due is not None:
-            return self._background_due_s - self._clock()
+        due_s, handover = self._background_due_s, self._handover
+        if self._exports or self._room_due is not None:
+            return due_s - self._clock()
+        if handover is not None and handover.has_slices:
+            return max(due_s, handover.slice_due_s) - self._clock()
         return None
 
     def background(self) -> None:
         """Do one slice of what can be done between steps: room for units, weights that a peer asked for, then the snapshot."""
-        began_s, bytes_per_s = self._clock(), math.inf
+        began_s, bytes_per_s, handover = self._clock(), math.inf, self._handover
         if began_s < self._background_due_s:
             return
         if self._copies is not None and self._copies.is_full:
@@ -600,9 +613,9 @@ class Member:
             what, num_bytes = "room made", self._make_room(*self._room_due)
         elif self._exports:
             what, num_bytes = "weights sent", self._send_weights()
-        elif self._handover is not None and self._handover.has_slices:
-            what, num_bytes = "snapshot slice", self._handover.send_slice(began_s, self._outbox.to_peer)
-            bytes_per_s = self._handover.bytes_per_s
+        elif handover is not None and handover.has_slices and began_s >= handover.slice_due_s:
+            what, num_bytes = "snapshot slice", handover.send_slice(began_s, self._outbox.to_peer)
+            bytes_per_s = handover.bytes_per_s if not handover.is_bound else math.inf
         else:
             return
         now_s = self._clock()

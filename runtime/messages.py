@@ -125,7 +125,8 @@ class Load(msgspec.Struct, frozen=True, array_like=True, tag=2):
     """Hold the units that `layout` gives to you, then answer `Loaded`. Progress goes out as `LoadProgress`.
 
     `model` is a folder; `load_format` is "safetensors" or "dummy". `kv_bytes` bounds the page pool; 0 lets the
-    worker take `memory_share` of the memory that is free once the weights are in. `quantize` is "" or "int8".
+    worker take `memory_share` of the memory that is free once the weights are in, or, if that is not 0, have `room_bytes` for
+    weights and pages, as it had before. `quantize` is "" or "int8".
     """
 
     layout: Layout
@@ -138,6 +139,7 @@ class Load(msgspec.Struct, frozen=True, array_like=True, tag=2):
     max_context: int
     implementation: str = "auto"
     quantize: str = ""
+    room_bytes: int = 0
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True, tag=3):
@@ -184,14 +186,15 @@ class Prepare(msgspec.Struct, frozen=True, array_like=True, tag=6):
 class Copy(msgspec.Struct, frozen=True, array_like=True, tag=7):
     """Send the snapshot of `blocks`, in this order, for every move of which you are the source.
 
-    `bytes_per_s` bounds it while steps run here, and so does the limiter; an idle worker copies as fast as it can. The flip
-    waits for the first `num_awaited` blocks of every move.
+    `bytes_per_s` bounds it while steps run here, and so does the limiter; an idle worker copies as fast as it can, unless
+    `is_bound`: then it holds always. The flip waits for the first `num_awaited` blocks of every move.
     """
 
     transition: int
     blocks: list[BlockId]
     bytes_per_s: int
     num_awaited: int
+    is_bound: bool = False
 
 
 class Open(msgspec.Struct, frozen=True, array_like=True, tag=8):

@@ -5,13 +5,14 @@ it: late ones, and those that come twice, change nothing.
 """
 
 import math
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, assert_never
 
 from kvstore.ids import WorkerName
 from runtime.layout import Layout, Move
 from runtime.messages import Copied, Mirroring, Prepared, Retired, ShadowProgress, ShadowReady
+from scheduler.hops import NO_LIMIT
 from scheduler.lanes import Opening
 from scheduler.membership import Worker
 from scheduler.transition import ABORTABLE, NEXT_PHASES, Phase, Report, Snapshot, Strategy
@@ -31,8 +32,11 @@ class Change:
     deadline_s: float
     """Seconds from its start after which it is aborted, if nothing has flipped by then."""
     bytes_per_s: int
+    """Of the KV snapshot; `is_bound` says what it means."""
     wish: Wish | None = None
     """What `layout` is resolved from, again when the change begins: those before it may not have led where they were to."""
+    is_bound: bool = False
+    """An operator said it: never more than `bytes_per_s`, over all sources. Else it is for each of them, and only while steps run there."""
 
 
 @dataclass(slots=True)
@@ -101,6 +105,16 @@ class Transition:
         """When what the flip waits for will have been copied if it goes on as it did; infinite while nothing has arrived."""
         arrived = self.snapshot.num_arrived if self.snapshot is not None else 0
         return (now_s - self.entered_s) * (self.num_needed / arrived - 1.0) if arrived else math.inf
+
+    def rates(self) -> list[tuple[WorkerName, int]]:
+        """What each source may send of the snapshot in a second. A bound is divided by what they send, so that all end together."""
+        layers: Counter[WorkerName] = Counter()
+        for move in self.moves:
+            layers[move.source] += len(move.layers)
+        change, names = self.change, sorted(layers)
+        if change.is_bound:
+            return [(name, max(1, change.bytes_per_s * layers[name] // layers.total())) for name in names]
+        return [(name, NO_LIMIT if change.strategy == "stop-copy" else change.bytes_per_s) for name in names]
 
     @property
     def change(self) -> Change:

@@ -448,6 +448,7 @@ class Driver:
         return view
 
     def _change(self, wanted: Wish, wish: dict[str, Any]) -> int:
+        is_bound = wish.get("bytes_per_s") is not None
         change = Change(
             self._state.next_change,
             self._state.preview(wanted),
@@ -455,6 +456,7 @@ class Driver:
             _option(wish, "deadline_s", 600.0, lambda v: _is_number(v) and v > 0, "a positive number of seconds"),
             _option(wish, "bytes_per_s", SNAPSHOT_BYTES_PER_S, _is_rate, _RATE),
             wanted,
+            is_bound,
         )
         queue = _option(wish, "queue", False, lambda v: isinstance(v, bool), "true or false")
         self._handle(ChangeLayout(change, queue, self._loop.time()))

@@ -5,7 +5,7 @@ of a worker; a restarted worker joins under another name and says whom it replac
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -50,6 +50,11 @@ class Worker:
     num_sequences: int = 0
     drained: bool = False
     """An operator has taken everything off it; it gets layers again when one says so, or when there is no other worker."""
+
+    @property
+    def claimed_bytes(self) -> int:
+        """What its weights and pages may come to, by what it was given; 0 before it was given anything."""
+        return self.room_bytes or self.num_pages * self.page_bytes + self.weight_bytes * bool(self.num_pages)
 
     def advance(self, action: str) -> None:
         following = _NEXT.get((self.status, action))
@@ -105,6 +110,23 @@ class Membership:
             (worker := self.workers.get(name)) is not None and worker.status == "ready" and worker.epoch == epoch
             for name in names
         )
+
+    def forget_rooms(self) -> None:
+        """All pools are made anew: what each was given is void."""
+        for worker in self.workers.values():
+            worker.num_pages = worker.page_bytes = worker.room_bytes = 0
+
+    def memory_share(self, name: WorkerName, serving: Collection[WorkerName]) -> float:
+        """Of the free memory where `name` is, its share when the workers `serving` get pools: of what those that were given some
+        leave, whether they serve now or not, an equal part with those that were not. What was given stays given, so that nothing
+        is promised twice and a worker that comes back finds what it had."""
+        worker = self.workers[name]
+        place = worker.info.host, worker.info.device
+        there = {n: w for n, w in self.workers.items() if (w.info.host, w.info.device) == place}
+        free = max(w.info.memory_available for w in there.values())
+        claimed = sum(w.claimed_bytes for n, w in there.items() if n != name)
+        num_new = sum(n == name or (n in serving and not w.claimed_bytes) for n, w in there.items())
+        return max(0.0, 1.0 - claimed / max(1, free)) / num_new
 
     def same_host(self) -> dict[WorkerName, int]:
         """How many workers share the memory of each (itself included): the same host and kind of device."""

@@ -223,12 +223,17 @@ class Pilot:
             worker = head.members.workers[name]
             if worker.drained and name not in serving:
                 continue
-            share = self._fraction / same_host[name]
             pages = worker.num_pages * self._block_size * self._spec.kv_bytes_per_token_layer()
-            kv_bytes = pages or self._kv_bytes or round(worker.info.memory_available * share)
+            kv_bytes = pages or self._kv_bytes or self._share_of(name, head)
             usable = worker.info.memory_available // same_host[name] - MIN_FREE_BYTES
             found.append(Device(name, self.fleet.speed(name), max(usable, kv_bytes + worker.weight_bytes), kv_bytes))
         return found
+
+    def _share_of(self, name: WorkerName, head: Head) -> int:
+        """Bytes of KV that a worker which was not given any would get."""
+        serving = head.layout.workers if head.layout is not None else ()
+        share = self._fraction * head.members.memory_share(name, serving)
+        return round(head.members.workers[name].info.memory_available * share)
 
     def _running(self, num_running: int) -> list[tuple[float, int]]:
         """Arrival and tokens of the requests in service: those with a token, and the first that have none yet."""

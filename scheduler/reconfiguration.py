@@ -34,7 +34,6 @@ from runtime.messages import (
 from runtime.model.spec import ModelSpec
 from scheduler.batching import Batcher
 from scheduler.course import Change, Course, ToTransition, Transition
-from scheduler.hops import NO_LIMIT
 from scheduler.lanes import Opening
 from scheduler.membership import Membership
 from scheduler.room import KvRoom
@@ -137,7 +136,8 @@ class Reconfiguration:
             if not queue:
                 abort = f" abort it with DELETE /admin/transitions/{self._now.change.id}," * self._now.can_be_aborted
                 raise Refused(
-                    f"transition {self._now.change.id} is under way ({self._now.phase}); wait for it,{abort} or ask again with queue=true"
+                    f"transition {self._now.change.id} is under way ({self._now.phase}); wait for it,{abort} or let this one "
+                    'wait behind it: --queue, or "queue": true in the body'
                 )
             if len(self._queue) >= MAX_QUEUED:
                 raise Refused(f"{MAX_QUEUED} changes are queued already, the most that are kept")
@@ -481,10 +481,9 @@ class Reconfiguration:
         now.num_needed = len(blocks) if now.change.strategy == "stop-copy" else num_running
         now.snapshot = Snapshot(blocks, len(now.moves) if now.copies else 0)
         now.report.blocks_copied += len(blocks) if now.moves else 0
-        rate = NO_LIMIT if now.change.strategy == "stop-copy" else now.change.bytes_per_s
         if blocks:
-            for name in sorted({move.source for move in now.moves}):
-                head.send(name, Copy(now.new.epoch, blocks, rate, now.num_needed))
+            for name, rate in now.rates():
+                head.send(name, Copy(now.new.epoch, blocks, rate, now.num_needed, now.change.is_bound))
         return now.snapshot
 
     def _flip(self, now: Transition) -> None:

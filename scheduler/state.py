@@ -418,6 +418,7 @@ class SchedulerState:
         self.epoch = self.new_epoch()
         self.layout = layout_from_counts(self.epoch, names, self._counts(names))
         self.open_layout(self.layout)
+        self.members.forget_rooms()
         if self.status == "waiting_for_workers":
             self.status = "loading"
         effects.append(Report("info", f"loading layout {self.layout.brief()} (epoch {self.epoch})"))
@@ -462,10 +463,11 @@ class SchedulerState:
             dtype=spec.dtype,
             block_size=self.batching.block_size,
             kv_bytes=cluster.kv_bytes,
-            memory_share=cluster.memory_fraction / self.members.same_host()[worker],
+            memory_share=cluster.memory_fraction * self.members.memory_share(worker, layout.workers),
             max_context=spec.max_context,
             implementation=cluster.implementation,
             quantize=spec.quantize,
+            room_bytes=self.members.workers[worker].room_bytes,
         )
 
     def _try_serve(self, now_s: float, effects: list[Effect]) -> None:

@@ -58,6 +58,7 @@ class SimHandover:
     incoming: dict[int, Incoming] = field(default_factory=dict)
     jobs: deque[CopyJob] = field(default_factory=deque)
     bytes_per_s: float = 0.0
+    is_bound: bool = False
     is_open: bool = False
     copy_began_s: float = 0.0
     due_s: float = 0.0

@@ -348,7 +348,8 @@ class SimWorker:
     def _copy(self, copy: Copy) -> None:
         handover = self._under_way(copy.transition)
         if handover is not None:
-            handover.bytes_per_s, handover.copy_began_s = copy.bytes_per_s, self._world.now_s
+            handover.bytes_per_s, handover.is_bound = copy.bytes_per_s, copy.is_bound
+            handover.copy_began_s = self._world.now_s
             handover.due_s = self._world.now_s
             handover.jobs.extend(CopyJob(source, len(copy.blocks)) for source in handover.sources)
             self._slice(handover)
@@ -375,6 +376,8 @@ class SimWorker:
         limiter, due_s = self._limiter, handover.due_s
         handover.due_s = limiter.due_s(self.free_at_s, due_s, worked_s, num_bytes, rate)
         following_s = sent_s if limiter.is_idle(world.now_s) else world.now_s
+        if handover.is_bound:
+            following_s = max(following_s, world.now_s + num_bytes / rate)
         world.at(max(handover.due_s, following_s), self._slice, handover)
 
     def _send(self, begun_s: float, num_bytes: int) -> tuple[float, float]:

@@ -29,9 +29,6 @@ from shift_plots import draw
 from shift_steady import HOME, format_steady, measure_steady
 from shift_summary import Sample, figures, format_table, summarise
 
-BYTES_PER_S = 200_000_000
-"""The snapshot's rate; the server's own default, said here so that D5 can be judged against it."""
-
 
 def main() -> int:
     args = _parser().parse_args()
@@ -162,7 +159,7 @@ def _plan(args: argparse.Namespace) -> Plan:
         strategies=tuple(args.strategies),
         seeds=tuple(range(1, num_seeds + 1)),
         concurrency=args.concurrency,
-        options={"bytes_per_s": args.bytes_per_s},
+        options={} if args.bytes_per_s is None else {"bytes_per_s": args.bytes_per_s},
     )
 
 
@@ -187,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--requests", type=int, default=200, help="pipelive: of both halves together")
     add("--rounds", type=int, default=8, help="steady: before and after the changes")
     add("--steady-changes", type=int, default=10, help="steady: an even number")
-    add("--bytes-per-s", type=int, default=BYTES_PER_S, help="the snapshot's rate")
+    add("--bytes-per-s", type=int, help="a bound on the snapshot's rate")
     add("--model", default=DEFAULT_MODEL, help="a name or a folder, as for `midflight serve`")
     add("--dtype", default="bfloat16")
     add("--kv-memory", default="512M", help="of each worker")

@@ -155,6 +155,7 @@ class _Store:
         self.room_bytes = 0
         self.implementation = "sim"
         self.profile: list[ProfilePoint] = []
+        self.may_give_back: Callable[[], bool] | None = None
         self._worker = worker
         self._cluster = cluster
         self._token = self._ticket = 0
@@ -245,6 +246,9 @@ class _Store:
         self.units.layers = {key: unit for key, unit in self.units.layers.items() if key in keep}
         self.units.embedding = self.units.embedding if "embedding" in keep else None
         self.units.lm_head = self.units.lm_head if "lm_head" in keep else None
+
+    def give_back(self, is_idle: Callable[[], bool]) -> None:
+        self.may_give_back = is_idle
 
     def rss(self) -> int:
         return 0
@@ -454,10 +458,16 @@ class SimCluster:
             self.handle(CancelRequest(sequence, "abort"))
 
     def change(
-        self, layout: Layout, strategy: Strategy = "live", *, queue: bool = False, deadline_s: float = 1e9
+        self,
+        layout: Layout,
+        strategy: Strategy = "live",
+        *,
+        queue: bool = False,
+        deadline_s: float = 1e9,
+        rate: int | None = None,
     ) -> None:
         self.changes += 1
-        change = Change(self.changes, layout, strategy, deadline_s, 10_000)
+        change = Change(self.changes, layout, strategy, deadline_s, rate or 10_000, is_bound=rate is not None)
         try:
             self.handle(ChangeLayout(change, queue, self.now))
         except Refused as error:

@@ -144,3 +144,13 @@ def test_a_cancel_that_overtakes_its_prepare_waits_for_what_that_says() -> None:
     assert len(said) == 1, "nothing else comes of it"
     member.prepare(Prepare(9, 1, load, (), blocks, True, ("w0", "w1")))
     assert len(said) == 1, "nor when it comes again"
+
+
+def test_a_refusal_names_what_would_help() -> None:
+    cluster = SimCluster(0, num_stages=2, batching=BatchingConfig(), num_blocks=64, num_spares=1)
+    cluster.at(0.6, lambda: cluster.change(TARGET))
+    cluster.at(0.601, lambda: cluster.change(TARGET))
+    cluster.run(until=0.602)
+    (refused,) = cluster.refused
+    for way in ("DELETE /admin/transitions/1", "--queue", '"queue": true'):
+        assert way in str(refused)

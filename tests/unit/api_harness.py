@@ -52,6 +52,8 @@ class ScriptedEngine:
         self.room = 1000
         self.wishes: list[dict[str, Any]] = []
         self.refusal: Exception | None = None
+        self.first_outcome = "running"
+        """Of every change that is asked for."""
         self.traces: list[TraceRun] = []
         self.reports: dict[int, dict[str, Any]] = {}
         self.mode = "off"
@@ -154,7 +156,7 @@ class ScriptedEngine:
             raise self.refusal
         self.wishes.append(wish)
         change = len(self.wishes)
-        self.reports[change] = make_report(change, wish.get("strategy", "live"))
+        self.reports[change] = {**make_report(change, wish.get("strategy", "live")), "outcome": self.first_outcome}
         return change
 
     def drain_worker(self, name: str, wish: dict[str, Any]) -> int:

@@ -56,7 +56,7 @@ async def test_a_change_is_accepted_followed_and_reported(api: Api) -> None:
     wish = {"layers": [1, 3], "strategy": "drain", "queue": True, "deadline_s": 2.5, "bytes_per_s": 1000}
     async with api.client.post(f"{api.url}/admin/layout", json=wish) as response:
         assert response.status == 202
-        assert await response.json() == {"id": 1}
+        assert await response.json() == {"id": 1, "outcome": "running"}
         assert response.headers["Location"] == "/admin/transitions/1"
     assert api.engine.wishes == [wish]
     status, body = await api.get("/admin/transitions/1")
@@ -112,8 +112,8 @@ async def test_what_the_engine_refuses(api: Api) -> None:
 
 
 async def test_a_worker_is_drained(api: Api) -> None:
-    assert await api.post("/admin/workers/w1/drain", raw=b"") == (202, {"id": 1})
-    assert await api.post("/admin/workers/w1/drain", {"strategy": "live"}) == (202, {"id": 2})
+    assert await api.post("/admin/workers/w1/drain", raw=b"") == (202, {"id": 1, "outcome": "running"})
+    assert await api.post("/admin/workers/w1/drain", {"strategy": "live"}) == (202, {"id": 2, "outcome": "running"})
     assert api.engine.wishes == [{"drain": "w1"}, {"drain": "w1", "strategy": "live"}]
     status, answer = await api.post("/admin/workers/w1/drain", {"layers": [4]})
     assert (status, answer["error"]["param"]) == (400, "layers")

@@ -35,6 +35,8 @@ LAYOUT: dict[str, Any] = {
     "transition": None,
 }
 
+ROOT = Path(__file__).parents[2]
+
 VIEW: dict[str, Any] = {
     "id": 1, "strategy": "live", "phase": "flip", "target": [], "hop": 1, "num_hops": 2, "loading": [], "weights": [],
     "snapshot_blocks": 4, "snapshot_blocks_arrived": 3, "sequences_flipped": 1, "sequences_left": 2, "elapsed_s": 0.5,
@@ -280,6 +282,9 @@ async def test_a_refusal_is_one_line() -> None:
         assert await run("layout", "1,3", "--url", api.url) == (1, "", "midflight: transition 7 is under way\n")
         api.engine.refusal = None
         assert await run("layout", "1,3", "--no-wait", "--url", api.url) == (0, "transition 1 is under way\n", "")
+        api.engine.first_outcome = "queued"
+        behind = "transition 2 is queued behind a change that is under way\n"
+        assert await run("layout", "1,3", "--queue", "--no-wait", "--url", api.url) == (0, behind, "")
 
 
 @pytest.mark.parametrize("in_time", [True, False])
@@ -455,11 +460,40 @@ def test_on_a_terminal_progress_gives_way() -> None:
 
 
 def test_what_is_said_when_up() -> None:
-    lines = ready_lines("http://127.0.0.1:8000", LAYOUT, has_api_key=True, has_admin_key=False, is_public=True)
+    url = "http://127.0.0.1:8000"
+    lines = ready_lines(url, LAYOUT, "midflight", has_api_key=True, has_admin_key=False, is_public=True)
     assert lines[0] == "serving m at http://127.0.0.1:8000"
     assert "w1: layers 19 to 29 of 30, cpu" in lines
     assert any("MIDFLIGHT_ADMIN_KEY" in line for line in lines if line.startswith("warning"))
     assert "http://127.0.0.1:8000/v1/chat/completions" in lines[-1]
     assert "$MIDFLIGHT_API_KEY" in lines[-1]
-    quiet = ready_lines("http://127.0.0.1:8000", LAYOUT, has_api_key=False, has_admin_key=False, is_public=False)
+    quiet = ready_lines(url, LAYOUT, "midflight", has_api_key=False, has_admin_key=False, is_public=False)
     assert not any(line.startswith("warning") for line in quiet)
+
+
+async def test_the_command_that_is_printed_works_when_pasted(tmp_path: Path) -> None:
+    async with serve(Text(build_tokenizer()), [1]) as api:
+        for script, environment in (("scripts/serve", {"MIDFLIGHT_COMMAND": "scripts/midflight"}), ("-m api.cli", {})):
+            command = cli._command(environment)
+            told = ready_lines(api.url, LAYOUT, command, has_api_key=False, has_admin_key=False, is_public=False)
+            (line,) = [line for line in told if line.startswith("layout: ")]
+            pasted = line.removeprefix("layout: ").partition("    ")[0]
+            process = await asyncio.create_subprocess_shell(
+                pasted, stdout=asyncio.subprocess.PIPE, cwd=ROOT, env={**os.environ, "MIDFLIGHT_VENV": sys.prefix}
+            )
+            out, _ = await process.communicate()
+            assert (process.returncode, out.splitlines()[0][:9]) == (0, b"tiny: epo"), (script, pasted)
+
+
+def test_how_the_command_line_is_reached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = tmp_path / "midflight"
+    script.write_text("#!/bin/sh\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "argv", [str(script), "serve"])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert cli._command({}) == "midflight"
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert cli._command({}) == str(script)
+    assert cli._command({"MIDFLIGHT_COMMAND": "../a b/scripts/midflight"}) == "'../a b/scripts/midflight'"
+    monkeypatch.setattr(sys, "argv", ["/somewhere/cli.py"])
+    assert cli._command({}) == f"{sys.executable} -m api.cli"

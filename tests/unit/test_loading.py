@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -115,6 +116,26 @@ def test_a_pool_is_as_large_as_the_last_one_when_there_is_about_as_much(tiny: Pa
         assert loader.make_pool(message, 3).num_pages == said
     host.free = BUDGET // 2 + MIN_FREE_BYTES
     assert loader.make_pool(message, 3).num_pages < said * 0.6
+
+
+def test_a_worker_that_comes_back_has_the_room_that_it_had(tiny: Path) -> None:
+    loader, host = loader_of("w1"), loader_of()._device
+    loader._device = host
+    assert isinstance(host, Host)
+    at_first = load(loader, load_message(tiny, split(1, 3), share=0.5)).num_pages
+    room = loader.room_bytes
+    for counts in ((3, 1), (2, 2), (1, 3)) * 3:
+        loader.retain(())
+        message = msgspec.structs.replace(load_message(tiny, split(*counts), share=0.2), room_bytes=room)
+        pool = loader.make_pool(message, counts[1])
+        assert loader.room_bytes == room
+        loader.fit_pool(pool, unit_keys(message.layout, "w1"))
+        assert loader.room_bytes == room
+    assert pool.num_pages == at_first, "however many workers there are by now"
+    loader.retain(())
+    host.free = BUDGET // 4 + MIN_FREE_BYTES
+    assert loader.make_pool(message, 3).num_pages < at_first
+    assert loader.room_bytes <= BUDGET // 4, "but no more than there is"
 
 
 def test_too_much_in_use_is_refused_and_changes_nothing(tiny: Path) -> None:

@@ -1,0 +1,70 @@
+"""The rate that an operator gives is for the change, whatever its sources do; without one an idle worker copies as it can."""
+
+import random
+
+import pytest
+import torch
+
+from kvstore.ids import LayerRange
+from runtime.layout import Layout, Segment
+from runtime.messages import Copy, Pages, Sampling, ToWorker
+from scheduler.batching import BatchingConfig
+from scheduler.request import Request
+from tests.sim.cluster import NUM_LAYERS, VOCAB, SimCluster
+
+RATE = 2000
+TARGET = Layout(
+    0,
+    NUM_LAYERS,
+    (Segment("w1", LayerRange(0, 1)), Segment("w2", LayerRange(1, 3)), Segment("w0", LayerRange(3, NUM_LAYERS))),
+)
+"""Every worker is a source, of one layer or of two."""
+
+
+def copied(rate: int | None, max_tokens: int, strategy: str = "live") -> list[tuple[float, str, int]]:
+    """When, in seconds from the first `Copy`, each source sent how many bytes of the snapshot."""
+    cluster = SimCluster(1, num_stages=3, batching=BatchingConfig(block_size=4), num_blocks=300)
+    draw = random.Random(1)
+    sent: list[tuple[float, str, int]] = []
+    began_s: list[float] = []
+    transmit = cluster.transmit
+
+    def watch(sender: str, to: str, message: ToWorker, tensors: list[torch.Tensor], *rest: object) -> None:
+        if isinstance(message, Copy):
+            began_s.append(cluster.now)
+        if isinstance(message, Pages):
+            sent.append((cluster.now - began_s[0], sender, sum(tensor.nbytes for tensor in tensors)))
+        transmit(sender, to, message, tensors, *rest)  # type: ignore[arg-type]
+
+    cluster.transmit = watch  # type: ignore[method-assign]
+    for sequence in range(5):
+        prompt = [draw.randrange(VOCAB) for _ in range(40)]
+        request = Request("sim", prompt, Sampling(temperature=0.0), max_tokens=max_tokens)
+        cluster.at(0.5, lambda s=sequence, r=request: cluster.submit(s, r))
+    for index in range(1, 100):
+        cluster.at(0.2 * index, cluster.tick)
+    cluster.at(1.5 if max_tokens == 2 else 0.7, lambda: cluster.change(TARGET, strategy, rate=rate))  # type: ignore[arg-type]
+    cluster.run(until=30.0)
+    (report,) = cluster.head.reconfiguration.reports.values()
+    assert report.outcome == "committed", report.why
+    assert (report.sequences_at_start > 0) == (max_tokens > 2)
+    cluster.audit()
+    return sent
+
+
+@pytest.mark.parametrize("max_tokens", [2, 150], ids=["idle", "serving"])
+@pytest.mark.parametrize("strategy", ["live", "stop-copy"])
+def test_a_given_rate_is_a_bound_over_all_sources(max_tokens: int, strategy: str) -> None:
+    sent = copied(RATE, max_tokens, strategy)
+    assert {sender for _, sender, _ in sent} == {"w0", "w1", "w2"}
+    num_bytes = 0
+    for at_s, _, more in sent:
+        num_bytes += more
+        assert num_bytes <= RATE * at_s, "at no time"
+    if max_tokens == 2:
+        assert num_bytes >= 0.8 * RATE * sent[-1][0], "and an idle server uses it"
+
+
+def test_without_one_an_idle_worker_copies_as_it_can() -> None:
+    sent = copied(None, 2)
+    assert sent[-1][0] < 0.5
