@@ -209,6 +209,8 @@ _COLUMNS = (
     ("KV MB", "snapshot_bytes", 1e-6),
     ("mirrored MB", "mirror_bytes", 1e-6),
     ("processor s more", "cpu_more_s", 1.0),
+    ("resident MiB at first", "rss_first_mib", 1.0),  # summed over processes: what is lent counts for each that maps it
+    ("at most", "rss_peak_mib", 1.0),
 )
 
 
