@@ -83,13 +83,18 @@ class KvRoom:
             return [new]
         if min(self.capacity(old, old), self.capacity(new, new)) < wanted:
             return []
-        order = find_course(old, new, moves, self._blocks_of, wanted).layers
+        orders = {
+            course.layers
+            for blocks in {everything, (wanted + everything) // 2, wanted}  # what has room for more goes another way
+            if (course := find_course(old, new, moves, self._blocks_of, blocks)).blocked is None
+        }
         best: tuple[int, list[Layout]] = (wanted - 1, [])
-        for count in range(1, min(MAX_HOPS_FOR_CACHE, len(order)) + 1):
-            hops = split_evenly(old, new, order, count)
-            holds = min(self.least([old, *hops]), everything)
-            if holds > best[0]:
-                best = holds, hops
+        for count in range(1, MAX_HOPS_FOR_CACHE + 1):
+            for order in sorted(orders):
+                hops = split_evenly(old, new, order, min(count, len(order)))
+                holds = min(self.least([old, *hops]), everything)
+                if holds > best[0]:
+                    best = holds, hops
         return best[1]
 
     def _no_room(self, old: Layout, new: Layout, moves: tuple[Move, ...], needed: int) -> str:

@@ -222,3 +222,25 @@ def test_a_prepare_from_before_the_pipeline_was_rebuilt_is_not_heard(monkeypatch
     assert [stream.tokens for stream in cluster.streams.values()] == [
         reference(stream.request) for stream in cluster.streams.values()
     ]
+
+
+def test_more_hops_than_it_takes_keep_what_is_cached() -> None:
+    """Two workers change places, with 40 of 46 blocks cached. At once they would hold five layers each, with room for 28; in two hops
+    there is room for 35."""
+    batching = BatchingConfig(block_size=4)
+    cluster = SimCluster(5, num_stages=2, batching=batching, num_blocks=NUM_BLOCKS)
+    cluster.at(0.45, lambda: cluster.change(layout(("w0", 0, 2), ("w1", 2, 5))))
+    requests = [Request("sim", [sequence + 1] * 33, Sampling(temperature=0.0), max_tokens=3) for sequence in range(5)]
+    for sequence, request in enumerate(requests):
+        cluster.at(1.0 + 0.2 * sequence, lambda s=sequence, r=request: cluster.submit(s, r))
+    cluster.at(3.0, lambda: cluster.change(layout(("w1", 0, 2), ("w0", 2, 5))))
+    for sequence, request in enumerate(requests):
+        cluster.at(6.0 + 0.2 * sequence, lambda s=5 + sequence, r=request: cluster.submit(s, r))
+    for index in range(1, 90):
+        cluster.at(0.1 * index, cluster.tick)
+    cluster.run(until=20.0)
+    head = cluster.head
+    report = head.reconfiguration.reports[2]
+    assert (report.outcome, report.num_hops, report.cached_blocks_dropped) == ("committed", 2, 5)
+    assert head.batcher.counters.prefix_hit_tokens >= (40 - 5 - 4) * 4, "what was kept is a hit after it"
+    assert [stream.tokens for stream in cluster.streams.values()] == [reference(r) for r in requests * 2]
