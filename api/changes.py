@@ -61,7 +61,7 @@ async def abort_transition(request: web.Request) -> web.Response:
     view = _view(request, change)
     if not engine.abort_change(change):
         if view["outcome"] in ("running", "queued"):
-            why = "it has begun to flip and only goes forward from there"
+            why = "the last of it has begun to flip and only goes forward from there"
         else:
             why = f"it has ended: {view['outcome']}"
         raise ApiError(f"transition {change} cannot be aborted: {why}", status=409, code="too_late")

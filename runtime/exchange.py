@@ -18,7 +18,7 @@ import torch
 from kvstore.ids import WorkerName
 from kvstore.page_pool import checksum
 from runtime.messages import Fetch, Lent, LentPart, Weights
-from runtime.pages import OWN_PAGES_BYTES, LoanError, borrow, empty, lend, place
+from runtime.pages import OWN_PAGES_BYTES, LoanError, LoanGone, borrow, empty, lend, place
 
 SLICE_BYTES = 1 << 20
 PATIENCE_S = 5.0
@@ -149,9 +149,10 @@ class Importer:
                 dtype = getattr(torch, part.dtype)
                 parts[part.name] = next(beside) if part.loan is None else borrow(part.loan, part.shape, dtype)
             except LoanError as error:
-                self._takes_no_loans_of.add(peer)
                 self.lenders.discard(peer)
-                raise FetchFailed(f"{peer} lent {part.name}, and {error}; it is asked for bytes from now on") from error
+                if not isinstance(error, LoanGone):
+                    self._takes_no_loans_of.add(peer)
+                raise FetchFailed(f"{peer} lent {part.name}, and {error}") from error
         self.lenders.add(peer)
         return parts
 

@@ -142,15 +142,14 @@ class Loader:
         weights = _weight_bytes(spec, keys)
         budget, room = load.kv_bytes, load.room_bytes
         if not budget:
-            budget = self._free_for_pages(load, spec, 1.0 if room else load.memory_share)
-            budget -= sum(_unit_bytes(spec, key) for key in keys if self._get(key) is None)
-        if room and budget < room - weights:
-            log.warning(
-                "of the %d MiB for weights and KV that there were, %d are free", room >> 20, (budget + weights) >> 20
-            )
-            room = 0
-        if room:
-            budget = room - weights
+            free = self._free_for_pages(load, spec)
+            free -= sum(_unit_bytes(spec, key) for key in keys if self._get(key) is None)
+            if room and free < room - weights:
+                log.warning(
+                    "of the %d MiB for weights and KV that there were, %d are free", room >> 20, (free + weights) >> 20
+                )
+                room = 0
+            budget = room - weights if room else min(free, load.memory_bytes)
         num_pages = budget // page_bytes
 
         def check(num_pages: int) -> None:
@@ -160,9 +159,6 @@ class Loader:
                     f"{num_layers} layers needs {num_layers}. Raise --kv-memory or free memory on this host."
                 )
 
-        said = self._most_bytes
-        if not (load.kv_bytes or room) and abs(num_pages * page_bytes + weights - said) < said // 20:
-            num_pages = (said - weights) // page_bytes  # what was said before still holds: the head counts on it
         check(num_pages)
         room = room or num_pages * page_bytes + weights
         memory = None if load.kv_bytes else self._memory(room)
@@ -237,12 +233,13 @@ class Loader:
     def rss(self) -> int:
         return self._process.memory_info().rss
 
-    def _free_for_pages(self, load: Load, spec: ModelSpec, share: float) -> int:
+    def _free_for_pages(self, load: Load, spec: ModelSpec) -> int:
+        """Bytes, if no weights were yet to come."""
         if self.queued is None:
             _, free = self._device.memory()
-            return int((free - MIN_FREE_BYTES) * share)
+            return free - MIN_FREE_BYTES
         assert self._builder is not None
-        return self.queued.budget(spec, load.block_size, share, self._builder.implementation)
+        return self.queued.budget(spec, load.block_size, self._builder.implementation)
 
     def _memory(self, capacity: int) -> PageMemory | None:
         """Memory for up to `capacity` bytes of pages; None when this machine has none that grows and shrinks."""
@@ -315,7 +312,7 @@ class Loader:
         """Bytes that came from peers; None when the shadow was cancelled meanwhile."""
         spec, peer_bytes = self._open(load), 0
         missing = [key for key in keys if self._get(key) is None]
-        self._check_room(spec, missing)
+        self._check_room(spec, [key for key in missing if pace.holders.get(key) not in self.importer.lenders])
         sizes = [_unit_bytes(spec, key) for key in missing]
         for count, key in enumerate(missing):
             self.on_progress(transition, count, len(sizes), sum(sizes[:count]), sum(sizes))

@@ -125,8 +125,8 @@ class Load(msgspec.Struct, frozen=True, array_like=True, tag=2):
     """Hold the units that `layout` gives to you, then answer `Loaded`. Progress goes out as `LoadProgress`.
 
     `model` is a folder; `load_format` is "safetensors" or "dummy". `kv_bytes` bounds the page pool; 0 lets the
-    worker take `memory_share` of the memory that is free once the weights are in, or, if that is not 0, have `room_bytes` for
-    weights and pages, as it had before. `quantize` is "" or "int8".
+    worker have `memory_bytes` for pages, or, if that is not 0, `room_bytes` for weights and pages, as it had before; and of
+    either no more than is free. `quantize` is "" or "int8".
     """
 
     layout: Layout
@@ -135,7 +135,7 @@ class Load(msgspec.Struct, frozen=True, array_like=True, tag=2):
     dtype: str
     block_size: int
     kv_bytes: int
-    memory_share: float
+    memory_bytes: int
     max_context: int
     implementation: str = "auto"
     quantize: str = ""

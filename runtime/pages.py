@@ -14,10 +14,12 @@ Where there is no ``memfd_create`` or ``/proc``, or no descriptor is left, tenso
 """
 
 import contextlib
+import errno
 import functools
 import math
 import mmap
 import os
+import resource
 import secrets
 import warnings
 import weakref
@@ -31,10 +33,16 @@ if TYPE_CHECKING:
 
 OWN_PAGES_BYTES = 256 << 10
 """What is smaller is in the heap."""
+RESERVED_FILES = 256
+"""Descriptors that weights leave free."""
 
 
 class LoanError(Exception):
     """What was lent cannot be had; the message says why."""
+
+
+class LoanGone(LoanError):
+    """It was there, and was dropped before it was taken."""
 
 
 class _File(NamedTuple):
@@ -43,6 +51,10 @@ class _File(NamedTuple):
     num_bytes: int
 
 
+warnings.filterwarnings("ignore", "The given buffer is not writable")  # what is borrowed is not, and nobody tries
+
+_OPEN = os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
+"""Whatever the descriptor has become meanwhile, nothing waits for it."""
 _files: dict[int, _File] = {}
 """By the address at which it is mapped."""
 
@@ -55,19 +67,11 @@ def empty(shape: tuple[int, ...], dtype: "torch.dtype") -> "torch.Tensor":
     num_bytes = math.prod(shape) * dtype.itemsize
     if num_bytes < OWN_PAGES_BYTES:
         return torch.empty(shape, dtype=dtype)
-    name = f"midflight-{secrets.token_hex(8)}"
-    try:
-        descriptor = os.memfd_create(name)
-    except (AttributeError, OSError):  # not Linux, or too many files are open
+    made = _make_file(num_bytes)
+    if made is None:
         pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         return torch.frombuffer(pages, dtype=dtype).view(shape)
-    try:
-        os.ftruncate(descriptor, num_bytes)
-        pages = mmap.mmap(descriptor, num_bytes)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return _tensor(pages, _File(descriptor, name, num_bytes), shape, dtype)
+    return _tensor(*made, shape, dtype)
 
 
 def lend(tensor: "torch.Tensor") -> Loan | None:
@@ -86,15 +90,17 @@ def borrow(loan: Loan, shape: tuple[int, ...], dtype: "torch.dtype") -> "torch.T
     """
     num_bytes = math.prod(shape) * dtype.itemsize
     try:
-        descriptor = os.open(f"/proc/{loan.pid}/fd/{loan.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(f"/proc/{loan.pid}/fd/{loan.descriptor}", _OPEN)
     except OSError as error:
-        raise LoanError(f"process {loan.pid} does not give it: {error.strerror}") from None
+        is_gone = error.errno in (errno.ENOENT, errno.ENXIO)
+        raise (LoanGone if is_gone else LoanError)(f"process {loan.pid} does not give it: {error.strerror}") from None
     try:
+        if _is_short(descriptor):
+            raise LoanError("no descriptor is left")
         found = os.readlink(f"/proc/self/fd/{descriptor}").removeprefix("/memfd:").partition(" ")[0]
         if found != loan.file or os.fstat(descriptor).st_size != num_bytes:
-            raise LoanError(f"process {loan.pid} has let go of it")
-        populate = getattr(mmap, "MAP_POPULATE", 0)
-        pages = mmap.mmap(descriptor, num_bytes, flags=mmap.MAP_SHARED | populate, prot=mmap.PROT_READ)
+            raise LoanGone(f"process {loan.pid} has let go of it")
+        pages = mmap.mmap(descriptor, num_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
     except OSError as error:
         os.close(descriptor)
         raise LoanError(f"it cannot be mapped: {error.strerror}") from None
@@ -136,12 +142,33 @@ def _numbers(text: str) -> set[int]:
     return numbers
 
 
+def _make_file(num_bytes: int) -> tuple[mmap.mmap, _File] | None:
+    """None where there is no such thing, or descriptors are short."""
+    name = f"midflight-{secrets.token_hex(8)}"
+    try:
+        descriptor = os.memfd_create(name)
+    except (AttributeError, OSError):
+        return None
+    try:
+        if not _is_short(descriptor):
+            os.ftruncate(descriptor, num_bytes)
+            return mmap.mmap(descriptor, num_bytes), _File(descriptor, name, num_bytes)
+    except OSError:
+        pass
+    os.close(descriptor)
+    return None
+
+
+def _is_short(descriptor: int) -> bool:
+    """Whether descriptors, of which this is the newest, are nearly used up: sockets and shards need some, too."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return soft != resource.RLIM_INFINITY and descriptor >= soft - RESERVED_FILES
+
+
 def _tensor(pages: mmap.mmap, file: _File, shape: tuple[int, ...], dtype: "torch.dtype") -> "torch.Tensor":
     import torch
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given buffer is not writable")
-        tensor = torch.frombuffer(pages, dtype=dtype).view(shape)
+    tensor = torch.frombuffer(pages, dtype=dtype).view(shape)
     address = tensor.data_ptr()
     _files[address] = file
     weakref.finalize(pages, _forget, address, file).atexit = False

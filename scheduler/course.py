@@ -30,7 +30,7 @@ class Change:
     layout: Layout
     strategy: Strategy
     deadline_s: float
-    """Seconds from its start after which it is aborted, if nothing has flipped by then."""
+    """Seconds from its start after which it is aborted, if nothing has flipped by then. Later hops have at least as long each."""
     bytes_per_s: int
     """Of the KV snapshot; `is_bound` says what it means."""
     wish: Wish | None = None

@@ -413,7 +413,7 @@ class Driver:
             raise LayoutError(f"there is no worker {name!r}; there are {', '.join(names)}", "worker")
 
     def abort_change(self, change: int) -> bool:
-        """Abort a change that is queued or has not flipped anything, or leave one that is being aborted to it.
+        """Abort a change that is queued, or whose last hop has not begun to flip, or leave one that is being aborted to it.
 
         False when it is too late or unknown.
         """

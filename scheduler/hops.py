@@ -98,14 +98,16 @@ def roomiest(old: Layout, new: Layout, moves: ListOf[Move], room: Room) -> int:
     return counts[low - 1] if low else least
 
 
-def find_course(old: Layout, new: Layout, moves: ListOf[Move], room: Room, wanted: int) -> Course:
+def find_course(
+    old: Layout, new: Layout, moves: ListOf[Move], room: Room, wanted: int, most_states: int = MAX_STATES
+) -> Course:
     """An order in which all layers that change owner can go one by one with `wanted` blocks in use, or as many as can."""
     targets, first = new.owners(), old.owners()
     queues = [_outward(move, first) for move in moves]
     best: tuple[int, ...] = ()
     seen: set[tuple[int, ...]] = set()
     ways: list[tuple[tuple[int, ...], tuple[int, ...], int]] = [((0,) * len(queues), (), -1)]
-    while ways and len(seen) < MAX_STATES:
+    while ways and len(seen) < most_states:
         gone, order, last = ways.pop()
         if gone in seen:
             continue

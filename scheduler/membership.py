@@ -5,12 +5,12 @@ of a worker; a restarted worker joins under another name and says whom it replac
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from kvstore.ids import Epoch, WorkerName
-from runtime.messages import Join
+from runtime.messages import MIN_FREE_BYTES, Join
 
 WorkerStatus: TypeAlias = Literal["idle", "loading", "ready"]
 
@@ -116,17 +116,18 @@ class Membership:
         for worker in self.workers.values():
             worker.num_pages = worker.page_bytes = worker.room_bytes = 0
 
-    def memory_share(self, name: WorkerName, serving: Collection[WorkerName]) -> float:
-        """Of the free memory where `name` is, its share when the workers `serving` get pools: of what those that were given some
-        leave, whether they serve now or not, an equal part with those that were not. What was given stays given, so that nothing
-        is promised twice and a worker that comes back finds what it had."""
+    def memory_for_pages(self, name: WorkerName, weights: Mapping[WorkerName, int], fraction: float) -> int:
+        """Bytes that `name` may have for KV pages when pools are made for the workers in `weights`, which will hold so many bytes of
+        those: `fraction` of what is free, where it is, beside what was given before (to workers that serve or not) and these weights,
+        in equal parts. What was given stays given, so that nothing is promised twice and a worker that comes back finds what it had."""
         worker = self.workers[name]
         place = worker.info.host, worker.info.device
         there = {n: w for n, w in self.workers.items() if (w.info.host, w.info.device) == place}
-        free = max(w.info.memory_available for w in there.values())
-        claimed = sum(w.claimed_bytes for n, w in there.items() if n != name)
-        num_new = sum(n == name or (n in serving and not w.claimed_bytes) for n, w in there.items())
-        return max(0.0, 1.0 - claimed / max(1, free)) / num_new
+        free = max(w.info.memory_available for w in there.values()) - MIN_FREE_BYTES
+        given = sum(w.claimed_bytes for n, w in there.items() if n != name)
+        new = [n for n, w in there.items() if n == name or (n in weights and not w.claimed_bytes)]
+        left = free - given - sum(weights.get(n, 0) for n in new)
+        return max(0, int(fraction * left)) // len(new)
 
     def same_host(self) -> dict[WorkerName, int]:
         """How many workers share the memory of each (itself included): the same host and kind of device."""

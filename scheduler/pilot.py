@@ -231,9 +231,9 @@ class Pilot:
 
     def _share_of(self, name: WorkerName, head: Head) -> int:
         """Bytes of KV that a worker which was not given any would get."""
-        serving = head.layout.workers if head.layout is not None else ()
-        share = self._fraction * head.members.memory_share(name, serving)
-        return round(head.members.workers[name].info.memory_available * share)
+        members = head.members
+        weights = {n: w.weight_bytes for n, w in members.workers.items() if not w.drained}
+        return members.memory_for_pages(name, weights, self._fraction)
 
     def _running(self, num_running: int) -> list[tuple[float, int]]:
         """Arrival and tokens of the requests in service: those with a token, and the first that have none yet."""

@@ -300,7 +300,7 @@ class Reconfiguration:
         if change.layout.segments == old.segments:
             self._end_at_once(change, old)
             return
-        hops = self._room.plan(old, change.layout, self._room.blocks_needed())
+        hops = self._room.plan(old, change.layout, self._room.blocks_needed(), keeps_cache=change.strategy == "live")
         report = Report(
             id=change.id,
             strategy=change.strategy,
@@ -368,7 +368,8 @@ class Reconfiguration:
         try:
             if course.num_retries >= MAX_RETRIES:
                 raise Refused(f"tried again {MAX_RETRIES} times")
-            course.later = deque(self._room.plan(head.layout, course.change.layout, head.pool.num_used))
+            target, keeps_cache = course.change.layout, course.change.strategy == "live"
+            course.later = deque(self._room.plan(head.layout, target, head.pool.num_used, keeps_cache=keeps_cache))
         except Refused as error:
             self._stay(course, f"{why}; {error}")
             return
@@ -422,6 +423,10 @@ class Reconfiguration:
         course.report.cached_blocks_dropped += max(0, before - head.pool.num_cached)
         head.batcher.is_squeezed = num_blocks < self._room.capacity(course.first, course.first)
 
+    def _forget_cached(self, now: Transition) -> None:
+        now.report.cached_blocks_dropped += self._head.pool.num_cached
+        self._head.pool.forget_cached()
+
     def _must_wait(self, now: Transition) -> bool:
         """Whether the room is not there yet, or what holds it is not settled."""
         batcher, pool = self._head.batcher, self._head.pool
@@ -441,7 +446,7 @@ class Reconfiguration:
     def _prepare(self, now: Transition) -> None:
         head = self._head
         if now.change.strategy == "drain":
-            head.pool.forget_cached()
+            self._forget_cached(now)
             self._shrink(now)
         now.enter("prepare", head.now_s)
         now.awaiting, now.not_warm = set(now.workers), set(now.workers)
@@ -498,7 +503,7 @@ class Reconfiguration:
         if now.change.strategy == "recompute":
             batcher.is_squeezed = True
             batcher.preempt_all()
-            head.pool.forget_cached()
+            self._forget_cached(now)
         batcher.open_next(now.opening)
         batcher.is_held, batcher.admits = False, True
 

@@ -18,6 +18,8 @@ from scheduler.transition import Refused
 
 MAX_HOPS_FOR_CACHE = 4
 """A change goes in more hops than it must, up to so many, when cached blocks would be lost otherwise: each hop is a flip for every stream."""
+MAX_STATES_FOR_CACHE = 200
+"""How far an order is looked for that keeps more."""
 
 
 class Head(Protocol):
@@ -52,9 +54,9 @@ class KvRoom:
         pool, batcher = self._head.pool, self._head.batcher
         return pool.num_used + batcher.num_running + 2
 
-    def plan(self, old: Layout, new: Layout, needed: int) -> list[Layout]:
-        """The hops from `old` to `new` with `needed` blocks in use, and as much room to grow as there is. Raises `Refused` when
-        there is no way."""
+    def plan(self, old: Layout, new: Layout, needed: int, *, keeps_cache: bool) -> list[Layout]:
+        """The hops from `old` to `new` with `needed` blocks in use, and as much room to grow as there is; with `keeps_cache` there are more, if that
+        keeps much of what is cached. Raises `Refused` when there is no way."""
         head = self._head
         for name in new.workers:
             if name not in head.members.workers:
@@ -67,7 +69,7 @@ class KvRoom:
                 f"max_tokens it may need all there are); wait for it to end, give the layers to more workers, or raise --kv-memory"
             )
         wanted = needed + head.batcher.growth(GROWTH_BLOCKS)
-        if hops := self._with_cache(old, new, moves, wanted):
+        if keeps_cache and (hops := self._with_cache(old, new, moves, wanted)):
             return hops
         if self.capacity(old, new) < wanted:
             wanted = min(wanted, roomiest(old, new, moves, self._blocks_of))
@@ -76,8 +78,8 @@ class KvRoom:
         return hops
 
     def _with_cache(self, old: Layout, new: Layout, moves: tuple[Move, ...], wanted: int) -> list[Layout]:
-        """The fewest hops, few altogether, through which what is cached lasts beside `wanted` blocks; else those that keep most of it,
-        when that is more than none. Empty when even `wanted` needs more hops."""
+        """The fewest hops, few altogether, through which what is cached lasts beside `wanted` blocks; else those that keep more of it, if
+        it is a twentieth for each more. Empty when even `wanted` needs more hops."""
         everything = wanted + self._head.pool.num_cached
         if self.capacity(old, new) >= everything:
             return [new]
@@ -86,14 +88,15 @@ class KvRoom:
         orders = {
             course.layers
             for blocks in {everything, (wanted + everything) // 2, wanted}  # what has room for more goes another way
-            if (course := find_course(old, new, moves, self._blocks_of, blocks)).blocked is None
+            if (course := find_course(old, new, moves, self._blocks_of, blocks, MAX_STATES_FOR_CACHE)).blocked is None
         }
-        best: tuple[int, list[Layout]] = (wanted - 1, [])
+        worth = max(1, everything // 20)
+        best: tuple[int, list[Layout]] = (wanted - worth, [])
         for count in range(1, MAX_HOPS_FOR_CACHE + 1):
             for order in sorted(orders):
                 hops = split_evenly(old, new, order, min(count, len(order)))
                 holds = min(self.least([old, *hops]), everything)
-                if holds > best[0]:
+                if holds >= wanted and holds >= best[0] + worth:
                     best = holds, hops
         return best[1]
 

@@ -326,8 +326,8 @@ class SchedulerState:
             return
         if self.status != "serving" and name not in self.layout.workers:
             return
-        self._num_served = len(self.layout.workers)
         if self.status == "serving":
+            self._num_served = len(self.layout.workers)
             self.batcher.close_epoch()
             for epoch in self.directory.epochs:
                 self.directory.close_epoch(epoch)
@@ -347,8 +347,9 @@ class SchedulerState:
             return
         assert self.layout is not None, "it loads one"
         effects.append(Report("warning", detail))
-        self.lineup.could_not_load(self.layout.workers, name)
-        self.status, self.detail = "recovering", f"{detail}. Add a worker, or start it again with more memory"
+        self.lineup.could_not_load(self.layout.workers, name, now_s)
+        again = f"tries everything again every {self.cluster.rejoin_timeout_s:g} s"
+        self.status, self.detail = "recovering", f"{detail}. Add a worker, or start it again with more memory; {again}"
         self._load_another(now_s, effects)
 
     def _load_another(self, now_s: float, effects: list[Effect]) -> None:
@@ -411,6 +412,9 @@ class SchedulerState:
         if self.members.drained():
             wanted = min(wanted, self._num_served)  # no more than served without them
         names, is_whole = self.lineup.choose(self.members, wanted)
+        if not names and self.members.workers and now_s - self.lineup.failed_s > self.cluster.rejoin_timeout_s:
+            self.lineup.forget()
+            names, is_whole = self.lineup.choose(self.members, wanted)
         if not is_whole:
             waited_s = now_s - self._recovering_since_s
             if self.status != "recovering" or not names or waited_s < self.cluster.rejoin_timeout_s:
@@ -454,6 +458,14 @@ class SchedulerState:
         ends = (self.layout.embedding_worker == name) + (self.layout.lm_head_worker == name)
         return len(self.layout.layers_of(name)) + ends
 
+    def _weights(self, layout: Layout) -> dict[WorkerName, int]:
+        """Bytes that each worker of `layout` holds of the model."""
+        embedding, lm_head = layout.embedding_worker, layout.lm_head_worker
+        return {
+            name: self.spec.weight_bytes(layout.layers_of(name), embedding=name == embedding, lm_head=name == lm_head)
+            for name in layout.workers
+        }
+
     def load_message(self, layout: Layout, worker: WorkerName) -> Load:
         cluster, spec = self.cluster, self.cluster.spec
         return Load(
@@ -463,7 +475,7 @@ class SchedulerState:
             dtype=spec.dtype,
             block_size=self.batching.block_size,
             kv_bytes=cluster.kv_bytes,
-            memory_share=cluster.memory_fraction * self.members.memory_share(worker, layout.workers),
+            memory_bytes=self.members.memory_for_pages(worker, self._weights(layout), cluster.memory_fraction),
             max_context=spec.max_context,
             implementation=cluster.implementation,
             quantize=spec.quantize,
@@ -482,7 +494,7 @@ class SchedulerState:
             self._could_not_load(smallest, "its KV memory holds not even one block; raise --kv-memory", now_s, effects)
             return
         self.status, self.detail, self.served_once = "serving", "", True
-        self.lineup.served()
+        self.lineup.forget()
         self.directory.open_epoch(self.epoch, tuple((s.worker, s.layers) for s in layout.segments))
         outputs = self.batcher.open_epoch(self.epoch, self.num_blocks, self.cluster.spec.max_context)
         effects.extend(Emit(sequence, output) for sequence, output in outputs)

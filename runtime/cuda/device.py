@@ -56,14 +56,14 @@ class Queued:
             yield
             self._side.synchronize()
 
-    def budget(self, spec: ModelSpec, block_size: int, share: float, implementation: str) -> int:
-        """Bytes for a page pool, the weights being loaded."""
+    def budget(self, spec: ModelSpec, block_size: int, implementation: str) -> int:
+        """Bytes for a page pool at most, the weights being loaded."""
         buckets = self._buckets(spec, block_size, implementation)
         free, _ = torch.cuda.mem_get_info(self._device)
         cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
         reserve = reserve_for(spec, buckets, block_size)
         log.info("left free of the KV pages: %d MiB", reserve.total >> 20)
-        return kv_budget(free + cached, share, reserve)
+        return kv_budget(free + cached, reserve)
 
     def memory(self, capacity: int) -> PageMemory:
         """Memory for up to `capacity` bytes of pages.

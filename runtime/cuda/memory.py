@@ -52,6 +52,6 @@ def reserve_for(spec: ModelSpec, buckets: Buckets | None, block_size: int) -> Re
     return Reserve(ARRIVING_LAYERS * max(spec.layer_bytes), graphs, activations, CONTEXT_BYTES + SAMPLING_BYTES)
 
 
-def kv_budget(free_bytes: int, share: float, reserve: Reserve) -> int:
-    """Bytes for the page pool of a worker that may have `share` of what is free now, its weights being loaded."""
-    return max(0, int(free_bytes * share) - reserve.total)
+def kv_budget(free_bytes: int, reserve: Reserve) -> int:
+    """Bytes for the page pool of a worker at most, when so many are free and its weights are loaded."""
+    return max(0, free_bytes - reserve.total)

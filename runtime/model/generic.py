@@ -24,6 +24,7 @@ from runtime.attention import attend
 from runtime.batch import LayerKV, StepBatch
 from runtime.model.checkpoint import ModelError, Unit, Weights
 from runtime.model.rules import refuse_unservable
+from runtime.pages import empty
 
 ATTENTION_NAME = "midflight_paged"
 
@@ -141,7 +142,7 @@ class GenericModel:
         if target not in wanted or index >= wanted[target].shape[0]:
             return
         if target not in state:
-            state[target] = torch.empty(wanted[target].shape, dtype=self.dtype, device=self.device)
+            state[target] = self._empty(tuple(wanted[target].shape))
         slot = state[target][index]
         if part != "down":
             half = slot.shape[0] // 2
@@ -150,6 +151,11 @@ class GenericModel:
             raise ModelError(f"{name} has shape {list(tensor.shape)}, the config asks for {list(slot.shape)}")
         slot.copy_(tensor)
         fused.setdefault(target, set()).add((index, part))
+
+    def _empty(self, shape: tuple[int, ...]) -> torch.Tensor:
+        if torch.device(self.device).type == "cpu":
+            return empty(shape, self.dtype)
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def _fill_buffers(self, module: nn.Module) -> None:
         """Give values to what is no weight but computed from the config, by the architecture's own code."""

@@ -164,7 +164,7 @@ class SimWorker:
         self._block_size = load.block_size
         self._page_bytes = load.block_size * self._facts.spec.kv_bytes_per_token_layer()
         free = self._memory_left()
-        budget = load.kv_bytes or int((free - MIN_FREE_BYTES) * load.memory_share)
+        budget = load.kv_bytes or min(free - MIN_FREE_BYTES, load.memory_bytes)
         self._num_pages = max(0, budget // self._page_bytes)
         if self._num_pages < max(1, num_layers) or self._num_pages * self._page_bytes > free:
             self._num_pages = self._pool_bytes = 0

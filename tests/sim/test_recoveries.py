@@ -63,6 +63,34 @@ def test_streams_wait_for_a_worker_when_nobody_can() -> None:
     assert "could not load: MemoryError: no page fits. Add a worker" in detail
 
 
+def test_a_drained_worker_serves_before_one_that_cannot() -> None:
+    cluster = SimCluster(1, num_stages=2, batching=BatchingConfig(), num_blocks=64, num_spares=2)
+    submit_long(cluster, 3, max_tokens=120)
+
+    def harm() -> None:
+        cluster.head.members.drain("w3")
+        for name in ("w1", "w2"):
+            cluster.workers[name].has_no_memory = True
+        cluster._end(cluster.workers["w0"], restarts=False)
+
+    cluster.at(0.55, harm)
+    assert end(cluster) == ["w3"]
+
+
+def test_what_could_not_load_is_tried_again_when_nobody_else_is_left() -> None:
+    """Memory that somebody else had for a while, a disk that was away."""
+    cluster = SimCluster(1, num_stages=2, batching=BatchingConfig(), num_blocks=64)
+    submit_long(cluster, 3, max_tokens=120)
+
+    def harm() -> None:
+        cluster.workers["w1"].has_no_memory = True
+        cluster._end(cluster.workers["w0"], restarts=False)
+
+    cluster.at(0.55, harm)
+    cluster.at(12.0, lambda: setattr(cluster.workers["w1"], "has_no_memory", False))
+    assert end(cluster) == ["w1"]
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_the_report_of_a_change_that_a_crash_ends_says_how_far_it_was(seed: int) -> None:
     """Some sequences have gone over when the target dies: that is said, and that no layout was reached, for the recovery finds its own."""

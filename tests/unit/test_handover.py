@@ -23,7 +23,7 @@ class Ends:
         self.pools = [PagePool(64, BLOCK_SIZE, 1, head_dim, torch.float32, "cpu") for _ in range(2)]
         self.pools[0].hold(range(4))
         self.pools[1].hold([0, 1, 3])
-        prepare = Prepare(NEW, OLD, Load(new, "", "", "", BLOCK_SIZE, 0, 0.0, 0), MOVES, [], True, ("a", "a"))
+        prepare = Prepare(NEW, OLD, Load(new, "", "", "", BLOCK_SIZE, 0, 0, 0), MOVES, [], True, ("a", "a"))
         self.source, self.target = Handover(NEW, OLD, new), Handover(NEW, OLD, new)
         self.source.begin(prepare, "a", self.pools[0])
         self.target.begin(prepare, "b", self.pools[1])

@@ -4,21 +4,21 @@ import random
 
 import pytest
 
-from runtime.messages import Join
+from runtime.messages import MIN_FREE_BYTES, Join
 from scheduler.membership import Membership
 
 FREE = 1_000_000
 
 
 def join(members: Membership, name: str, host: str = "here", free: int = FREE) -> None:
-    members.join(Join(name, host, 1, "cpu", "", FREE, free, 1, {}), 0.0)
+    members.join(Join(name, host, 1, "cpu", "", FREE, free + MIN_FREE_BYTES, 1, {}), 0.0)
 
 
-def give(members: Membership, name: str, share: float) -> None:
+def give(members: Membership, name: str, pages: int, weights: int) -> None:
     """As a worker does with its share, and says."""
     worker = members.workers[name]
-    worker.room_bytes = int(FREE * share)
-    worker.num_pages, worker.page_bytes, worker.weight_bytes = worker.room_bytes // 20, 10, worker.room_bytes // 2
+    worker.room_bytes, worker.weight_bytes = pages + weights, weights
+    worker.num_pages, worker.page_bytes = pages // 10, 10
 
 
 def test_workers_that_start_together_have_equal_shares_whoever_else_is_there() -> None:
@@ -26,25 +26,35 @@ def test_workers_that_start_together_have_equal_shares_whoever_else_is_there() -
     for name in ("w0", "w1", "w2"):
         join(members, name)
     join(members, "far", host="there")
-    assert [members.memory_share(name, ("w0", "w1", "far")) for name in ("w0", "w1", "far")] == [0.5, 0.5, 1.0]
+    weights = {"w0": 100, "w1": 300, "far": 500}
+    given = [members.memory_for_pages(name, weights, 0.5) for name in weights]
+    assert given == [(FREE - 400) // 4, (FREE - 400) // 4, (FREE - 500) // 2]
 
 
 def test_one_that_comes_later_has_its_share_of_what_is_left() -> None:
+    """Of what was free at first, not of what is free now: of that those that were first have touched some already."""
     members = Membership()
     join(members, "w0")
     join(members, "w1")
     for name in ("w0", "w1"):
-        give(members, name, 0.25)
+        give(members, name, FREE // 4 - 100, 100)
     join(members, "w2", free=600_000)
-    assert members.memory_share("w2", ("w1", "w2")) == 0.5
+    assert members.memory_for_pages("w2", {"w1": 50, "w2": 100}, 0.5) == (FREE // 2 - 100) // 2
     join(members, "w3", free=600_000)
-    assert members.memory_share("w2", ("w1", "w2", "w3")) == 0.25
+    assert members.memory_for_pages("w2", {"w1": 50, "w2": 100, "w3": 100}, 0.5) == (FREE // 2 - 200) // 4
 
 
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("fraction", [0.5, 0.9])
 def test_no_memory_is_promised_twice(seed: int, fraction: float) -> None:
     draw, members, num_joined = random.Random(seed), Membership(), 0
+
+    def give_to(names: list[str], serving: list[str]) -> None:
+        weights = {name: draw.randrange(FREE // 50) for name in serving}
+        pages = {name: members.memory_for_pages(name, weights, fraction) for name in names}
+        for name in names:
+            give(members, name, pages[name], weights[name])
+
     for _ in range(60):
         names = list(members.workers)
         action = draw.random()
@@ -56,16 +66,12 @@ def test_no_memory_is_promised_twice(seed: int, fraction: float) -> None:
         elif action < 0.5:  # a layout from nothing
             members.forget_rooms()
             serving = draw.sample(names, draw.randint(1, len(names)))
-            shares = {name: fraction * members.memory_share(name, serving) for name in serving}
-            for name, share in shares.items():
-                give(members, name, share)
+            give_to(serving, serving)
         else:  # a layout after another
             serving = draw.sample(names, draw.randint(1, len(names)))
-            new = [name for name in serving if not members.workers[name].room_bytes]
-            shares = {name: fraction * members.memory_share(name, serving) for name in new}
-            for name, share in shares.items():
-                give(members, name, share)
-        assert sum(worker.claimed_bytes for worker in members.workers.values()) <= FREE
+            give_to([name for name in serving if not members.workers[name].room_bytes], serving)
+        claimed = [worker.claimed_bytes for worker in members.workers.values()]
+        assert sum(claimed) <= FREE or min(w.num_pages for w in members.workers.values() if w.room_bytes) == 0
 
 
 def test_a_pool_of_a_fixed_size_counts_too() -> None:
@@ -74,4 +80,4 @@ def test_a_pool_of_a_fixed_size_counts_too() -> None:
     join(members, "w1")
     worker = members.workers["w0"]
     worker.num_pages, worker.page_bytes, worker.weight_bytes = 30_000, 10, 100_000
-    assert members.memory_share("w1", ("w0", "w1")) == pytest.approx(0.6)
+    assert members.memory_for_pages("w1", {"w0": 0, "w1": 0}, 1.0) == FREE - 400_000

@@ -3,6 +3,7 @@
 import gc
 import multiprocessing
 import os
+import resource
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -115,6 +116,26 @@ def test_without_files_it_is_a_tensor_all_the_same(monkeypatch: pytest.MonkeyPat
     assert tensor.shape == SHAPE
 
 
+def test_when_descriptors_are_short_tensors_are_made_and_none_are_used_up() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    kept = [make(seed) for seed in range(2)]
+    loan = pages.lend(kept[0])
+    assert loan is not None
+    resource.setrlimit(resource.RLIMIT_NOFILE, (pages.RESERVED_FILES + num_files() + 6, hard))
+    try:
+        made = [make(seed) for seed in range(8)]
+        assert pages.lend(made[0]) is not None
+        assert pages.lend(made[-1]) is None
+        with pytest.raises(pages.LoanError, match="no descriptor is left"):
+            pages.borrow(loan, SHAPE, torch.float32)
+        before = num_files()
+        made += [make(seed) for seed in range(8)]
+        assert num_files() == before
+        assert all(torch.equal(tensor, make(index % 8)) for index, tensor in enumerate(made))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def importer_beside(parts: dict[str, torch.Tensor], *, stale: bool = False) -> Importer:
     """One whose peer lends when it is asked to, else sends bytes; every message comes twice."""
     importer = Importer()
@@ -148,11 +169,9 @@ def test_a_unit_is_borrowed_with_its_small_tensors_beside() -> None:
     assert importer.lenders == {"peer"}
 
 
-def test_a_loan_that_is_gone_is_asked_for_only_once() -> None:
+def test_a_loan_that_is_gone_is_no_loan() -> None:
     importer = importer_beside({"norm": torch.randn(5), "weight": make()}, stale=True)
-    with pytest.raises(FetchFailed, match=r"peer lent weight, and .*; it is asked for bytes from now on"):
-        importer.fetch("peer", 3, "form", lambda: False)
-    with pytest.raises(FetchFailed, match="does not hold unit 3"):
+    with pytest.raises(FetchFailed, match="peer lent weight, and process"):
         importer.fetch("peer", 3, "form", lambda: False)
     assert not importer.lenders
 
