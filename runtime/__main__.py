@@ -23,6 +23,7 @@ from typing import Any
 from runtime.pace import parse_pace
 
 _MAX_FILES = 65536
+"""Descriptors that are asked for, as far as they may be: every large weight is a file (`runtime.pages`)."""
 _HEAD_ENDS_WITHIN_S = 1.0
 """How long after its connections a head that dies may be seen as a process; a living one has given the worker up."""
 _SWITCH_INTERVAL_S = 0.0005
@@ -43,9 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("numba").setLevel(logging.WARNING)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # macOS says that there is no limit, and has one
-        resource.setrlimit(
-            resource.RLIMIT_NOFILE, (max(soft, min(hard, _MAX_FILES)), hard)
-        )  # every large weight is a file
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, _MAX_FILES)), hard))
     return _Process(args).run()
 
 

@@ -499,14 +499,16 @@ class Batcher:
         config, pool = self._config, self._pool
         tokens = sequence.tokens
         hits = self._cached_blocks(sequence, epoch)
-        needed = -(-len(tokens) // config.block_size) - len(hits)
+        num_blocks = self._blocks_for(len(tokens))
+        needed = num_blocks - len(hits)
         num_left = pool.num_free_after_acquire(hits) - needed
         if num_left < min(self._num_running, pool.num_blocks // 50):
             return False
-        if self.is_squeezed and num_left < GROWTH_BLOCKS * (self._num_running + 1):
-            num_here = -(-len(tokens) // config.block_size)
-            if num_left < self.growth(GROWTH_BLOCKS) + self._growth_of(sequence, num_here, GROWTH_BLOCKS):
-                return False
+        may_be_short = self.is_squeezed and num_left < GROWTH_BLOCKS * (self._num_running + 1)
+        if may_be_short and num_left < self.growth(GROWTH_BLOCKS) + self._growth_of(
+            sequence, num_blocks, GROWTH_BLOCKS
+        ):
+            return False
         pool.acquire(hits)
         sequence.blocks = [*hits, *pool.allocate(needed)]
         sequence.num_published = len(hits)
@@ -529,14 +531,17 @@ class Batcher:
 
     def _waits_for_the_end(self, sequence: Sequence) -> bool:
         """Whether the pool is too small for it even when it is empty, as long as the change lasts: others go first."""
-        needed = -(-len(sequence.tokens) // self._config.block_size)
+        needed = self._blocks_for(len(sequence.tokens))
         if self.is_squeezed:
             needed += self._growth_of(sequence, needed, GROWTH_BLOCKS)
         return needed > self._pool.target
 
     def _growth_of(self, sequence: Sequence, num_blocks: int, max_blocks: int) -> int:
-        end = -(-(sequence.num_prompt_tokens + sequence.request.max_tokens) // self._config.block_size)
+        end = self._blocks_for(sequence.num_prompt_tokens + sequence.request.max_tokens)
         return min(max(0, end - num_blocks), max_blocks)
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._config.block_size)
 
     def _cached_blocks(self, sequence: Sequence, epoch: Epoch) -> list[BlockId]:
         request = sequence.request

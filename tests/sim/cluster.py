@@ -598,6 +598,16 @@ def end_long(cluster: SimCluster, num_streams: int) -> None:
     cluster.audit()
 
 
+def serving_at_the_end(cluster: SimCluster, num_streams: int) -> list[str]:
+    """`end_long`, and the workers that serve then; nothing of a recovery is left."""
+    end_long(cluster, num_streams)
+    head = cluster.head
+    assert head.status == "serving"
+    assert head.layout is not None
+    assert not head.lineup.unfit
+    return list(head.layout.workers)
+
+
 def make_request(rng: random.Random, prompts: list[list[int]], *, max_prompt: int, max_output: int) -> Request:
     """A prompt of its own, or one that continues an earlier prompt (so that the prefix cache is hit)."""
     if prompts and rng.random() < 0.5:

@@ -4,7 +4,7 @@ import pytest
 
 from scheduler.batching import BatchingConfig
 from scheduler.events import Resume
-from tests.sim.cluster import SimCluster, end_long, submit_long
+from tests.sim.cluster import SimCluster, serving_at_the_end, submit_long
 
 
 def serve(seed: int, *, num_stages: int) -> SimCluster:
@@ -15,21 +15,12 @@ def serve(seed: int, *, num_stages: int) -> SimCluster:
     return cluster
 
 
-def end(cluster: SimCluster) -> list[str]:
-    """The workers that serve."""
-    end_long(cluster, 3)
-    head = cluster.head
-    assert head.status == "serving"
-    assert head.layout is not None
-    return list(head.layout.workers)
-
-
 @pytest.mark.parametrize("seed", range(10))
 def test_a_recovery_leaves_it_out(seed: int) -> None:
     """Whether the worker that was lost starts again or not."""
     cluster = serve(seed, num_stages=2)
     cluster.at(0.55, lambda: cluster.crash("w0"))
-    serving = end(cluster)
+    serving = serving_at_the_end(cluster, 3)
     assert len(serving) == 1 + cluster.restarts
     assert "w2" not in serving
     assert "w2" not in [device.worker for device in cluster.head.pilot.devices(cluster.head)]
@@ -41,5 +32,5 @@ def test_a_recovery_leaves_it_out(seed: int) -> None:
 def test_it_serves_when_nobody_else_is_left(seed: int) -> None:
     cluster = serve(seed, num_stages=1)
     cluster.at(0.55, lambda: cluster.crash("w0"))
-    assert end(cluster) == (["w0-r1"] if cluster.restarts else ["w1"])
+    assert serving_at_the_end(cluster, 3) == (["w0-r1"] if cluster.restarts else ["w1"])
     assert cluster.head.members.drained() == {"w1"}

@@ -5,7 +5,7 @@ import pytest
 from kvstore.ids import LayerRange
 from runtime.layout import Layout, Segment
 from scheduler.batching import BatchingConfig
-from tests.sim.cluster import NUM_LAYERS, SimCluster, end_long, submit_long
+from tests.sim.cluster import NUM_LAYERS, SimCluster, end_long, serving_at_the_end, submit_long
 
 
 def serve(seed: int, *, num_spares: int) -> SimCluster:
@@ -16,21 +16,11 @@ def serve(seed: int, *, num_spares: int) -> SimCluster:
     return cluster
 
 
-def end(cluster: SimCluster) -> list[str]:
-    """The workers that serve."""
-    end_long(cluster, 3)
-    head = cluster.head
-    assert head.status == "serving"
-    assert head.layout is not None
-    assert not head.lineup.unfit
-    return list(head.layout.workers)
-
-
 @pytest.mark.parametrize("seed", range(10))
 def test_another_spare_takes_the_place(seed: int) -> None:
     cluster = serve(seed, num_spares=2)
     cluster.at(0.55, lambda: cluster.crash("w0"))
-    serving = end(cluster)
+    serving = serving_at_the_end(cluster, 3)
     assert len(serving) == 2
     assert "w2" not in serving
 
@@ -40,7 +30,7 @@ def test_who_is_left_serves(seed: int) -> None:
     """With the worker that was lost, if it starts again in time."""
     cluster = serve(seed, num_spares=1)
     cluster.at(0.55, lambda: cluster.crash("w0"))
-    serving = end(cluster)
+    serving = serving_at_the_end(cluster, 3)
     assert len(serving) == 1 + cluster.restarts
     assert "w2" not in serving
 
@@ -57,7 +47,7 @@ def test_streams_wait_for_a_worker_when_nobody_can() -> None:
     cluster.at(20.0, lambda: cluster.start_worker("w5", ""))
     seen: list[tuple[str, str]] = []
     cluster.at(19.9, lambda: seen.append((head.status, head.detail)))
-    assert end(cluster) == ["w5"]
+    assert serving_at_the_end(cluster, 3) == ["w5"]
     ((status, detail),) = seen
     assert status == "recovering"
     assert "could not load: MemoryError: no page fits. Add a worker" in detail
@@ -74,7 +64,7 @@ def test_a_drained_worker_serves_before_one_that_cannot() -> None:
         cluster._end(cluster.workers["w0"], restarts=False)
 
     cluster.at(0.55, harm)
-    assert end(cluster) == ["w3"]
+    assert serving_at_the_end(cluster, 3) == ["w3"]
 
 
 def test_what_could_not_load_is_tried_again_when_nobody_else_is_left() -> None:
@@ -88,7 +78,7 @@ def test_what_could_not_load_is_tried_again_when_nobody_else_is_left() -> None:
 
     cluster.at(0.55, harm)
     cluster.at(12.0, lambda: setattr(cluster.workers["w1"], "has_no_memory", False))
-    assert end(cluster) == ["w1"]
+    assert serving_at_the_end(cluster, 3) == ["w1"]
 
 
 @pytest.mark.parametrize("seed", range(5))
