@@ -288,6 +288,11 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="between two tokens of a stream: prompts are read in chunks that small; default: no goal",
     )
+    add(
+        "--no-look-ahead",
+        action="store_true",
+        help="send a step only when all its tokens are known here, not ahead of them",
+    )
     add("--no-prefix-cache", action="store_true", help="compute every prompt in full")
 
     group = parser.add_argument_group("planning")
@@ -364,6 +369,7 @@ def _serve_config(options: argparse.Namespace, environment: Mapping[str, str]) -
         max_queue=options.max_queue,
         step_tokens=options.step_tokens,
         num_microbatches=options.microbatches,
+        look_ahead=not options.no_look_ahead,
         prefix_cache=not options.no_prefix_cache,
         tpot_goal_s=options.tpot_goal,
         autopilot=options.autopilot,

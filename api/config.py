@@ -69,6 +69,8 @@ class ServeConfig:
     """Tokens in one step of one microbatch, at most."""
     num_microbatches: int = 0
     """Microbatches in flight; 0: as many as it takes to keep every stage busy."""
+    look_ahead: bool = True
+    """Whether the first stage has its next step before the tokens for it have been to the head and back."""
     prefix_cache: bool = True
     tpot_goal_s: float = 0.0
     """Prompts are read in chunks so small that running streams get a token that often, where they can; 0: no goal."""

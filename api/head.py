@@ -253,6 +253,7 @@ def _make_state(config: ServeConfig, spec: ModelSpec) -> SchedulerState:
         max_running=config.max_running,
         max_queue=config.max_queue,
         block_size=config.block_size or _default_block_size(config),
+        look_ahead=config.look_ahead,
         prefix_cache=config.prefix_cache,
         tpot_goal_s=config.tpot_goal_s,
         cache_root=hashlib.blake2b(what.encode(), digest_size=16).digest(),

@@ -4,7 +4,8 @@ A `Member` has no threads, no clock and no sockets: `runtime.worker` feeds it an
 simulator. Usually it serves one epoch; during a transition two, over the same units and the same page pool.
 
 Steps of an epoch run in the order of their ordinals at each hop. A step of an epoch that is not here is stale: counted and
-dropped. A step of the next epoch waits while its fence is not met; steps of the old epoch go on meanwhile.
+dropped. A step of the next epoch waits while its fence is not met; steps of the old epoch go on meanwhile. At the first hop a step that was formed
+ahead of its tokens waits for them.
 """
 
 import logging
@@ -55,6 +56,7 @@ from runtime.messages import (
     StepPlan,
     StepResult,
     ToHead,
+    Tokens,
     TransitionFailed,
     Unreachable,
     Weights,
@@ -135,7 +137,7 @@ class Outbox(Protocol):
     def to_head(self, message: ToHead) -> None: ...
 
     def to_peer(
-        self, worker: WorkerName, message: Step | Mirror | Pages | Fetch | Weights, tensors: Tensors
+        self, worker: WorkerName, message: Step | Tokens | Mirror | Pages | Fetch | Weights, tensors: Tensors
     ) -> None: ...
 
 
@@ -288,23 +290,34 @@ class Member:
             return
         self._run_due(plan.epoch, step.hop)
 
+    def sampled(self, tokens: Tokens, arrived_s: float) -> None:
+        """What the last hop found, here at the first: a step may wait for it. What belongs to an epoch that is over is dropped."""
+        stage = self._stages.get(tokens.epoch)
+        if stage is not None:
+            stage.state.sampled(tokens, arrived_s)
+            self._run_due(tokens.epoch, 0)
+
     def _run_due(self, epoch: Epoch, hop: int) -> None:
         order = self._order[epoch, hop]
         while (due := order.peek()) is not None:
+            step, plan, tensors, arrived_s = due
             handover = self._handover
             if (
                 handover is not None
                 and epoch > handover.source_epoch
-                and not handover.is_complete_through(due[1].fence)
+                and not handover.is_complete_through(plan.fence)
             ):
                 if self._blocked_since_s is None:
                     self._blocked_since_s = self._clock()
                 return
+            fed_s = -math.inf if hop else self._stages[epoch].state.fed_s(plan)
+            if fed_s is None:
+                return
             order.pop()
             try:
-                self._run(*due)
+                self._run(step, plan, tensors, max(arrived_s, fed_s))
             except Exception as error:
-                raise StepError(due[1].epoch, due[1].ordinal, error) from error
+                raise StepError(epoch, plan.ordinal, error) from error
 
     def _unblock(self) -> None:
         """Something arrived that steps of the next epoch, or the transition's end, may have waited for."""
@@ -317,7 +330,7 @@ class Member:
         if self._retire_due is not None and handover.is_complete_through(self._retire_due.through):
             self._end_transition(handover, committed=True)
 
-    def _run(self, step: Step, plan: StepPlan, tensors: Tensors, arrived_s: float) -> None:
+    def _run(self, step: Step, plan: StepPlan, tensors: Tensors, ready_s: float) -> None:
         stage, hop = self._stages[plan.epoch], step.hop
         begun_s = self._clock()
         if (
@@ -346,8 +359,8 @@ class Member:
         self._limiter.ran(begun_s, ended_s)
         timing = HopTiming(
             worker=self._name,
-            idle_us=max(0, int(1e6 * (arrived_s - self._idle_since_s))),
-            queued_us=max(0, int(1e6 * (begun_s - arrived_s))),
+            idle_us=max(0, int(1e6 * (ready_s - self._idle_since_s))),
+            queued_us=max(0, int(1e6 * (begun_s - ready_s))),
             compute_us=int(1e6 * (computed_s - begun_s)),
             sample_us=int(1e6 * (ended_s - computed_s)),
         )
@@ -356,6 +369,10 @@ class Member:
             following = stage.layout.segments[hop + 1].worker
             self._outbox.to_peer(following, Step(hop + 1, step.plan, timings), (hidden,))
         else:
+            if plan.is_followed:
+                sequences = [row.sequence for row in plan.rows if row.sample]
+                tokens = Tokens(plan.epoch, plan.ordinal, sequences, sampled.tokens)
+                self._outbox.to_peer(stage.layout.embedding_worker, tokens, ())
             self._outbox.to_head(
                 StepResult(
                     epoch=plan.epoch,
@@ -678,11 +695,11 @@ class StepError(Exception):
         self.ordinal = ordinal
 
 
-def transition_of(message: Step | Mirror | Pages | Fetch | Weights | Lent) -> int | None:
+def transition_of(message: Step | Tokens | Mirror | Pages | Fetch | Weights | Lent) -> int | None:
     """What waits for a message to a peer: a transition, by its number, or the pipeline (-1). None when nothing does: who asks a
     peer for weights gives up and reads the checkpoint."""
     match message:
-        case Step():
+        case Step() | Tokens():
             return -1
         case Mirror() | Pages():
             return message.transition

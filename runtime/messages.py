@@ -22,6 +22,10 @@ MIN_FREE_BYTES = 512 << 20
 """What a worker leaves alone when its pool follows the memory that is free, and when it loads a shadow; the head plans with it."""
 
 
+AHEAD = -1
+"""In place of a token that is not known yet (`StepPlan`)."""
+
+
 class Sampling(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
     """How the next token of a sequence is chosen. ``temperature == 0`` is greedy; 0 / 1.0 / -1 switch a filter off.
 
@@ -83,6 +87,10 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
 
     `fence` matters while a transition is under way: a worker that receives layers runs this step only when the mirror of
     the previous epoch is complete through step `fence`.
+
+    A step may be formed *ahead* of what a row reads: its token is `AHEAD` then, and is the one that step `oldest` samples for this
+    sequence. The first hop runs the step when it has these `Tokens`, which the last hop of a step with `is_followed` sends it. `oldest`
+    is the oldest step in flight, whether or not it is read from: the tokens of those before it are not wanted any more.
     """
 
     epoch: Epoch
@@ -91,6 +99,9 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     rows: list[Row]
     released: list[SequenceId]
     fence: int = -1
+    oldest: int = -1
+    is_ahead: bool = False
+    is_followed: bool = False
 
 
 class HopTiming(msgspec.Struct, frozen=True, array_like=True):
@@ -148,6 +159,15 @@ class Step(msgspec.Struct, frozen=True, array_like=True, tag=3):
     hop: int
     plan: bytes
     timings: list[HopTiming]
+
+
+class Tokens(msgspec.Struct, frozen=True, array_like=True, tag=19):
+    """From the last hop to the first: what step `ordinal` sampled, for the step that was formed ahead of it."""
+
+    epoch: Epoch
+    ordinal: int
+    sequences: list[SequenceId]
+    tokens: list[int]
 
 
 class Shutdown(msgspec.Struct, frozen=True, array_like=True, tag=4):
@@ -319,6 +339,7 @@ ToWorker: TypeAlias = (
     Welcome
     | Load
     | Step
+    | Tokens
     | Shutdown
     | Audit
     | Prepare

@@ -72,6 +72,8 @@ class Stage:
             PlanError: when the plan contradicts what this worker knows.
         """
         planned = self.state.plan_batch(plan)
+        if plan.is_ahead and not hop:
+            self.state.feed(planned)
         if planned.new_blocks:
             self.pool.ensure(planned.new_blocks)
         if self._units.runner is not None:

@@ -8,6 +8,7 @@ Plans of one epoch are applied in the order of their ordinals, once per worker, 
 worker serves; `StageState.plan_batch` gives the later hops the batch that the first one built.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -15,7 +16,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from kvstore.ids import BlockId, SequenceId
-from runtime.messages import Row, Sampling, SequenceStart, StepPlan
+from runtime.messages import AHEAD, Row, Sampling, SequenceStart, StepPlan, Tokens
 
 T = TypeVar("T")
 
@@ -109,6 +110,7 @@ class StageState:
         self._sequences: dict[SequenceId, SequenceState] = {}
         self._next_ordinal = 0
         self._open: dict[int, tuple[PlannedBatch, int]] = {}
+        self._sampled: dict[int, tuple[Tokens, float]] = {}
 
     @property
     def num_sequences(self) -> int:
@@ -134,6 +136,33 @@ class StageState:
             self._open.pop(plan.ordinal, None)
         return batch
 
+    def sampled(self, tokens: Tokens, arrived_s: float) -> None:
+        """The last hop says what a step brought. A second time changes nothing."""
+        self._sampled.setdefault(tokens.ordinal, (tokens, arrived_s))
+
+    def fed_s(self, plan: StepPlan) -> float | None:
+        """When the last token that `plan` reads was known here: -inf if always, None if it is not."""
+        if not plan.is_ahead:
+            return -math.inf
+        found = self._sampled.get(plan.oldest)
+        return None if found is None else found[1]
+
+    def feed(self, batch: PlannedBatch) -> None:
+        """Put the tokens into `batch` of which the plan only says that they are sampled by another step.
+
+        Raises:
+            PlanError: that step did not sample one of these sequences.
+        """
+        tokens, _ = self._sampled[batch.plan.oldest]
+        known = dict(zip(tokens.sequences, tokens.tokens, strict=True))
+        for index, row in enumerate(batch.plan.rows):
+            if row.tokens[0] != AHEAD:
+                continue
+            token = known.get(row.sequence)
+            if token is None:
+                raise PlanError(f"sequence {row.sequence} is to go on with what step {tokens.ordinal} did not sample")
+            batch.tokens[batch.query_starts[index]] = max(0, token)  # none was found; the head will end it
+
     def retain_only(self, live: Iterable[SequenceId], newest: SequenceId) -> None:
         """Forget every sequence up to `newest` that the head no longer has."""
         keep = set(live)
@@ -149,6 +178,8 @@ class StageState:
             assert len(np.unique(table)) == len(table), f"sequence {sequence} holds a block twice: {table.tolist()}"
 
     def _apply(self, plan: StepPlan) -> PlannedBatch:
+        for ordinal in [known for known in self._sampled if known < plan.oldest]:
+            del self._sampled[ordinal]
         for sequence in plan.released:
             self._sequences.pop(sequence, None)
         rows = plan.rows

@@ -50,6 +50,7 @@ from runtime.messages import (
     Step,
     StepFailed,
     ToHead,
+    Tokens,
     Trace,
     Traced,
     Weights,
@@ -94,6 +95,7 @@ class _ShadowBuilt:
 
 _Message = (
     Step
+    | Tokens
     | Load
     | Prepare
     | Copy
@@ -177,7 +179,7 @@ class Worker:
     def to_peer(
         self,
         worker: WorkerName,
-        message: Step | Mirror | Pages | Fetch | Weights | Lent,
+        message: Step | Tokens | Mirror | Pages | Fetch | Weights | Lent,
         tensors: Sequence[torch.Tensor],
     ) -> None:
         if worker == self._name:
@@ -284,6 +286,8 @@ class Worker:
         match message:
             case Step():
                 member.step(message, arrival.tensors, arrival.arrived_s)
+            case Tokens():
+                member.sampled(message, arrival.arrived_s)
             case Mirror() | Pages():
                 member.arrive(message, arrival.tensors)
             case Load():

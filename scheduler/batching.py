@@ -10,6 +10,11 @@ At most `num_microbatches` steps are in flight. Whenever there is room for one m
 3. admission: waiting sequences, first come first served, when their blocks can be had. The first that does not
    fit stops the line: nobody overtakes, but for those that the pool cannot hold at all while a change has made it small.
 
+One more is formed *ahead*: from what the oldest step in flight is about to sample. The first hop has it at once, and the tokens from
+the last hop, so no stage waits while the head takes in a result, forms a step and sends it. What a sequence has in flight when it
+ends on one of these tokens is computed for nothing, and dropped. While sequences flip nothing is formed ahead: they flip
+between two of their steps.
+
 When a running sequence needs a block and there is none, the youngest running sequence is preempted: it gives its
 blocks back and waits at the head of the line to be recomputed. The oldest is never preempted by a younger, and no
 sequence can outgrow the pool alone (`Batcher.submit` refuses it; while a change has made the pool smaller it waits for its end), so there is
@@ -38,7 +43,7 @@ from kvstore.block_pool import BlockPool
 from kvstore.directory import Directory
 from kvstore.ids import BlockId, Epoch, SequenceId
 from kvstore.prefix import PrefixHasher
-from runtime.messages import Row, SequenceStart, StepPlan, StepResult, TokenLogprobs
+from runtime.messages import AHEAD, Row, SequenceStart, StepPlan, StepResult, TokenLogprobs
 from scheduler.lanes import BatchingConfig, BatchLoad, Counters, Flight, Lane, Opening, StepBuilder, StepPrices
 from scheduler.request import AdmissionError, FinishReason, Request, TokenOutput
 from scheduler.sequence import Sequence
@@ -300,14 +305,13 @@ class Batcher:
 
     def next_step(self, now_s: float) -> StepPlan | None:
         """The next step to send, or None when every microbatch is in flight or nothing is ready."""
-        config = self._config
-        if not self._lanes or self.is_held or self._num_in_flight >= self.num_microbatches:
+        if not self._lanes or self.is_held or self._num_in_flight >= self._max_in_flight:
             return None
-        step = StepBuilder(config.max_step_tokens)
-        decode_s = self._take_decodes(step)
-        step.budget = min(step.budget, self._prefill_budget(step, decode_s, now_s))
-        self._take_prefills(step)
-        self._take_waiting(step, now_s)
+        step = StepBuilder(self._config.max_step_tokens)
+        if self._num_in_flight < self.num_microbatches:
+            self._fill(step, (), now_s)
+        if not step.rows and self._looks_ahead:
+            self._fill(step, self._about_to_be_ready(), now_s)
         if not step.rows:
             return None
         assert step.epoch is not None
@@ -318,7 +322,7 @@ class Batcher:
         if self._opening is not None and step.epoch == self._opening.epoch:
             lane.fence = self._lanes[self._epoch].newest_back
         step.fence = max(step.fence, lane.fence)
-        ordinal = lane.next_ordinal
+        oldest, ordinal = lane.oldest, lane.next_ordinal
         lane.next_ordinal += 1
         flight = Flight([], 0)
         rows = [self._row(step, sequence, count, ordinal, flight) for sequence, count in step.rows.items()]
@@ -326,21 +330,46 @@ class Batcher:
         self._num_in_flight += 1
         released, self._released[step.epoch] = self._released[step.epoch], []
         self.counters.steps += 1
-        return StepPlan(step.epoch, ordinal, ordinal % self.num_microbatches, rows, released, step.fence)
+        flight.is_followed = self._looks_ahead and flight.num_samples > 0
+        return StepPlan(
+            step.epoch,
+            ordinal,
+            ordinal % self.num_microbatches,
+            rows,
+            released,
+            step.fence,
+            oldest,
+            step.is_ahead,
+            flight.is_followed,
+        )
 
     def complete(self, result: StepResult) -> list[Output]:
-        """Apply what a step brought. A stale result (older epoch, unknown step) is counted and dropped."""
+        """Apply what a step brought, once those before it are back: tokens follow each other.
+
+        A stale result (older epoch, unknown step) is counted and dropped.
+        """
         lane = self._lanes.get(result.epoch)
-        flight = lane.in_flight.pop(result.ordinal, None) if lane is not None else None
-        if lane is None or flight is None:
+        if lane is None or result.ordinal not in lane.in_flight or result.ordinal in lane.early:
             self.counters.stale_results += 1
             return []
         lane.newest_back = max(lane.newest_back, result.ordinal)
+        outputs: list[Output] = []
+        if result.ordinal != lane.oldest:
+            lane.early[result.ordinal] = result
+            return outputs
+        following: StepResult | None = result
+        while following is not None:
+            self._apply(following, lane.in_flight.pop(following.ordinal), outputs)
+            following = lane.early.pop(lane.oldest, None)
+        if self._limbo:
+            self._empty_limbo()
+        return outputs
+
+    def _apply(self, result: StepResult, flight: Flight, outputs: list[Output]) -> None:
         self._num_in_flight -= 1
         assert len(result.tokens) == flight.num_samples, (
             f"step {result.ordinal} sampled {len(result.tokens)} tokens for {flight.num_samples} rows"
         )
-        outputs: list[Output] = []
         failed = set(result.failed)
         for sequence_id, start, entries in result.prompt_logprobs:
             sequence = self._sequences.get(sequence_id)
@@ -362,9 +391,6 @@ class Batcher:
                 self._append(sequence, result.tokens[index], logprobs, outputs)
             elif awaits == "end":
                 self._end(sequence, "length", outputs)
-        if self._limbo:
-            self._empty_limbo()
-        return outputs
 
     def check_integrity(self) -> None:
         """Every count agrees with every list; every block in use is used by someone."""
@@ -385,6 +411,11 @@ class Batcher:
         assert ids == sorted(ids), "the line is not in the order of arrival"
         flying = sum(len(lane.in_flight) for lane in self._lanes.values())
         assert flying == self._num_in_flight, f"{flying} steps fly, {self._num_in_flight} counted"
+        for lane in self._lanes.values():
+            assert list(lane.in_flight) == sorted(lane.in_flight), "steps are in flight out of their order"
+            assert lane.early.keys() < lane.in_flight.keys() or not lane.early, "a result waits for no step"
+        for sequence in running:
+            assert sequence.num_remaining >= -1, f"sequence {sequence.id} is {-sequence.num_remaining} tokens ahead"
         held = {b for s in running for b in s.blocks} | {b for _, _, blocks in self._limbo for b in blocks}
         assert len(held) == self._pool.num_used, f"{self._pool.num_used} blocks in use, sequences hold {len(held)}"
         self._pool.check_integrity()
@@ -392,7 +423,38 @@ class Batcher:
 
     # -- forming a step -----------------------------------------------------------------------------------
 
-    def _take_decodes(self, step: StepBuilder) -> float:
+    @property
+    def _looks_ahead(self) -> bool:
+        return self._config.look_ahead and self._opening is None
+
+    @property
+    def _max_in_flight(self) -> int:
+        return self.num_microbatches + self._looks_ahead
+
+    def _about_to_be_ready(self) -> ListOf[Sequence]:
+        """Those for which the oldest step in flight samples a token that is not their last."""
+        lane = self._lanes[self._epoch]
+        flight = lane.in_flight.get(lane.oldest)
+        if flight is None or not flight.is_followed:
+            return ()
+        return [
+            sequence
+            for sequence, attempt, awaits in flight.members
+            if awaits == "token"
+            and sequence.attempt == attempt
+            and sequence.running
+            and not sequence.num_remaining
+            and sequence.goes_on
+        ]
+
+    def _fill(self, step: StepBuilder, ahead: ListOf[Sequence], now_s: float) -> None:
+        """`ahead` may join the decoding rows although their tokens are yet to come."""
+        decode_s = self._take_decodes(step, ahead)
+        step.budget = min(step.budget, self._prefill_budget(step, decode_s, now_s))
+        self._take_prefills(step)
+        self._take_waiting(step, now_s)
+
+    def _take_decodes(self, step: StepBuilder, ahead: ListOf[Sequence]) -> float:
         """What the rows taken cost, in the unit of the prices."""
         prices, opening, block_size = self.prices, self._opening, self._config.block_size
         share = prices.decode_s(self._num_decoding, self._decoding_context) / self.num_microbatches * (1 + _EPSILON)
@@ -416,6 +478,17 @@ class Batcher:
             elif sequence.running:
                 later.append(sequence)
                 break
+        for sequence in () if later else ahead:
+            row_s = prices.decode_s(1, len(sequence.tokens))
+            if cost >= share or (cost and cost + row_s / 2 > share) or step.budget <= 0:
+                break
+            if not sequence.running:
+                continue  # it was preempted just now
+            has_room = sequence.num_scheduled < len(sequence.blocks) * block_size
+            if has_room or (self._pool.can_allocate(1) and self._reserve(sequence, step)):
+                self._add(step, sequence, 1, sequence.epoch)
+                step.is_ahead = True
+                cost += row_s
         ready.extendleft(reversed(later))
         return cost
 
@@ -437,7 +510,7 @@ class Batcher:
         """Of prompts, those that are through before anything is expected to flip: each stage in turn, behind as many in all other
         microbatches."""
         left_s = self.flip_due_s - now_s if self._opening is None else 0.0
-        times = self.num_stages + self.num_microbatches - 1
+        times = self.num_stages + self._max_in_flight - 1
         token_s = self.prices.prefill_s * times or NEAR_S / self._config.max_step_tokens
         return self._config.max_step_tokens if left_s == math.inf else int(max(0.0, left_s) / token_s)
 
@@ -582,13 +655,13 @@ class Batcher:
         return True
 
     def _row(self, step: StepBuilder, sequence: Sequence, count: int, ordinal: int, flight: Flight) -> Row:
-        """Make the row, advance the sequence, publish the blocks that it fills."""
+        """Make the row, advance the sequence, publish the blocks that it fills, if all their tokens are known."""
         request, start = sequence.request, sequence.num_scheduled
         stop = start + count
-        ends = stop == len(sequence.tokens)
+        ends = stop >= len(sequence.tokens)
         sample = ends and request.max_tokens > 0
-        tokens = sequence.tokens[start:stop]
-        reads_prompt = request.prompt_logprobs >= 0 and not sequence.num_output_tokens
+        tokens = sequence.tokens[start:stop] or [AHEAD]
+        reads_prompt = request.prompt_logprobs >= 0 and start < len(request.prompt) == len(sequence.tokens)
         if sequence.begun and not reads_prompt:
             row = Row(sequence.id, start, tokens, step.new_blocks.get(sequence, []), sample)
         else:
@@ -614,7 +687,7 @@ class Batcher:
             self._num_decoding += 1
             self._decoding_context += len(sequence.tokens)
         if stop // self._config.block_size > sequence.num_published:
-            self._publish(sequence, ordinal)
+            self._publish(sequence)
         return row
 
     def _begin(self, sequence: Sequence) -> SequenceStart:
@@ -622,8 +695,8 @@ class Batcher:
         history = list(sequence.tokens) if sampling.needs_history else []
         return SequenceStart(sequence.num_prompt_tokens, sampling, list(sequence.blocks), history)
 
-    def _publish(self, sequence: Sequence, ordinal: int) -> None:
-        full = sequence.num_scheduled // self._config.block_size
+    def _publish(self, sequence: Sequence) -> None:
+        full = min(sequence.num_scheduled, len(sequence.tokens)) // self._config.block_size
         if self._config.prefix_cache and sequence.request.use_prefix_cache:
             self._hasher.extend(sequence.digests, sequence.tokens)
             for index in range(sequence.num_published, full):
@@ -631,7 +704,7 @@ class Batcher:
         if self._guarded:
             for block in sequence.blocks[sequence.num_published : full]:
                 if sequence.epoch == self._epoch:
-                    self._written_by[block] = ordinal
+                    self._written_by[block] = sequence.last_ordinal
                 else:
                     self._written_by.pop(block, None)
         sequence.num_published = full
@@ -660,7 +733,10 @@ class Batcher:
             self._end(sequence, "length", outputs, last=output)
         else:
             outputs.append((sequence.id, output))
-            self._ready.append(sequence)
+            if not sequence.num_in_flight:
+                self._ready.append(sequence)
+            elif len(tokens) % self._config.block_size == 0:
+                self._publish(sequence)
 
     def _end(
         self,
@@ -697,7 +773,8 @@ class Batcher:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the line, in the order of arrival; everything is recomputed (or found in the cache) later."""
-        sequence.num_lost, sequence.lost_to_change = sequence.num_scheduled, self.is_squeezed
+        sequence.num_lost = min(sequence.num_scheduled, len(sequence.tokens))
+        sequence.lost_to_change = self.is_squeezed
         self._stop_running(sequence)
         sequence.attempt += 1
         sequence.num_scheduled = sequence.num_published = 0

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvstore.ids import BlockId, Epoch
+from runtime.messages import StepResult
 from scheduler.sequence import Sequence
 
 
@@ -18,13 +19,15 @@ class BatchingConfig:
     """Bounds on everything that the batcher may pile up."""
 
     num_microbatches: int = 2
-    """Steps in flight at most; 0 for as many as the layout has stages."""
+    """Steps in flight at most, beside one that is formed ahead; 0 for as many as the layout has stages."""
     max_step_tokens: int = 256
     max_running: int = 256
     max_queue: int = 1024
     block_size: int = 16
     prefix_cache: bool = True
     cache_root: bytes = b""
+    look_ahead: bool = True
+    """Whether a step is formed before the tokens that it reads are back, so that no stage waits for the head."""
     tpot_goal_s: float = 0.0
     """Prompt chunks are cut so that decoding streams get a token that often; 0 for no such goal."""
 
@@ -95,6 +98,8 @@ class Flight:
     members: list[tuple[Sequence, int, str]]
     """The third is "token" (sampled), "end" (a prompt of ``max_tokens == 0`` was read) or "" (a chunk)."""
     num_samples: int
+    is_followed: bool = False
+    """Whether the first hop is told what it samples, so that a step may be formed ahead of that."""
 
 
 @dataclass(slots=True)
@@ -103,6 +108,9 @@ class Lane:
 
     next_ordinal: int = 0
     in_flight: dict[int, Flight] = field(default_factory=dict)
+    """In their order."""
+    early: dict[int, StepResult] = field(default_factory=dict)
+    """Results that have overtaken others."""
     fence: int = -1
     """What its steps must wait for, of the epoch before."""
     newest_back: int = -1
@@ -111,7 +119,12 @@ class Lane:
     @property
     def completed(self) -> int:
         """The last step that has come back, with all before it; -1 when there is none."""
-        return min(self.in_flight, default=self.next_ordinal) - 1
+        return self.oldest - 1
+
+    @property
+    def oldest(self) -> int:
+        """The oldest step in flight; the next one when there is none."""
+        return next(iter(self.in_flight), self.next_ordinal)
 
 
 class Arrived(Protocol):
@@ -138,12 +151,14 @@ class Opening:
 class StepBuilder:
     """A step being formed: rows in order, each with the number of tokens it takes. All rows are of one epoch."""
 
-    __slots__ = ("budget", "epoch", "fence", "flips", "new_blocks", "rows")
+    __slots__ = ("budget", "epoch", "fence", "flips", "is_ahead", "new_blocks", "rows")
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self.epoch: Epoch | None = None
         self.fence = -1
+        self.is_ahead = False
+        """Whether a row reads what is yet to be sampled."""
         self.rows: dict[Sequence, int] = {}
         self.flips: list[Sequence] = []
         self.new_blocks: dict[Sequence, list[BlockId]] = {}

@@ -12,7 +12,8 @@ class Sequence:
     """`tokens` is the prompt followed by the output; `num_scheduled` of them have been sent to the workers.
 
     What remains, ``len(tokens) - num_scheduled``, says it all: more than one is a prefill (or the recomputation after
-    a preemption), exactly one is a decode step, none means that the next token is being sampled right now.
+    a preemption), exactly one is a decode step, none means that the next token is being sampled right now, and one less
+    than none that the step which reads it is on its way as well.
     """
 
     id: SequenceId
@@ -29,7 +30,7 @@ class Sequence:
     epoch: Epoch = -1
     """Under which it runs; as the directory has it."""
     num_in_flight: int = 0
-    """Its steps that have not come back; several only while it prefills."""
+    """Its steps that have not come back: several while it prefills, two where one was formed ahead."""
     last_ordinal: int = -1
     """The last step it was in, of its epoch."""
     num_lost: int = 0
@@ -46,6 +47,11 @@ class Sequence:
     """From `submitted_s` to the first step; -1 while it has not been in one."""
     num_cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it needs a token after the one that is being sampled, as far as can be known before."""
+        return len(self.tokens) + 1 < len(self.request.prompt) + self.request.max_tokens
 
     @property
     def num_prompt_tokens(self) -> int:

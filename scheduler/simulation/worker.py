@@ -101,6 +101,10 @@ class SimWorker:
         self._costs: dict[tuple[Epoch, int], StageCost] = {}
         self._next: dict[tuple[Epoch, int], int] = {}
         self._blocked: dict[tuple[Epoch, int], deque[tuple[Flight, float]]] = {}
+        self._sampled_s: dict[Epoch, dict[int, float]] = {}
+        """When the tokens of a step are here, at the first hop, for the one that was formed ahead of them."""
+        self._unfed: dict[Epoch, deque[Flight]] = {}
+        """Steps at the first hop that wait for tokens, and those behind them."""
         self._handover: SimHandover | None = None
         self._retire_due: Retire | None = None
         self._last_transition = 0
@@ -179,6 +183,8 @@ class SimWorker:
         self._units = set(_units_of(layout, self.name))
         self._pool_bytes = 0
         self._stages.clear()
+        self._unfed.clear()
+        self._sampled_s.clear()
         if not self._units:
             return
         seconds = self._weight_bytes / self._world.rates.load_bytes_per_s
@@ -210,18 +216,40 @@ class SimWorker:
 
     def step(self, flight: Flight, hop: int) -> None:
         """A step has arrived at a hop of this worker."""
-        plan = flight.plan
+        plan, now_s = flight.plan, self._world.now_s
         if plan.epoch not in self._stages:
             return
+        if hop:
+            self._take(flight, hop, now_s)
+        else:
+            self._unfed.setdefault(plan.epoch, deque()).append(flight)
+            self._feed(plan.epoch)
+
+    def _feed(self, epoch: Epoch) -> None:
+        """Take the steps at the first hop whose tokens are known, or will be before anything else can come."""
+        unfed, sampled_s, now_s = self._unfed.get(epoch), self._sampled_s.get(epoch, {}), self._world.now_s
+        while unfed:
+            plan = unfed[0].plan
+            fed_s = sampled_s.get(plan.oldest, math.inf) if plan.is_ahead else now_s
+            if fed_s > now_s and (fed_s == math.inf or self._handover is not None):
+                if fed_s < math.inf:
+                    self._world.at(fed_s, self._feed, epoch)
+                return
+            for ordinal in [known for known in sampled_s if known < plan.oldest]:
+                del sampled_s[ordinal]
+            self._take(unfed.popleft(), 0, max(now_s, fed_s))
+
+    def _take(self, flight: Flight, hop: int, arrived_s: float) -> None:
+        plan = flight.plan
         key = plan.epoch, hop
         assert plan.ordinal == self._next.get(key, 0), "a step was overtaken"
         handover = self._handover
         if handover is not None and plan.epoch > handover.source_epoch:
             self._next[key] = plan.ordinal + 1
-            self._blocked.setdefault(key, deque()).append((flight, self._world.now_s))
+            self._blocked.setdefault(key, deque()).append((flight, arrived_s))
             self._run_due(handover, key)
             return
-        worker, arrived_s = self, self._world.now_s
+        worker: SimWorker | None = self
         if not hop and (self._passage is not None or self._open_passage(plan)):
             assert self._passage is not None
             assert self._passing[0] == plan.epoch, "a step of another epoch comes while a passage is open"
@@ -327,6 +355,12 @@ class SimWorker:
         plan, tokens = flight.plan, [0] * int(flight.work.samples)
         result = StepResult(plan.epoch, plan.ordinal, plan.microbatch, tokens, [], [], flight.timings or [])
         self._network.to_head(sent_s, result)
+        if plan.is_followed:
+            first = self._network.peer(self._stages[plan.epoch].embedding_worker)
+            at_s = sent_s + self._world.rates.flight_s
+            first._sampled_s.setdefault(plan.epoch, {})[plan.ordinal] = at_s
+            if first._unfed.get(plan.epoch):
+                self._world.at(at_s, first._feed, plan.epoch)
 
     def _occupy(self, begun_s: float, seconds: float) -> None:
         self.free_at_s = begun_s + seconds
@@ -498,7 +532,10 @@ class SimWorker:
         self._costs = {key: cost for key, cost in self._costs.items() if key[0] != gone}
         self._next = {key: ordinal for key, ordinal in self._next.items() if key[0] != gone}
         assert not any(self._blocked.values()), "a transition ends and steps still wait for its mirror"
+        assert not self._unfed.get(gone), "an epoch ends and steps still wait for its tokens"
         self._blocked.clear()
+        self._unfed.pop(gone, None)
+        self._sampled_s.pop(gone, None)
         self._units &= {unit for layout in self._stages.values() for unit in _units_of(layout, self.name)}
         if not self._stages:
             self._pool_bytes = 0

@@ -39,6 +39,7 @@ from runtime.messages import (
     StartMirror,
     Step,
     ToHead,
+    Tokens,
     ToWorker,
     Weights,
     decode_to_head,
@@ -202,7 +203,7 @@ class _Store:
         self._token += 1
         token = self._token
         random = self._cluster.random
-        fails = random.random() < self._cluster.shadow_failures
+        draw = random.random()
         began = self._cluster.now
         self._missing = {}
         for key in keys:
@@ -218,6 +219,7 @@ class _Store:
             if self._missing and self._cluster.now < began + 2.0:
                 self._cluster.at(0.05, done)
                 return
+            fails = draw < self._cluster.shadow_failures
             if not fails:
                 self._add(keys)
             error = RuntimeError("no memory") if fails else None
@@ -302,7 +304,7 @@ class SimWorker:
         self._cluster.transmit_to_head(self, encode(message))
 
     def to_peer(
-        self, worker: str, message: Step | Mirror | Pages | Fetch | Weights, tensors: Sequence[torch.Tensor]
+        self, worker: str, message: Step | Tokens | Mirror | Pages | Fetch | Weights, tensors: Sequence[torch.Tensor]
     ) -> None:
         transition = transition_of(message)
 
@@ -317,6 +319,8 @@ class SimWorker:
         match message:
             case Step():
                 member.step(message, tensors, self._cluster.now)
+            case Tokens():
+                member.sampled(message, self._cluster.now)
             case Mirror() | Pages():
                 member.arrive(message, tensors)
             case Load():

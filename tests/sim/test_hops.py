@@ -93,6 +93,7 @@ def fail_once(cluster: SimCluster) -> None:
 def hang(cluster: SimCluster) -> None:
     """A disk that says nothing any more: no shadow is ever built."""
     for worker in cluster.workers.values():
+        worker.store.cancel_shadow()
         worker.store.shadow = lambda *_: None  # type: ignore[method-assign]
 
 
