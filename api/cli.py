@@ -106,7 +106,7 @@ def _workers(options: argparse.Namespace, environment: Mapping[str, str]) -> int
 def _change_options(options: argparse.Namespace) -> dict[str, object]:
     """What was said about how to change; the server knows the defaults."""
     names = ("strategy", "queue", "deadline_s", "bytes_per_s")
-    return {name: value for name in names if (value := getattr(options, name))}
+    return {name: value for name in names if (value := getattr(options, name)) not in (None, False)}
 
 
 def _chat(options: argparse.Namespace, environment: Mapping[str, str]) -> int:

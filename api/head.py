@@ -76,6 +76,8 @@ class _Head:
         self._locals: list[LocalWorker] = []
         self._failed = asyncio.Event()
         self._failure = ""
+        self._address = ""
+        """Of the head, for workers."""
         self._is_ending = False
 
     async def run(self) -> int:
@@ -92,7 +94,7 @@ class _Head:
         runner: web.AppRunner | None = None
         try:
             driver.start(door)
-            self._launch(door.address, loop)
+            self._launch(door.address, driver, loop)
             # workers take longer to load than this does, and no plan is asked for before
             threading.Thread(target=compiled.prepare, name="prepare the planner", daemon=True).start()
             text = await unless_stopped(signals, _load_text, spec)
@@ -119,8 +121,9 @@ class _Head:
 
     # -- starting -------------------------------------------------------------------------------------------
 
-    def _launch(self, address: str, loop: asyncio.AbstractEventLoop) -> None:
+    def _launch(self, address: str, driver: Driver, loop: asyncio.AbstractEventLoop) -> None:
         config = self._config
+        self._address = address
         count = config.num_local_workers
         threads = config.num_threads or max(1, (os.cpu_count() or 1) // max(1, count))
         for index in range(count):
@@ -131,23 +134,31 @@ class _Head:
                 num_threads=threads,
                 environment={"MIDFLIGHT_HOME": str(config.home)},
                 on_line=lambda name, line: self._terminal.line(f"[{name}] {line}"),
-                on_exit=lambda name, code: self._local_exit(loop, name, code),
+                on_exit=lambda name, code: self._local_exit(loop, driver, name, code),
             )
             worker.start()
             self._locals.append(worker)
 
-    def _local_exit(self, loop: asyncio.AbstractEventLoop, name: str, code: int) -> None:
+    def _local_exit(self, loop: asyncio.AbstractEventLoop, driver: Driver, name: str, code: int) -> None:
         """In the worker's monitor thread; the last one may come when the loop is closed already."""
         if not self._is_ending:
-            loop.call_soon_threadsafe(self._local_ended, name, code)
+            loop.call_soon_threadsafe(self._local_ended, driver, name, code)
 
-    def _local_ended(self, name: str, code: int) -> None:
+    def _local_ended(self, driver: Driver, name: str, code: int) -> None:
+        """A local worker has no restart left. Without having served once, or without any worker, that is the end of the server."""
         if self._is_ending:
             return
-        if code != 0:
-            self._fail(f"local worker {name} ended with code {code} and will not be started again")
-        else:
+        if code == 0:
             log.warning("local worker %s was told to end, and is not started again", name)
+            return
+        reason = f"local worker {name} ended with code {code} and will not be started again"
+        is_left = any(worker.poll() is None for worker in self._locals if worker.name != name)
+        locals_ = {worker.name for worker in self._locals}
+        joined = {worker["name"].partition("-r")[0] for worker in driver.workers_view()}
+        if driver.served_once and (is_left or joined - locals_):
+            log.warning("%s; the others go on. Another one joins with\n  %s", reason, _join_command(self._address))
+        else:
+            self._fail(reason)
 
     def _fail(self, reason: str) -> None:
         self._failure = self._failure or reason
@@ -339,9 +350,12 @@ async def _listen(runner: web.AppRunner, config: ServeConfig) -> None:
 def _join_line(config: ServeConfig, address: str) -> str:
     missing = config.num_stages - config.num_local_workers
     return (
-        f"waiting for {missing} more worker{'s' if missing > 1 else ''}; on each host run\n"
-        f"  torchrun --standalone --nproc-per-node 1 -m runtime --head {address}"
+        f"waiting for {missing} more worker{'s' if missing > 1 else ''}; on each host run\n  {_join_command(address)}"
     )
+
+
+def _join_command(address: str) -> str:
+    return f"torchrun --standalone --nproc-per-node 1 -m runtime --head {address}"
 
 
 def _address(runner: web.AppRunner, config: ServeConfig) -> str:

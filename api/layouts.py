@@ -8,7 +8,9 @@ what becomes of that; a second one leaves. Standard library only.
 import contextlib
 import http.client
 import json
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
@@ -227,7 +229,7 @@ def _change(server: _Server, path: str, wish: dict[str, Any], wait: bool, as_jso
             )
             return 0
         with server.events() as events:
-            change = server.ask(path, wish)["id"]
+            change = _ask_unstopped(server, path, wish, progress)
             report = _follow(server, change, events, progress)
     except ServerError as error:
         progress.clear()
@@ -236,6 +238,26 @@ def _change(server: _Server, path: str, wish: dict[str, Any], wait: bool, as_jso
     progress.clear()
     print(json.dumps(report, indent=1) if as_json else "\n".join(report_lines(report)))
     return 0 if report["outcome"] == "committed" else 1
+
+
+def _ask_unstopped(server: _Server, path: str, wish: dict[str, Any], progress: Progress) -> int:
+    """The number of the change. A Ctrl-C while it is asked for is for the change, whose number is not known before."""
+    stopped = False
+
+    def stop(*_: object) -> None:
+        nonlocal stopped
+        stopped = True
+
+    if threading.current_thread() is not threading.main_thread():
+        return int(server.ask(path, wish)["id"])  # signals are not for it
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        change = int(server.ask(path, wish)["id"])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if stopped:
+        _abort(server, f"/admin/transitions/{change}", progress)
+    return change
 
 
 def _follow(server: _Server, change: int, events: Iterator[dict[str, Any]], progress: Progress) -> dict[str, Any]:

@@ -70,7 +70,8 @@ class TransitionSums:
         self.fence_wait_s += report["fence_wait_ms"] / 1e3
 
     def families(self) -> Iterator[Metric]:
-        outcomes = CounterMetricFamily("midflight_transitions", "Changes of layout that ended", labels=["outcome"])
+        text = "Changes of layout that ended; refused are those that had been queued, not what was answered with 409 at once"
+        outcomes = CounterMetricFamily("midflight_transitions", text, labels=["outcome"])
         for outcome, count in self.outcomes.items():
             outcomes.add_metric([outcome], count)
         yield outcomes
@@ -184,6 +185,8 @@ def _engine_families(stats: EngineStats) -> Iterator[Metric]:
     yield _counter("midflight_prompt_tokens", "Prompt tokens computed", stats.prompt_tokens)
     yield _counter("midflight_generated_tokens", "Tokens generated", stats.generated_tokens)
     yield _counter("midflight_steps", "Steps sent through the pipeline", stats.steps)
+    yield _counter("midflight_steps_ahead", "Those sent before what they read was sampled", stats.steps_ahead)
+    yield _counter("midflight_discarded_tokens", "Sampled after a sequence's end", stats.discarded_tokens)
     yield _counter("midflight_preemptions", "Sequences put back to be computed again", stats.preemptions)
     finished = CounterMetricFamily("midflight_requests_finished", "Sequences that ended", labels=["reason"])
     for reason, count in sorted(stats.finished.items()):

@@ -302,11 +302,7 @@ class Member:
         while (due := order.peek()) is not None:
             step, plan, tensors, arrived_s = due
             handover = self._handover
-            if (
-                handover is not None
-                and epoch > handover.source_epoch
-                and not handover.is_complete_through(plan.fence)
-            ):
+            if handover is not None and epoch > handover.source_epoch and not handover.is_complete_through(plan.fence):
                 if self._blocked_since_s is None:
                     self._blocked_since_s = self._clock()
                 return

@@ -97,6 +97,8 @@ class Batcher:
         self.is_squeezed = False
         """While True the pool is smaller than the layout allows, because a change needs the room: what is preempted now is
         preempted for its sake."""
+        self._change = 0
+        self._recomputed_for_change = 0
         self.flip_due_s = math.inf
         """When sequences are expected to begin to flip: prompts are cut so that what is read before is through by then."""
         self.num_stages = 1
@@ -223,16 +225,17 @@ class Batcher:
         for sequence in sorted(running, key=lambda s: s.id, reverse=True):
             self._preempt(sequence)
 
-    def to_recompute_for_changes(self) -> int:
-        """KV rows that were lost to a change of layout and whose sequences still wait to compute them again."""
-        return sum(sequence.num_lost for sequence in self._waiting if sequence.lost_to_change)
+    def recomputed_for_change(self) -> int:
+        """KV rows that were lost to the change that `guard` named: those computed again, and those that still wait for it."""
+        waiting = sum(sequence.num_lost for sequence in self._waiting if sequence.lost_to == self._change)
+        return self._recomputed_for_change + waiting
 
     # -- transitions --------------------------------------------------------------------------------------
 
-    def guard(self) -> None:
-        """A transition begins: from now on freed blocks wait for their last step, and writers are remembered."""
+    def guard(self, change: int) -> None:
+        """A change begins, whose number is positive: from now on freed blocks wait for their last step, and writers are remembered."""
         assert not self._guarded, "one transition at a time"
-        self._guarded = True
+        self._guarded, self._change, self._recomputed_for_change = True, change, 0
 
     def unguard(self) -> None:
         """No transition is under way any more."""
@@ -330,6 +333,7 @@ class Batcher:
         self._num_in_flight += 1
         released, self._released[step.epoch] = self._released[step.epoch], []
         self.counters.steps += 1
+        self.counters.steps_ahead += step.is_ahead
         flight.is_followed = self._looks_ahead and flight.num_samples > 0
         return StepPlan(
             step.epoch,
@@ -380,6 +384,7 @@ class Batcher:
             if awaits == "token":
                 index += 1
             if sequence.finished or sequence.attempt != attempt:
+                self.counters.discarded_tokens += awaits == "token"
                 continue
             sequence.num_in_flight -= 1
             if awaits == "token":
@@ -589,8 +594,9 @@ class Batcher:
         if sequence.attempt:
             recomputed = max(0, sequence.num_lost - sequence.num_scheduled)
             self.counters.recomputed_tokens += recomputed
-            if sequence.lost_to_change:
+            if sequence.lost_to:
                 self.counters.recomputed_for_changes_tokens += recomputed
+                self._recomputed_for_change += recomputed if sequence.lost_to == self._change else 0
         else:
             sequence.num_cached_tokens = sequence.num_scheduled
             self.counters.prefix_queries_tokens += len(tokens)
@@ -774,7 +780,7 @@ class Batcher:
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the line, in the order of arrival; everything is recomputed (or found in the cache) later."""
         sequence.num_lost = min(sequence.num_scheduled, len(sequence.tokens))
-        sequence.lost_to_change = self.is_squeezed
+        sequence.lost_to = self._change if self.is_squeezed else 0
         self._stop_running(sequence)
         sequence.attempt += 1
         sequence.num_scheduled = sequence.num_published = 0

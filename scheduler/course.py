@@ -55,7 +55,6 @@ class Course:
     change: Change
     report: Report
     began_s: float
-    recomputed_before: int
     first: Layout
     """The layout that it began with."""
     later: deque[Layout]
@@ -67,7 +66,13 @@ class Course:
     """Why it cannot go on as planned once the present hop is over."""
     given_up: str = ""
     """Why it ends once the present hop is over, wherever that leads: somebody wants it so, or its time is up."""
+    turned_back: str = ""
+    """Why it leads back to `first`: it was to end on the way, and a running request may need more than the layout there holds."""
     pauses: Pauses = field(default_factory=Pauses)
+
+    @property
+    def target(self) -> Layout:
+        return self.first if self.turned_back else self.change.layout
 
 
 @dataclass(slots=True)

@@ -80,7 +80,11 @@ TICK_INTERVAL_S = 0.5
 _WATCHED = ("id", "phase", "hop", "loading", "weights", "snapshot_blocks_arrived", "sequences_flipped")
 MIN_BYTES_PER_S = 1_000_000
 """The slowest that an operator may have a snapshot copied: at less, what a few long requests hold outlives any deadline."""
-_RATE = f"a whole number of {MIN_BYTES_PER_S:,} bytes per second or more; leave it out for {SNAPSHOT_BYTES_PER_S:,}"
+MAX_BYTES_PER_S = 10**15
+_RATE = (
+    f"a whole number of bytes per second from {MIN_BYTES_PER_S:,} to {MAX_BYTES_PER_S:,}; leave it out for "
+    f"{SNAPSHOT_BYTES_PER_S:,}"
+)
 AUDIT_TIMEOUT_S = 30.0
 TRACE_TIMEOUT_S = 10.0
 _TRACED_AS = {SendStep: "send step", Send: "send", Emit: "emit", EvictWorker: "evict", Report: "report", Look: "look"}
@@ -184,6 +188,11 @@ class Driver:
             max_running=state.batching.max_running,
         )
 
+    @property
+    def served_once(self) -> bool:
+        """Whether requests have been taken: from then on they wait for workers, not the other way round."""
+        return self._state.served_once
+
     def health(self) -> Health:
         state = self._state
         workers = state.members.workers.values()
@@ -211,6 +220,8 @@ class Driver:
             prompt_tokens=counters.prompt_tokens,
             generated_tokens=counters.generated_tokens,
             steps=counters.steps,
+            steps_ahead=counters.steps_ahead,
+            discarded_tokens=counters.discarded_tokens,
             preemptions=counters.preemptions,
             finished=dict(counters.finished),
             rejected=counters.rejected,
@@ -621,7 +632,7 @@ def _option(wish: dict[str, Any], name: str, default: Any, is_valid: Callable[[A
 
 
 def _is_rate(value: Any) -> bool:
-    return type(value) is int and value >= MIN_BYTES_PER_S
+    return type(value) is int and MIN_BYTES_PER_S <= value <= MAX_BYTES_PER_S
 
 
 def _is_number(value: Any) -> bool:

@@ -77,6 +77,10 @@ class Counters:
     """Sums since the start."""
 
     steps: int = 0
+    steps_ahead: int = 0
+    """Those that were formed before what they read was sampled."""
+    discarded_tokens: int = 0
+    """Sampled for sequences that had ended, or were put back, meanwhile."""
     prompt_tokens: int = 0
     generated_tokens: int = 0
     preemptions: int = 0

@@ -78,7 +78,7 @@ class Head(Protocol):
 
     def set_capacity(self, num_blocks: int) -> None: ...
 
-    def set_limit(self, num_blocks: int) -> None: ...
+    def set_limit(self, num_blocks: int) -> int: ...
 
     def max_context_tokens(self) -> int: ...
 
@@ -149,7 +149,7 @@ class Reconfiguration:
     def cancel(self, transition: int, why: str) -> bool:
         """Abort a change, or take it out of the queue; False when it is too late: what flips now is the last of it.
 
-        Nothing happens to one that is being aborted already, but that it is not begun anew. One of several hops stays where the hops
+        Nothing happens to one that is being aborted already, but that it is not begun anew, or goes back. One of several hops stays where the hops
         that were made have led; one that flips, where the present hop leads.
         """
         for change in self._queue:
@@ -161,6 +161,8 @@ class Reconfiguration:
         now = self._now
         if now is None or now.change.id != transition:
             return False
+        if now.course.turned_back:
+            return True
         if now.phase == "abort" and now.course.hop == 1:
             if now.again:
                 now.again, now.why = False, why
@@ -231,11 +233,16 @@ class Reconfiguration:
 
     def advance(self) -> None:
         """Go as far as what has happened allows."""
-        while True:
+        self._begin_queued()
+        while self._now is not None:
             while self._now is not None and self._advance_once(self._now):
                 pass
-            if self._now is not None or not self._queue:
-                return
+            if self._now is not None or self._head.batcher.num_waiting:
+                return  # who waited for the end of a change goes before the next one
+            self._begin_queued()
+
+    def _begin_queued(self) -> None:
+        while self._now is None and self._queue:
             change = self._queue.popleft()
             try:
                 self._begin(change)
@@ -300,7 +307,8 @@ class Reconfiguration:
         if change.layout.segments == old.segments:
             self._end_at_once(change, old)
             return
-        hops = self._room.plan(old, change.layout, self._room.blocks_needed(), keeps_cache=change.strategy == "live")
+        needed = 0 if change.strategy == "drain" else self._room.blocks_needed()
+        hops = self._room.plan(old, change.layout, needed, keeps_cache=change.strategy == "live")
         report = Report(
             id=change.id,
             strategy=change.strategy,
@@ -313,9 +321,9 @@ class Reconfiguration:
             sequences_at_start=head.batcher.num_running,
         )
         self._keep(report)
-        head.batcher.guard()
-        course = Course(change, report, head.now_s, self._recomputed(), old, deque(hops))
-        head.set_limit(self._limit(course))
+        head.batcher.guard(change.id)
+        course = Course(change, report, head.now_s, old, deque(hops))
+        self._set_limit(self._limit(course), report)
         self._start_hop(course, old)
         head.note(f"transition {change.id} begins: {old.brief()} -> {change.layout.brief()} ({change.strategy})")
 
@@ -368,29 +376,46 @@ class Reconfiguration:
         try:
             if course.num_retries >= MAX_RETRIES:
                 raise Refused(f"tried again {MAX_RETRIES} times")
-            target, keeps_cache = course.change.layout, course.change.strategy == "live"
-            course.later = deque(self._room.plan(head.layout, target, head.pool.num_used, keeps_cache=keeps_cache))
+            keeps_cache = course.change.strategy == "live"
+            hops = self._room.plan(head.layout, course.target, head.pool.num_used, keeps_cache=keeps_cache)
         except Refused as error:
             self._stay(course, f"{why}; {error}")
             return
-        course.stopped = ""
+        course.later, course.stopped = deque(hops), ""
         course.num_retries += 1
         report.num_hops = course.hop + len(course.later)
         head.note(f"transition {report.id} goes on from {head.layout.brief()}: {why}")
         self._start_hop(course, head.layout)
 
     def _stay(self, course: Course, why: str) -> None:
-        """It ends where the hops that were made have led."""
-        assert self._head.layout is not None, "it has been reached"
-        self._end_course(course, "aborted", f"{why}. It stays as {self._head.layout.brief()}, part of the way")
+        """It ends where the hops that were made have led; back where it began, if what runs may need more than there is here."""
+        head, layout = self._head, self._head.layout
+        assert layout is not None, "it has been reached"
+        holds, needs = self._room.capacity(layout, layout) * head.pool.block_size, head.max_context_tokens()
+        if holds < needs and not course.turned_back:
+            try:
+                hops = self._room.plan(layout, course.first, head.pool.num_used, keeps_cache=False)
+            except Refused:
+                pass  # there is no way to keep that request
+            else:
+                course.turned_back = (
+                    f"{why}. {layout.brief()} holds {holds} KV tokens and a running request may need {needs}"
+                )
+                course.given_up = course.stopped = ""
+                course.later = deque(hops)
+                course.report.num_hops = course.hop + len(hops)
+                head.note(f"transition {course.report.id} goes back: {course.turned_back}")
+                self._start_hop(course, layout)
+                return
+        self._end_course(course, "aborted", f"{why}. It stays as {layout.brief()}, part of the way")
 
     def _end_course(self, course: Course, outcome: str, why: str) -> None:
         """The change is over, and this is its report."""
         head, report = self._head, course.report
         assert head.layout is not None, "there is always one, but for a pipeline that is broken"
-        self._let_go(head.layout)
+        report.recomputed_tokens = head.batcher.recomputed_for_change()
+        self._let_go(head.layout, report)
         report.add_pauses(course.pauses.pauses_us, course.pauses.excesses_us, course.pauses.ordinary_us)
-        report.recomputed_tokens = self._recomputed() - course.recomputed_before
         report.total_s = head.now_s - course.began_s
         self._end_report(report, outcome, why)
         if outcome == "committed":
@@ -399,14 +424,17 @@ class Reconfiguration:
         what = head.layout.brief() if outcome == "committed" else why
         head.note(f"transition {report.id} {outcome}{after}: {what}")
 
-    def _let_go(self, layout: Layout) -> None:
+    def _let_go(self, layout: Layout, report: Report) -> None:
         """No change is under way any more: pool and limits are what `layout` holds."""
         head, num_blocks = self._head, self._room.capacity(layout, layout)
         self._now = None
         head.set_capacity(num_blocks)
-        head.set_limit(num_blocks)
+        self._set_limit(num_blocks, report)
         head.batcher.is_squeezed = False
         head.batcher.unguard()
+
+    def _set_limit(self, num_blocks: int, report: Report) -> None:
+        report.dropped_requests += self._head.set_limit(num_blocks)
 
     def _limit(self, course: Course) -> int:
         """Blocks that one request may need while the change is under way: those that the old layout and the new one hold, whichever it
@@ -467,7 +495,7 @@ class Reconfiguration:
         limit = self._limit(now.course)
         accepted = head.max_context_tokens() <= limit * head.pool.block_size
         if accepted and head.pool.num_blocks <= self._room.capacity(now.old, now.new):
-            head.set_limit(limit)
+            self._set_limit(limit, now.report)
             return True
         now.again = True
         self._abort(now, "the pool of a worker that joins is smaller than was thought")
@@ -524,7 +552,10 @@ class Reconfiguration:
         course.report.paced_s += now.load_s + now.copy_s
         if not course.later:
             now.enter("done", head.now_s)
-            self._end_course(course, "committed", "")
+            if course.turned_back:
+                self._end_course(course, "aborted", f"{course.turned_back}. It is back at {now.new.brief()}")
+            else:
+                self._end_course(course, "committed", "")
         elif course.given_up:
             now.enter("done", head.now_s)
             self._stay(course, course.given_up)
@@ -555,7 +586,7 @@ class Reconfiguration:
             else:
                 self._go_on(course, now.why)
         elif now.again:
-            self._let_go(now.old)
+            self._let_go(now.old, now.report)
             now.report.total_s = head.now_s - course.began_s
             try:
                 self._begin(now.change)
@@ -565,10 +596,6 @@ class Reconfiguration:
             self._end_course(course, "aborted", now.why)
 
     # -- reports --------------------------------------------------------------------------------------------
-
-    def _recomputed(self) -> int:
-        batcher = self._head.batcher
-        return batcher.counters.recomputed_for_changes_tokens + batcher.to_recompute_for_changes()
 
     def _current(self, transition: int) -> Transition | None:
         now = self._now

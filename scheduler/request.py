@@ -115,6 +115,8 @@ class EngineStats(msgspec.Struct, frozen=True):
     prompt_tokens: int
     generated_tokens: int
     steps: int
+    steps_ahead: int
+    discarded_tokens: int
     preemptions: int
     finished: dict[str, int]
     rejected: int

@@ -35,8 +35,8 @@ class Sequence:
     """The last step it was in, of its epoch."""
     num_lost: int = 0
     """KV rows that it had when it was last preempted."""
-    lost_to_change: bool = False
-    """Whether a change of layout is to blame for that."""
+    lost_to: int = 0
+    """The change of layout that is to blame for that, if any is."""
     begun: bool = False
     running: bool = False
     finished: bool = False

@@ -590,10 +590,12 @@ class SchedulerState:
         self.pool.resize(num_blocks)
         self.num_blocks = num_blocks
 
-    def set_limit(self, num_blocks: int) -> None:
+    def set_limit(self, num_blocks: int) -> int:
+        """How many requests have ended because they may need more."""
         outputs = self.batcher.set_limit(num_blocks, self.cluster.spec.max_context)
         self._effects.extend(Emit(sequence, output) for sequence, output in outputs)
         self.pilot.outputs(outputs, self.now_s)
+        return len(outputs)
 
     def max_context_tokens(self) -> int:
         """Tokens that the largest accepted request may reach."""

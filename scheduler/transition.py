@@ -115,6 +115,7 @@ class Report(msgspec.Struct):
     recomputed_tokens: int = 0
     """KV rows that sequences lost because the change needed their room (or flipped at once), and compute again."""
     dropped_requests: int = 0
+    """Requests that ended with an error because of it: a worker was lost on the way, and no layout that can be reached holds them."""
     cached_blocks_dropped: int = 0
     """Blocks of the prefix cache that had to go because the change needed their room."""
 

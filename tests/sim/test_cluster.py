@@ -20,6 +20,7 @@ def scenario(seed: int, *, crashes: bool = False, changes: bool = False, lossy: 
         max_queue=rng.choice((3, 100)),
         block_size=block_size,
         prefix_cache=rng.random() < 0.8,
+        look_ahead=rng.random() < 0.8,
     )
     tight = rng.random() < 0.5
     num_blocks = -(-60 // block_size) + (0 if tight else 60)
@@ -96,8 +97,10 @@ def seeds_of(family: int, block: int) -> range:
 
 
 def plain(seed: int) -> Counter[str]:
-    check(scenario(seed))
-    return Counter()
+    cluster = scenario(seed)
+    check(cluster)
+    counters = cluster.head.batcher.counters
+    return Counter(ahead=counters.steps_ahead, discarded=counters.discarded_tokens)
 
 
 def with_crashes(seed: int) -> Counter[str]:
@@ -122,7 +125,9 @@ def with_changes_and_crashes(seed: int) -> Counter[str]:
 
 
 def test_every_stream_equals_the_reference(block: int) -> None:
-    of_seeds(plain, seeds_of(0, block))
+    counts = of_seeds(plain, seeds_of(0, block))
+    assert counts["ahead"], "no step was formed ahead of what it reads"
+    assert counts["discarded"], "no sequence ever ended on a token that was not foreseen"
 
 
 def test_streams_outlive_crashes(block: int) -> None:

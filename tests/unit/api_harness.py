@@ -125,7 +125,7 @@ class ScriptedEngine:
 
     def stats(self) -> EngineStats:
         stages = [StageStats("w0", 0, 7, 0.5, 0.25, 2.0, 0.0)]
-        return EngineStats(1, len(self.sinks), 64, 5, 3, 20, 10, 99, 42, 7, 1, {"stop": 2}, 4, 0, 0, stages)
+        return EngineStats(1, len(self.sinks), 64, 5, 3, 20, 10, 99, 42, 7, 6, 3, 1, {"stop": 2}, 4, 0, 0, stages)
 
     def layout_view(self) -> dict[str, Any]:
         stages = [

@@ -7,7 +7,7 @@ import pytest
 from kvstore.block_pool import BlockPool
 from kvstore.directory import Directory
 from kvstore.ids import LayerRange
-from runtime.messages import Sampling, StepPlan, StepResult
+from runtime.messages import AHEAD, Row, Sampling, StepPlan, StepResult
 from scheduler.batching import (
     FLIP_CHUNK_TOKENS,
     MIN_CHUNK_TOKENS,
@@ -148,11 +148,114 @@ def test_a_step_in_flight_is_never_sent_twice_and_the_number_in_flight_is_bounde
     batcher = make_batcher(num_microbatches=2)
     for sequence in (1, 2, 3):
         batcher.submit(sequence, make_request(16, first=100 * sequence), 0.0)
-    plans = [step(batcher), step(batcher)]
-    assert [p.ordinal for p in plans] == [0, 1]
+    plans = [step(batcher), step(batcher), step(batcher)]
+    assert [p.ordinal for p in plans] == [0, 1, 2]
+    assert [[row.sequence for row in p.rows] for p in plans] == [[1], [2], [1, 3]]
     assert batcher.next_step(0.0) is None
-    answer(batcher, plans[1])
+    answer(batcher, plans[0])
+    assert step(batcher).ordinal == 3
+    assert batcher.next_step(0.0) is None
+
+
+def test_without_looking_ahead_no_more_than_the_microbatches_are_in_flight() -> None:
+    batcher = make_batcher(num_microbatches=2, look_ahead=False)
+    for sequence in (1, 2, 3):
+        batcher.submit(sequence, make_request(16, first=100 * sequence), 0.0)
+    plans = [step(batcher), step(batcher)]
+    assert not any(p.is_followed or p.is_ahead for p in plans)
+    assert batcher.next_step(0.0) is None
+    answer(batcher, plans[0])
     assert step(batcher).ordinal == 2
+
+
+def test_a_step_is_formed_ahead_of_the_token_it_reads() -> None:
+    batcher = make_batcher(num_microbatches=1)
+    batcher.submit(1, make_request(6, max_tokens=3), 0.0)
+    first, second = step(batcher), step(batcher)
+    assert first.is_followed
+    assert not first.is_ahead
+    assert (second.is_ahead, second.oldest) == (True, first.ordinal)
+    assert second.rows == [Row(1, 6, [AHEAD], [], True)]
+    assert batcher.next_step(0.0) is None
+    assert [o.tokens for _, o in answer(batcher, first, 11)] == [[11]]
+    third = step(batcher)
+    assert third.rows[0].start == 7
+    assert [o.tokens for _, o in answer(batcher, second, 12)] == [[12]]
+    assert batcher.next_step(0.0) is None, "the last token needs no step behind it"
+    assert [(o.tokens, o.finish_reason) for _, o in answer(batcher, third, 13)] == [([13], "length")]
+    assert batcher.counters.discarded_tokens == 0
+
+
+def test_what_was_computed_beyond_a_sequences_end_is_dropped() -> None:
+    batcher = make_batcher(num_microbatches=1)
+    batcher.submit(1, make_request(6, max_tokens=30, stop_token_ids=frozenset([9])), 0.0)
+    batcher.submit(2, make_request(6, max_tokens=30, first=50), 0.0)
+    first, second = step(batcher), step(batcher)
+    assert [row.sequence for row in second.rows] == [1, 2]
+    outputs = batcher.complete(StepResult(1, first.ordinal, 0, [9, 12], [], [], []))
+    assert [(s, o.finish_reason) for s, o in outputs] == [(1, "stop"), (2, None)]
+    third = step(batcher)
+    assert [row.sequence for row in third.rows] == [2]
+    assert third.released == [1], "behind the step that is still on its way"
+    assert [(s, o.tokens) for s, o in answer(batcher, second, 13)] == [(2, [13])]
+    assert batcher.counters.discarded_tokens == 1
+    assert batcher.num_running == 1
+
+
+def test_results_that_overtake_others_wait_for_them() -> None:
+    batcher = make_batcher(num_microbatches=1)
+    batcher.submit(1, make_request(6, max_tokens=30), 0.0)
+    first, second = step(batcher), step(batcher)
+    assert answer(batcher, second, 12) == []
+    assert answer(batcher, second, 12) == []
+    assert batcher.counters.stale_results == 1
+    assert [o.tokens for _, o in answer(batcher, first, 11)] == [[11], [12]]
+    assert step(batcher).rows[0].tokens == [12]
+
+
+def test_a_block_is_published_when_all_its_tokens_are_known() -> None:
+    batcher = make_batcher(num_microbatches=1)
+    batcher.submit(1, make_request(7, max_tokens=30), 0.0)
+    first, _ = step(batcher), step(batcher)
+    batcher.submit(2, Request("r", [*range(7), 11, 99], GREEDY, 1), 0.0)
+    assert batcher._pool.num_cached + len(batcher._sequences[1].digests) == 1, (
+        "the second block ends with a token to come"
+    )
+    answer(batcher, first, 11)
+    third = step(batcher)
+    assert [(row.sequence, row.start) for row in third.rows] == [(1, 8), (2, 8)], "both of its blocks are found"
+
+
+def test_nobody_is_preempted_for_a_step_ahead() -> None:
+    batcher = make_batcher(num_blocks=4, num_microbatches=1, prefix_cache=False, max_step_tokens=64)
+    batcher.submit(1, make_request(8, max_tokens=8), 0.0)
+    batcher.submit(2, make_request(7, max_tokens=8, first=50), 0.0)
+    first, second = step(batcher), step(batcher)
+    assert [row.sequence for row in second.rows] == [2], "the other one has no room yet"
+    answer(batcher, first)
+    assert batcher.counters.preemptions == 0
+    third = step(batcher)
+    assert batcher.counters.preemptions == 1
+    assert [row.sequence for row in third.rows] == [1]
+    assert answer(batcher, second) == []
+
+
+def test_nothing_is_formed_ahead_while_sequences_flip() -> None:
+    batcher = make_batcher(num_microbatches=1)
+    batcher.submit(1, make_request(6, max_tokens=30), 0.0)
+    first, second = step(batcher), step(batcher)
+    batcher.guard(1)
+    batcher._directory.open_epoch(2, (("w1", LayerRange(0, 2)),))
+    batcher.open_next(Opening(2, Snapshot([], 0)))
+    answer(batcher, first)
+    assert batcher.next_step(0.0) is None
+    answer(batcher, second)
+    flipped = step(batcher)
+    assert (flipped.epoch, flipped.is_ahead, flipped.is_followed) == (2, False, False)
+    assert batcher.next_step(0.0) is None
+    batcher.retire_old()
+    answer(batcher, flipped)
+    assert [step(batcher).is_ahead, step(batcher).is_ahead] == [False, True]
 
 
 def test_first_come_first_served_even_when_a_later_one_would_fit() -> None:
@@ -201,7 +304,7 @@ def test_nobody_is_admitted_to_the_room_that_running_ones_grow_into_during_a_cha
 
 def test_what_the_pool_cannot_hold_during_a_change_lets_others_pass_and_comes_at_its_end() -> None:
     batcher = make_batcher(num_blocks=8, num_microbatches=1, prefix_cache=False, max_step_tokens=64)
-    batcher.guard()
+    batcher.guard(1)
     batcher._pool.resize(4)
     batcher.is_squeezed = True
     batcher.submit(1, make_request(24, max_tokens=8), 0.0)
@@ -352,7 +455,7 @@ def test_steps_after_the_old_epoch_wait_for_all_of_its_rows() -> None:
     answer(batcher, step(batcher))
     batcher.submit(2, make_request(3, max_tokens=1), 0.0)
     last_old = step(batcher)
-    batcher.guard()
+    batcher.guard(1)
     batcher._directory.open_epoch(2, (("w1", LayerRange(0, 2)),))
     batcher.open_next(Opening(2, Snapshot([], 0)))
     batcher.submit(3, make_request(3), 0.0)
@@ -374,7 +477,7 @@ def test_prompts_stay_out_of_the_way_of_a_flip() -> None:
     plan = step(batcher)
     assert [len(row.tokens) for row in plan.rows] == [1, FLIP_CHUNK_TOKENS], "a small piece beside what decodes"
     answer(batcher, plan)
-    batcher.guard()
+    batcher.guard(1)
     batcher._directory.open_epoch(2, (("w1", LayerRange(0, 2)),))
     batcher.open_next(Opening(2, Snapshot([], 0)))
     batcher.submit(3, make_request(100, first=900), 0.0)
@@ -391,9 +494,9 @@ def test_prompts_stay_out_of_the_way_of_a_flip() -> None:
     ("due_s", "prefill_s", "num_stages", "expected"),
     [
         (math.inf, 0.001, 2, 100),
-        (0.241, 0.001, 2, 80),
-        (0.161, 0.001, 1, 80),
-        (0.301, 0.001, 2, 100),
+        (0.321, 0.001, 2, 80),
+        (0.241, 0.001, 1, 80),
+        (0.401, 0.001, 2, 100),
         (0.02, 0.001, 2, FLIP_CHUNK_TOKENS),
         (NEAR_S, 0.0, 2, 100),
         (0.4001 * NEAR_S, 0.0, 2, 80),

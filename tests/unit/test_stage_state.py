@@ -1,8 +1,10 @@
 """A worker's memory of sequences: what a plan becomes, and what it refuses."""
 
+import math
+
 import pytest
 
-from runtime.messages import Row, Sampling, SequenceStart, StepPlan
+from runtime.messages import AHEAD, Row, Sampling, SequenceStart, StepPlan, Tokens
 from runtime.stage_state import PlanError, StageState, StepOrder
 
 GREEDY = Sampling(temperature=0.0)
@@ -84,3 +86,38 @@ def test_only_what_the_head_has_is_kept() -> None:
     state.plan_batch(plan(0, rows))
     state.retain_only([2], newest=2)
     assert state.num_sequences == 2, "3 began after the list was made"
+
+
+def test_a_step_ahead_of_its_tokens_gets_them_whatever_comes_first() -> None:
+    state = StageState(block_size=4, num_hops_here=1)
+    rows = [Row(1, 0, [11, 12], [], True, begin([9], 2)), Row(2, 0, [21], [], True, begin([3], 1))]
+    state.plan_batch(plan(0, rows))
+    ahead = StepPlan(
+        1,
+        1,
+        0,
+        [Row(3, 0, [31, 32], [], True, begin([4], 2)), Row(2, 1, [AHEAD], [], True)],
+        [],
+        oldest=0,
+        is_ahead=True,
+    )
+    assert state.fed_s(plan(1, [])) == -math.inf
+    assert state.fed_s(ahead) is None
+    state.sampled(Tokens(1, 0, [1, 2], [13, 22]), 5.0)
+    state.sampled(Tokens(1, 0, [1, 2], [13, 22]), 7.0)
+    assert state.fed_s(ahead) == 5.0
+    batch = state.plan_batch(ahead)
+    state.feed(batch)
+    assert batch.tokens.tolist() == [31, 32, 22]
+    assert batch.context_lens.tolist() == [2, 2]
+    state.plan_batch(StepPlan(1, 2, 0, [], [], oldest=1))
+    assert state.fed_s(ahead) is None, "what nobody can want any more is forgotten"
+
+
+def test_a_step_cannot_go_on_with_what_was_never_sampled() -> None:
+    state = StageState(block_size=4, num_hops_here=1)
+    state.plan_batch(plan(0, [Row(1, 0, [11], [], True, begin([9], 1))]))
+    state.sampled(Tokens(1, 0, [], []), 5.0)
+    batch = state.plan_batch(StepPlan(1, 1, 0, [Row(1, 1, [AHEAD], [], True)], [], oldest=0, is_ahead=True))
+    with pytest.raises(PlanError, match="did not sample"):
+        state.feed(batch)
