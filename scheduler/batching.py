@@ -10,8 +10,8 @@ At most `num_microbatches` steps are in flight. Whenever there is room for one m
 3. admission: waiting sequences, first come first served, when their blocks can be had. The first that does not
    fit stops the line: nobody overtakes, but for those that the pool cannot hold at all while a change has made it small.
 
-One more is formed *ahead*: from what the oldest step in flight is about to sample. The first hop has it at once, and the tokens from
-the last hop, so no stage waits while the head takes in a result, forms a step and sends it. What a sequence has in flight when it
+One more is formed *ahead*: from what the oldest step in flight is about to sample (`Rhythm` says when). The first hop has it early, and
+the tokens from the last hop, so no stage waits while the head takes in a result, forms a step and sends it. What a sequence has in flight when it
 ends on one of these tokens is computed for nothing, and dropped. While sequences flip nothing is formed ahead: they flip
 between two of their steps.
 
@@ -44,7 +44,18 @@ from kvstore.directory import Directory
 from kvstore.ids import BlockId, Epoch, SequenceId
 from kvstore.prefix import PrefixHasher
 from runtime.messages import AHEAD, Row, SequenceStart, StepPlan, StepResult, TokenLogprobs
-from scheduler.lanes import BatchingConfig, BatchLoad, Counters, Flight, Lane, Opening, StepBuilder, StepPrices
+from scheduler.lanes import (
+    MIN_WAIT_S,
+    BatchingConfig,
+    BatchLoad,
+    Counters,
+    Flight,
+    Lane,
+    Opening,
+    Rhythm,
+    StepBuilder,
+    StepPrices,
+)
 from scheduler.request import AdmissionError, FinishReason, Request, TokenOutput
 from scheduler.sequence import Sequence
 
@@ -101,6 +112,9 @@ class Batcher:
         self._recomputed_for_change = 0
         self.flip_due_s = math.inf
         """When sequences are expected to begin to flip: prompts are cut so that what is read before is through by then."""
+        self.wake_s = math.inf
+        """When `next_step` is to be asked again, if nothing happens before."""
+        self._rhythm = Rhythm()
         self.num_stages = 1
         """Of the layout served; while one follows another, of the longer one."""
         self.prices = StepPrices()
@@ -197,7 +211,7 @@ class Batcher:
         self._lanes.clear()
         self._num_in_flight = 0
         self._opening, self._guarded, self.is_held, self.admits, self.is_squeezed = None, False, False, True, False
-        self.flip_due_s = math.inf
+        self.flip_due_s = self.wake_s = math.inf
         for _, _, blocks in self._limbo:
             self._pool.release(blocks)
         self._limbo.clear()
@@ -307,13 +321,16 @@ class Batcher:
     # -- steps --------------------------------------------------------------------------------------------
 
     def next_step(self, now_s: float) -> StepPlan | None:
-        """The next step to send, or None when every microbatch is in flight or nothing is ready."""
+        """The next step to send, or None when every microbatch is in flight or nothing is ready; `wake_s` may say when to ask again."""
+        self.wake_s = math.inf
         if not self._lanes or self.is_held or self._num_in_flight >= self._max_in_flight:
             return None
         step = StepBuilder(self._config.max_step_tokens)
         if self._num_in_flight < self.num_microbatches:
             self._fill(step, (), now_s)
-        if not step.rows and self._looks_ahead:
+        if not step.rows and self._looks_ahead and (due_s := self._rhythm.ahead_s()) - now_s >= MIN_WAIT_S:
+            self.wake_s = due_s
+        elif not step.rows and self._looks_ahead:
             self._fill(step, self._about_to_be_ready(), now_s)
         if not step.rows:
             return None
@@ -347,7 +364,7 @@ class Batcher:
             flight.is_followed,
         )
 
-    def complete(self, result: StepResult) -> list[Output]:
+    def complete(self, result: StepResult, now_s: float = 0.0) -> list[Output]:
         """Apply what a step brought, once those before it are back: tokens follow each other.
 
         A stale result (older epoch, unknown step) is counted and dropped.
@@ -361,12 +378,15 @@ class Batcher:
         if result.ordinal != lane.oldest:
             lane.early[result.ordinal] = result
             return outputs
+        self._rhythm.came(now_s)
         following: StepResult | None = result
         while following is not None:
             self._apply(following, lane.in_flight.pop(following.ordinal), outputs)
             following = lane.early.pop(lane.oldest, None)
         if self._limbo:
             self._empty_limbo()
+        if not self._sequences:
+            self._rhythm.rested()
         return outputs
 
     def _apply(self, result: StepResult, flight: Flight, outputs: list[Output]) -> None:

@@ -7,6 +7,7 @@ bytes over to the loop. Nothing is decided here.
 import asyncio
 import itertools
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -51,6 +52,7 @@ from scheduler.events import (
     SetAutopilot,
     Submit,
     Tick,
+    Wake,
 )
 from scheduler.pilot import SNAPSHOT_BYTES_PER_S
 from scheduler.planning import compiled
@@ -100,6 +102,7 @@ class Driver:
         self._next_sequence = 1
         self._door: Door | None = None
         self._closed = False
+        self._has_alarm = False
         self._ticker: asyncio.Task[None] | None = None
         self._finish_rate = 0.0
         self._num_finished_before = 0
@@ -502,6 +505,14 @@ class Driver:
                     self._carry_out(effect)
         if self._state.reconfiguration.is_active or self._unended or self._seen:
             self._watch()
+        if not self._has_alarm and (wake_s := self._state.batcher.wake_s) < math.inf:
+            self._has_alarm = True
+            self._loop.call_at(wake_s, self._wake)
+
+    def _wake(self) -> None:
+        self._has_alarm = False
+        if not self._closed:
+            self._handle(Wake(self._loop.time()))
 
     def _handle_traced(self, event: Event) -> None:
         span, begun_s = self._tracer.span, time.perf_counter()

@@ -51,6 +51,13 @@ class Tick:
 
 
 @dataclass(frozen=True, slots=True)
+class Wake:
+    """The time has come that the batcher named (`Batcher.wake_s`)."""
+
+    now_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Drain:
     """Take nothing new; let what runs end."""
 
@@ -94,7 +101,18 @@ class Looked:
 
 
 Event: TypeAlias = (
-    Looked | Submit | Cancel | FromWorker | PeerDown | Tick | Drain | ChangeLayout | AbortChange | Resume | SetAutopilot
+    Looked
+    | Submit
+    | Cancel
+    | FromWorker
+    | PeerDown
+    | Tick
+    | Wake
+    | Drain
+    | ChangeLayout
+    | AbortChange
+    | Resume
+    | SetAutopilot
 )
 
 # -- effects --------------------------------------------------------------------------------------------------

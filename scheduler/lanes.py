@@ -5,6 +5,7 @@ a transition there is one lane; while one epoch hands over to the next there are
 different lanes but what the scheduler does about it (`Opening`, the fence, the limbo).
 """
 
+import math
 from collections.abc import Sequence as ListOf
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -12,6 +13,12 @@ from typing import Protocol
 from kvstore.ids import BlockId, Epoch
 from runtime.messages import StepResult
 from scheduler.sequence import Sequence
+
+RHYTHM_STEPS = 8
+AHEAD_AT = 0.5
+"""Of the time between two results: after so much of it a step is formed ahead of the next one."""
+MIN_WAIT_S = 0.001
+"""Less is not waited for: event loops count milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +136,30 @@ class Lane:
     def oldest(self) -> int:
         """The oldest step in flight; the next one when there is none."""
         return next(iter(self.in_flight), self.next_ordinal)
+
+
+@dataclass(slots=True)
+class Rhythm:
+    """How often results come, as a mean of the last ones. It says when to form a step ahead: late, so that who has just arrived is in it,
+    and early enough that it is there before it is due. Formed at once it would cost who arrives a stage's time, and gain nothing.
+    """
+
+    last_s: float = -math.inf
+    mean_s: float = 0.0
+
+    def came(self, now_s: float) -> None:
+        gap_s, self.last_s = now_s - self.last_s, now_s
+        if gap_s == math.inf:
+            return
+        self.mean_s = self.mean_s + (gap_s - self.mean_s) / RHYTHM_STEPS if self.mean_s else gap_s
+
+    def rested(self) -> None:
+        """Nothing is left to do: how long that lasts says nothing."""
+        self.last_s = -math.inf
+
+    def ahead_s(self) -> float:
+        """When to form a step ahead."""
+        return self.last_s + AHEAD_AT * self.mean_s
 
 
 class Arrived(Protocol):

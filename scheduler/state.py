@@ -69,6 +69,7 @@ from scheduler.events import (
     SetAutopilot,
     Submit,
     Tick,
+    Wake,
 )
 from scheduler.lineup import Lineup
 from scheduler.membership import Membership
@@ -188,6 +189,8 @@ class SchedulerState:
                 self._lose(event.worker, event.reason, event.now_s, effects)
             case Tick():
                 self._tick(event.now_s, effects)
+            case Wake():
+                pass
             case Drain():
                 self.draining = True
             case ChangeLayout():
@@ -612,7 +615,7 @@ class SchedulerState:
         return sends
 
     def _step_result(self, result: StepResult, now_s: float, effects: list[Effect]) -> None:
-        outputs = self.batcher.complete(result)
+        outputs = self.batcher.complete(result, now_s)
         effects += [Emit(sequence, output) for sequence, output in outputs]
         self.pilot.outputs(outputs, now_s)
         layout = self.layouts.get(result.epoch)

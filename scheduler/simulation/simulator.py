@@ -31,6 +31,7 @@ from scheduler.events import (
     SendStep,
     Submit,
     Tick,
+    Wake,
 )
 from scheduler.planning.autopilot import Mode, Settings
 from scheduler.planning.cost import Facts, work_of_rows
@@ -135,6 +136,7 @@ class Simulation:
         self.workers = {d.worker: SimWorker(d, facts, self.world, self, draw) for d in devices}
         self._concurrency = concurrency
         self._head_free_s = 0.0
+        self._alarm_s = math.inf
         self._began_s = 0.0
         self._pending: list[Record] = []
         self._next = 0
@@ -221,10 +223,17 @@ class Simulation:
                 case EvictWorker() | Report():
                     if isinstance(effect, Report) and effect.level == "error":
                         self._failure = effect.text
+        if (wake_s := head.batcher.wake_s) < self._alarm_s:
+            self._alarm_s = wake_s
+            world.at(wake_s, self._wake)
         if not self._serves and head.status in ("serving", "failed"):
             self._serves = True
             self.world.stop()
         self._watch_layout()
+
+    def _wake(self) -> None:
+        self._alarm_s = math.inf
+        self._handle(Wake(self.world.now_s))
 
     # -- the trace --------------------------------------------------------------------------------------------
 

@@ -153,7 +153,10 @@ class ReconfigurationMachine(RuleBasedStateMachine):
                 case _:
                     pass
         self.head.check_integrity()
-        if self.head.status == "serving" and self.phase != "flip":  # whose last step may just have been formed
+        lets_pass = self.phase is None and self.head.reconfiguration.last_wanted is not None  # who waited for the end
+        if (
+            self.head.status == "serving" and self.phase != "flip" and not lets_pass
+        ):  # whose last step may just have been formed
             went_to = self.head.reconfiguration.view()
             self.head.reconfiguration.advance()
             assert self.head.reconfiguration.view() == went_to, "it could have gone on at once"

@@ -7,6 +7,7 @@ that changed too soon gives another token than the reference, which needs no pip
 """
 
 import heapq
+import math
 import random
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -64,6 +65,7 @@ from scheduler.events import (
     SendStep,
     Submit,
     Tick,
+    Wake,
 )
 from scheduler.request import AdmissionError, Request, TokenOutput
 from scheduler.state import Cancel as CancelRequest
@@ -404,6 +406,7 @@ class SimCluster:
         self.num_blocks = num_blocks
         self.num_fetched = 0
         self.restarts = 0
+        self._has_alarm = False
         self.changes = 0
         self.page_shares: tuple[float, ...] = (1.0,)
         """Of the usual number of pages, what a worker may have."""
@@ -440,6 +443,13 @@ class SimCluster:
                     self._evict(effect.worker)
                 case Report() | Look():
                     pass
+        if not self._has_alarm and (wake_s := self.head.batcher.wake_s) < math.inf:
+            self._has_alarm = True
+            self.at(max(0.0, wake_s - self.now), self._wake)
+
+    def _wake(self) -> None:
+        self._has_alarm = False
+        self.handle(Wake(self.now))
 
     def _send(self, to: str, message: ToWorker) -> None:
         """As the driver does: a worker that a message did not get to is lost."""

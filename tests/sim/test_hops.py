@@ -63,8 +63,8 @@ def changed(
             has_acted = True
             act(cluster)
 
-    for index in range(1, 2000):
-        cluster.at(0.5 + 0.002 * index, look)
+    for index in range(1, 16_000):
+        cluster.at(0.5 + 0.00025 * index, look)
     for index in range(1, 190):
         cluster.at(0.1 * index, cluster.tick)
     cluster.run(until=20.0)
@@ -202,8 +202,8 @@ def test_a_prepare_from_before_the_pipeline_was_rebuilt_is_not_heard(monkeypatch
     for sequence in range(2):
         request = Request("sim", [sequence + 1] * 30, Sampling(temperature=0.0), max_tokens=70)
         cluster.at(0.6, lambda s=sequence, r=request: cluster.submit(s, r))
-    cluster.at(0.7, lambda: cluster.change(layout(("w0", 0, 5))))
-    cluster.at(0.75, lambda: kill("w1")(cluster))
+    cluster.at(0.66, lambda: cluster.change(layout(("w0", 0, 5))))
+    cluster.at(0.71, lambda: kill("w1")(cluster))
     told: list[int] = []
 
     def look() -> None:

@@ -44,9 +44,13 @@ def step(batcher: Batcher) -> StepPlan:
     return plan
 
 
-def answer(batcher: Batcher, plan: StepPlan, token: int = 7) -> list[Output]:
+def result_of(plan: StepPlan, token: int = 7) -> StepResult:
     tokens = [token for row in plan.rows if row.sample]
-    outputs = batcher.complete(StepResult(plan.epoch, plan.ordinal, plan.microbatch, tokens, [], [], []))
+    return StepResult(plan.epoch, plan.ordinal, plan.microbatch, tokens, [], [], [])
+
+
+def answer(batcher: Batcher, plan: StepPlan, token: int = 7) -> list[Output]:
+    outputs = batcher.complete(result_of(plan, token))
     batcher.check_integrity()
     return outputs
 
@@ -513,3 +517,33 @@ def test_what_is_read_before_a_flip_is_through_by_then(
     batcher.submit(2, make_request(100, first=500), 0.0)
     batcher.flip_due_s = due_s
     assert [len(row.tokens) for row in step(batcher).rows] == [1, expected]
+
+
+def test_a_step_ahead_is_formed_late_so_that_who_arrives_is_in_it() -> None:
+    batcher = make_batcher(num_microbatches=1, max_step_tokens=64)
+    batcher.submit(1, make_request(6, max_tokens=30), 0.0)
+    plan = step(batcher)
+    for index in range(1, 4):
+        ahead = step(batcher) if index == 1 else batcher.next_step(0.02 * index - 0.01)
+        assert ahead is not None
+        batcher.complete(result_of(plan), 0.02 * index)
+        plan = ahead
+    assert batcher.next_step(0.065) is None
+    assert batcher.wake_s == pytest.approx(0.07)
+    batcher.submit(2, make_request(6, first=50), 0.066)
+    assert batcher.next_step(0.066) is None
+    ahead = batcher.next_step(0.0701)
+    assert ahead is not None
+    assert [(row.sequence, row.tokens[0]) for row in ahead.rows] == [(1, AHEAD), (2, 50)]
+    assert batcher.next_step(0.0702) is None
+    assert batcher.wake_s == math.inf
+
+
+def test_after_a_rest_nothing_is_waited_for() -> None:
+    batcher = make_batcher(num_microbatches=1)
+    for begun_s in (0.0, 1000.0):
+        batcher.submit(int(begun_s) + 1, make_request(6, max_tokens=2, first=int(begun_s)), begun_s)
+        plans = [batcher.next_step(begun_s), batcher.next_step(begun_s)]
+        for index, plan in enumerate(plans):
+            assert plan is not None
+            batcher.complete(result_of(plan), begun_s + 0.02 * (index + 1))
