@@ -242,7 +242,12 @@ async def test_changes_are_refused_queued_and_aborted(own: Server) -> None:
         ({"stages": [{"worker": "w0", "layers": [0, 3]}]}, "stages", "covers 3 layers"),
         ({"stages": [{"worker": "w0", "layers": [0, 4], "x": 1}]}, "stages", "stages[0]: 'x'"),
         ({"layers": [2, 2], "strategy": "hope"}, "strategy", "stop-copy"),
-        ({"layers": [2, 2], "bytes_per_s": 1}, "bytes_per_s", "1 is not a whole number of 1,000,000"),
+        (
+            {"layers": [2, 2], "bytes_per_s": 1},
+            "bytes_per_s",
+            "1 is not a whole number of bytes per second from 1,000,000",
+        ),
+        ({"layers": [2, 2], "bytes_per_s": 1 << 64}, "bytes_per_s", "to 1,000,000,000,000,000; leave it out"),
         ({"layers": [2, 2], "deadline_s": -1}, "deadline_s", "positive"),
         ({"layers": [2, 2], "deadline": 1}, "deadline", "deadline_s"),
         ({}, "layers", "stages"),
