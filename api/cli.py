@@ -22,6 +22,7 @@ from api.config import (
     IMPLEMENTATIONS,
     LOAD_FORMATS,
     LOG_LEVELS,
+    LOOK_AHEAD,
     OBJECTIVES,
     QUANTIZE,
     SIMULATED_POLICIES,
@@ -289,9 +290,11 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         help="between two tokens of a stream: prompts are read in chunks that small; default: no goal",
     )
     add(
-        "--no-look-ahead",
-        action="store_true",
-        help="send a step only when all its tokens are known here, not ahead of them",
+        "--look-ahead",
+        choices=LOOK_AHEAD,
+        default="auto",
+        help="send a step before the tokens that it reads are back: never; idle: when the stages would have nothing to do "
+        "otherwise; always. Default: always on accelerators, idle beside local workers on CPUs",
     )
     add("--no-prefix-cache", action="store_true", help="compute every prompt in full")
 
@@ -369,7 +372,7 @@ def _serve_config(options: argparse.Namespace, environment: Mapping[str, str]) -
         max_queue=options.max_queue,
         step_tokens=options.step_tokens,
         num_microbatches=options.microbatches,
-        look_ahead=not options.no_look_ahead,
+        look_ahead=options.look_ahead,
         prefix_cache=not options.no_prefix_cache,
         tpot_goal_s=options.tpot_goal,
         autopilot=options.autopilot,

@@ -13,6 +13,7 @@ QUANTIZE = ("int8",)
 IMPLEMENTATIONS = ("auto", "lean", "transformers")
 STRATEGIES = ("live", "stop-copy", "drain", "recompute")
 """The same as `scheduler.transition.STRATEGIES`, without importing it."""
+LOOK_AHEAD = ("auto", "never", "idle", "always")
 AUTOPILOT_MODES = ("off", "advise", "on")
 OBJECTIVES = ("throughput", "latency", "goodput")
 """The same as `scheduler.planning.autopilot.MODES` and `scheduler.planning.traffic.Objective`, without importing them."""
@@ -69,8 +70,9 @@ class ServeConfig:
     """Tokens in one step of one microbatch, at most."""
     num_microbatches: int = 0
     """Microbatches in flight; 0: as many as it takes to keep every stage busy."""
-    look_ahead: bool = True
-    """Whether the first stage has its next step before the tokens for it have been to the head and back."""
+    look_ahead: str = "auto"
+    """Whether the first stage has its next step before the tokens for it have been to the head and back: a `scheduler.lanes.LookAhead`, or
+    "auto" for "idle" beside local workers on CPUs, which need the same cores, and "always" elsewhere."""
     prefix_cache: bool = True
     tpot_goal_s: float = 0.0
     """Prompts are read in chunks so small that running streams get a token that often, where they can; 0: no goal."""

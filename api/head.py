@@ -37,6 +37,7 @@ from runtime.model.spec import ModelSpec
 from runtime.rpc import Door, DoorError
 from scheduler.batching import BatchingConfig
 from scheduler.driver import Driver
+from scheduler.lanes import LookAhead
 from scheduler.planning import compiled
 from scheduler.planning.autopilot import Mode, Settings
 from scheduler.planning.traffic import Objective, Slo
@@ -249,6 +250,12 @@ def _inspect(config: ServeConfig, say: Callable[[str], None]) -> ModelSpec:
     )
 
 
+def _look_ahead(config: ServeConfig) -> LookAhead:
+    if config.look_ahead == "auto":
+        return "idle" if config.num_local_workers and not _is_on_cuda(config) else "always"
+    return cast("LookAhead", config.look_ahead)
+
+
 def _make_state(config: ServeConfig, spec: ModelSpec) -> SchedulerState:
     if config.layers and sum(config.layers) != spec.num_layers:
         raise StartError(
@@ -264,7 +271,7 @@ def _make_state(config: ServeConfig, spec: ModelSpec) -> SchedulerState:
         max_running=config.max_running,
         max_queue=config.max_queue,
         block_size=config.block_size or _default_block_size(config),
-        look_ahead=config.look_ahead,
+        look_ahead=_look_ahead(config),
         prefix_cache=config.prefix_cache,
         tpot_goal_s=config.tpot_goal_s,
         cache_root=hashlib.blake2b(what.encode(), digest_size=16).digest(),
@@ -313,8 +320,11 @@ def _worker_args(config: ServeConfig, index: int) -> list[str]:
 
 
 def _default_block_size(config: ServeConfig) -> int:
-    on_cuda = config.device.startswith("cuda") or (config.device == "auto" and _num_cuda_devices() > 0)
-    return 256 if on_cuda else 16
+    return 256 if _is_on_cuda(config) else 16
+
+
+def _is_on_cuda(config: ServeConfig) -> bool:
+    return config.device.startswith("cuda") or (config.device == "auto" and _num_cuda_devices() > 0)
 
 
 def _num_cuda_devices() -> int:

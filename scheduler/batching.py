@@ -323,15 +323,17 @@ class Batcher:
     def next_step(self, now_s: float) -> StepPlan | None:
         """The next step to send, or None when every microbatch is in flight or nothing is ready; `wake_s` may say when to ask again."""
         self.wake_s = math.inf
-        if not self._lanes or self.is_held or self._num_in_flight >= self._max_in_flight:
+        if not self._lanes or self.is_held or self._num_in_flight >= self.num_microbatches + self._has_one_more:
             return None
         step = StepBuilder(self._config.max_step_tokens)
         if self._num_in_flight < self.num_microbatches:
             self._fill(step, (), now_s)
-        if not step.rows and self._looks_ahead and (due_s := self._rhythm.ahead_s()) - now_s >= MIN_WAIT_S:
-            self.wake_s = due_s
-        elif not step.rows and self._looks_ahead:
-            self._fill(step, self._about_to_be_ready(), now_s)
+        if not step.rows and self._looks_ahead:
+            due_s = self._rhythm.ahead_s()
+            if due_s - now_s >= MIN_WAIT_S:
+                self.wake_s = due_s
+            else:
+                self._fill(step, self._about_to_be_ready(), now_s)
         if not step.rows:
             return None
         assert step.epoch is not None
@@ -351,7 +353,8 @@ class Batcher:
         released, self._released[step.epoch] = self._released[step.epoch], []
         self.counters.steps += 1
         self.counters.steps_ahead += step.is_ahead
-        flight.is_followed = self._looks_ahead and flight.num_samples > 0
+        leaves_idle = self._num_in_flight < self.num_microbatches or step.is_ahead
+        flight.is_followed = self._looks_ahead and flight.num_samples > 0 and (self._has_one_more or leaves_idle)
         return StepPlan(
             step.epoch,
             ordinal,
@@ -450,11 +453,13 @@ class Batcher:
 
     @property
     def _looks_ahead(self) -> bool:
-        return self._config.look_ahead and self._opening is None
+        return self._config.look_ahead != "never" and self._opening is None
 
     @property
-    def _max_in_flight(self) -> int:
-        return self.num_microbatches + self._looks_ahead
+    def _has_one_more(self) -> bool:
+        """Whether a step is formed ahead though as many as there are microbatches are in flight. A single one leaves the stages idle
+        between two steps, however many sequences there are."""
+        return self._looks_ahead and (self.num_microbatches == 1 or self._config.look_ahead == "always")
 
     def _about_to_be_ready(self) -> ListOf[Sequence]:
         """Those for which the oldest step in flight samples a token that is not their last."""
@@ -535,7 +540,7 @@ class Batcher:
         """Of prompts, those that are through before anything is expected to flip: each stage in turn, behind as many in all other
         microbatches."""
         left_s = self.flip_due_s - now_s if self._opening is None else 0.0
-        times = self.num_stages + self._max_in_flight - 1
+        times = self.num_stages + self.num_microbatches + self._has_one_more - 1
         token_s = self.prices.prefill_s * times or NEAR_S / self._config.max_step_tokens
         return self._config.max_step_tokens if left_s == math.inf else int(max(0.0, left_s) / token_s)
 

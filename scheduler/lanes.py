@@ -8,7 +8,7 @@ different lanes but what the scheduler does about it (`Opening`, the fence, the 
 import math
 from collections.abc import Sequence as ListOf
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias
 
 from kvstore.ids import BlockId, Epoch
 from runtime.messages import StepResult
@@ -19,6 +19,9 @@ AHEAD_AT = 0.5
 """Of the time between two results: after so much of it a step is formed ahead of the next one."""
 MIN_WAIT_S = 0.001
 """Less is not waited for: event loops count milliseconds."""
+
+
+LookAhead: TypeAlias = Literal["never", "idle", "always"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +36,9 @@ class BatchingConfig:
     block_size: int = 16
     prefix_cache: bool = True
     cache_root: bytes = b""
-    look_ahead: bool = True
-    """Whether a step is formed before the tokens that it reads are back, so that no stage waits for the head."""
+    look_ahead: LookAhead = "always"
+    """When a step is formed before the tokens that it reads are back, so that no stage waits for the head: where the stages would have
+    nothing to do otherwise ("idle"), or also beside as many steps as there are microbatches, which costs the head more."""
     tpot_goal_s: float = 0.0
     """Prompt chunks are cut so that decoding streams get a token that often; 0 for no such goal."""
 

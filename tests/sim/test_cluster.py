@@ -20,7 +20,7 @@ def scenario(seed: int, *, crashes: bool = False, changes: bool = False, lossy: 
         max_queue=rng.choice((3, 100)),
         block_size=block_size,
         prefix_cache=rng.random() < 0.8,
-        look_ahead=rng.random() < 0.8,
+        look_ahead=rng.choice(("never", "idle", "always", "always")),
     )
     tight = rng.random() < 0.5
     num_blocks = -(-60 // block_size) + (0 if tight else 60)

@@ -162,7 +162,7 @@ def test_a_step_in_flight_is_never_sent_twice_and_the_number_in_flight_is_bounde
 
 
 def test_without_looking_ahead_no_more_than_the_microbatches_are_in_flight() -> None:
-    batcher = make_batcher(num_microbatches=2, look_ahead=False)
+    batcher = make_batcher(num_microbatches=2, look_ahead="never")
     for sequence in (1, 2, 3):
         batcher.submit(sequence, make_request(16, first=100 * sequence), 0.0)
     plans = [step(batcher), step(batcher)]
@@ -547,3 +547,19 @@ def test_after_a_rest_nothing_is_waited_for() -> None:
         for index, plan in enumerate(plans):
             assert plan is not None
             batcher.complete(result_of(plan), begun_s + 0.02 * (index + 1))
+
+
+def test_beside_workers_that_need_its_cores_the_head_looks_ahead_only_where_they_are_idle() -> None:
+    batcher = make_batcher(num_microbatches=2, look_ahead="idle")
+    batcher.submit(1, make_request(6, max_tokens=30), 0.0)
+    first, ahead = step(batcher), step(batcher)
+    assert (ahead.is_ahead, ahead.is_followed) == (True, True), "alone it leaves a stage idle"
+    batcher.submit(2, make_request(6, max_tokens=30, first=50), 0.0)
+    assert batcher.next_step(0.0) is None
+    answer(batcher, first)
+    other = step(batcher)
+    assert ([row.sequence for row in other.rows], other.is_followed) == ([2], False)
+    assert batcher.next_step(0.0) is None
+    answer(batcher, ahead)
+    third = step(batcher)
+    assert ([row.sequence for row in third.rows], third.is_ahead, third.is_followed) == ([1], False, False)
