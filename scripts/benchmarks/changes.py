@@ -60,6 +60,7 @@ def main() -> int:
     ledger = Ledger()
     with Server(midflight_arm("unchanged", model, [*options, "--no-prefix-cache"]), folder / "unchanged.log") as server:
         expected = asyncio.run(_learn(server, jobs, ledger, args.streams))
+    options += ["--look-ahead", args.look_ahead]
     arm = midflight_arm("changed", model, [*options, "--local-workers", str(args.workers)])
     with Server(arm, folder / "changed.log") as server:
         figures = asyncio.run(Run(server, args, ledger).run(jobs, expected))
@@ -92,6 +93,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--kv-memory", default="24M", help="per worker; 24M is enough for one hop")
     parser.add_argument("--evictions", action="store_true", help="the pool is so small that it preempts anyhow")
     parser.add_argument("--step-tokens", type=int, default=48)
+    parser.add_argument("--look-ahead", default="always", help="of the server that changes; as for `midflight serve`")
     parser.add_argument("--out", type=Path, help="write the JSON here instead of to stdout")
     args = parser.parse_args()
     if args.workers < 2:

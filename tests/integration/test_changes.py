@@ -18,7 +18,20 @@ from tests.integration.server import Server
 NUM_CHANGES = 50
 NUM_STREAMS = 6
 NUM_LAYERS = 4
-OPTIONS = ("--stages", "2", "--dtype", "float32", "--kv-memory", "2M", "--step-tokens", "24", "--block-size", "8")
+OPTIONS = (
+    "--stages",
+    "2",
+    "--dtype",
+    "float32",
+    "--kv-memory",
+    "2M",
+    "--step-tokens",
+    "24",
+    "--block-size",
+    "8",
+    "--look-ahead",
+    "always",
+)
 
 
 @dataclass

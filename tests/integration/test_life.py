@@ -81,6 +81,23 @@ def test_a_worker_from_elsewhere_joins_by_torchrun(tiny_llama: Path, tmp_path: P
                 guest.wait(20)
 
 
+def test_a_worker_that_dies_again_and_again_does_not_end_the_server(tiny_llama: Path, tmp_path: Path) -> None:
+    """An idle worker is killed as often as its agent starts it, and once more: it stays out, and the other one goes on."""
+    options = ("--stages", "1", "--local-workers", "2")
+    expected = generate(load_reference(tiny_llama), [7, 9, 11])
+    with Server(tiny_llama, *options, *OPTIONS, log=tmp_path / "log") as server:
+        for count in range(1, 5):
+            wait_for(lambda: len(server.worker_pids()) == 2, 60, "the worker's return")
+            idle = next(name for name in server.worker_pids() if name.startswith("w1"))
+            os.kill(server.worker_pids()[idle], signal.SIGKILL)
+            wait_for(lambda n=count: server.get("/admin/stats")[1]["workers_lost"] == n, 30, "the loss")
+        wait_for(lambda: "w1 ended with code" in server.log_text(), 30, "the end of its agent")
+        assert "Another one joins with" in server.log_text()
+        assert complete(server, [7, 9, 11], 24) == expected
+        os.kill(server.worker_pids()["w0"], signal.SIGKILL)
+        assert complete(server, [7, 9, 11], 24) == expected, "w0 may return"
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_nothing_outlives_the_head(number: int, tiny_llama: Path, tmp_path: Path) -> None:
     server = Server(tiny_llama, "--stages", "2", *OPTIONS, log=tmp_path / "log")
