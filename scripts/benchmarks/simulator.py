@@ -184,7 +184,7 @@ def calibrate(
     speeds = [_paced(facts, common, some) for some in of_hop]
     ratios = [[m.seconds / predict(facts, speed, m) for m in some] for speed, some in zip(speeds, of_hop, strict=True)]
     send_s = statistics.mean(_overheads(groups))
-    round_trips = [_transit_s(step) for step in chosen]
+    round_trips = [_transit_s(step) for step in chosen if not step["is_ahead"]]  # the others wait for tokens, too
     head_s, hops = statistics.mean(step["step_s"] for step in chosen), len(layout)
     flight_s = max(0.0, (statistics.mean(round_trips) - hops * send_s - head_s) / (hops + 1))
     return Calibration(
@@ -255,7 +255,7 @@ def simulate(spec: ModelSpec, calibration: Calibration, layout: list[int], workl
     devices = [SimDevice(f"w{i}", "cpu", speed, 8 << 30) for i, speed in enumerate(calibration.speeds)]
     simulation = Simulation(
         spec, devices, layout, Policy(),
-        batching=BatchingConfig(num_microbatches=len(layout), max_step_tokens=512, prefix_cache=False),
+        batching=BatchingConfig(num_microbatches=len(layout), max_step_tokens=512, prefix_cache=False, look_ahead="idle"),
         rates=calibration.rates, seed=seed, concurrency=workload.concurrency,
     )  # fmt: skip
     return summarise(simulation.run(trace), devices, Slo())

@@ -34,9 +34,9 @@ class RecordingState(SchedulerState):
         step_s = time.monotonic() - back_s
         flights = self.__dict__.setdefault("flights", {})  # `SchedulerState` has slots, a subclass has this too
         if result is not None and layout is not None:
-            sent_s, work = flights.pop((result.epoch, result.ordinal))
+            sent_s, work, is_ahead = flights.pop((result.epoch, result.ordinal))
             self.lines.append({
-                "sent_s": sent_s, "back_s": back_s, "step_s": step_s, "work": work,
+                "sent_s": sent_s, "back_s": back_s, "step_s": step_s, "work": work, "is_ahead": is_ahead,
                 "layers": [[s.layers.start, s.layers.stop] for s in layout.segments],
                 "hops": [[t.idle_us, t.queued_us, t.compute_us, t.sample_us] for t in result.timings],
             })  # fmt: skip
@@ -50,7 +50,7 @@ class RecordingState(SchedulerState):
                     work.prefill_context,
                     work.samples,
                 ]
-                flights[effect.plan.epoch, effect.plan.ordinal] = time.monotonic(), fields
+                flights[effect.plan.epoch, effect.plan.ordinal] = time.monotonic(), fields, effect.plan.is_ahead
         return effects
 
 
