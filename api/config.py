@@ -14,6 +14,7 @@ IMPLEMENTATIONS = ("auto", "lean", "transformers")
 STRATEGIES = ("live", "stop-copy", "drain", "recompute")
 """The same as `scheduler.transition.STRATEGIES`, without importing it."""
 LOOK_AHEAD = ("auto", "never", "idle", "always")
+"""The same as `scheduler.lanes.LookAhead`, without importing it, and what picks one of them."""
 AUTOPILOT_MODES = ("off", "advise", "on")
 OBJECTIVES = ("throughput", "latency", "goodput")
 """The same as `scheduler.planning.autopilot.MODES` and `scheduler.planning.traffic.Objective`, without importing them."""

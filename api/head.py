@@ -154,9 +154,8 @@ class _Head:
             return
         reason = f"local worker {name} ended with code {code} and will not be started again"
         is_left = any(worker.poll() is None for worker in self._locals if worker.name != name)
-        locals_ = {worker.name for worker in self._locals}
-        joined = {worker["name"].partition("-r")[0] for worker in driver.workers_view()}
-        if driver.served_once and (is_left or joined - locals_):
+        from_elsewhere = _members(driver) - {worker.name for worker in self._locals}
+        if driver.served_once and (is_left or from_elsewhere):
             log.warning("%s; the others go on. Another one joins with\n  %s", reason, _join_command(self._address))
         else:
             self._fail(reason)
@@ -207,7 +206,7 @@ class _Head:
         """Say farewell to clients and workers, and return when every process is gone."""
         self._is_ending = True
         self._say("stopping")
-        members = {worker["name"].partition("-r")[0] for worker in driver.workers_view()}
+        members = _members(driver)
         await driver.close("the server is shutting down")
         await asyncio.gather(_clean_up(runner), self._end_workers(members))
 
@@ -223,6 +222,11 @@ class _Head:
             for worker in self._locals:
                 worker.terminate(_WORKER_GRACE_S)
         await ended
+
+
+def _members(driver: Driver) -> set[str]:
+    """Who has joined, by the names they were first started with: a restarted worker's has a suffix."""
+    return {worker["name"].partition("-r")[0] for worker in driver.workers_view()}
 
 
 def _start_scaler(config: ServeConfig, driver: Driver, loop: asyncio.AbstractEventLoop) -> "asyncio.Task[None] | None":

@@ -19,18 +19,8 @@ NUM_CHANGES = 50
 NUM_STREAMS = 6
 NUM_LAYERS = 4
 OPTIONS = (
-    "--stages",
-    "2",
-    "--dtype",
-    "float32",
-    "--kv-memory",
-    "2M",
-    "--step-tokens",
-    "24",
-    "--block-size",
-    "8",
-    "--look-ahead",
-    "always",
+    *("--stages", "2", "--dtype", "float32", "--kv-memory", "2M", "--step-tokens", "24", "--block-size", "8"),
+    *("--look-ahead", "always"),
 )
 
 

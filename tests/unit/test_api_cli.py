@@ -9,15 +9,16 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from api import cli, layouts
-from api.config import STRATEGIES, ServeConfig
+from api.config import LOOK_AHEAD, STRATEGIES, ServeConfig
 from api.status import StatusReporter, Terminal, TerminalHandler, progress_line, ready_lines
 from api.text import Text
 from scheduler import transition
+from scheduler.lanes import LookAhead
 from scheduler.request import Health
 from scheduler.transition import Refused
 from scheduler.wishes import LayoutError
@@ -407,6 +408,10 @@ def test_a_terminal_gets_one_line_written_over() -> None:
 
 def test_the_strategies_are_the_schedulers() -> None:
     assert STRATEGIES == transition.STRATEGIES
+
+
+def test_so_is_when_to_look_ahead() -> None:
+    assert ("auto", *get_args(LookAhead)) == LOOK_AHEAD
 
 
 # -- what the terminal shows ---------------------------------------------------------------------------------

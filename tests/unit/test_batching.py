@@ -542,11 +542,15 @@ def test_a_step_ahead_is_formed_late_so_that_who_arrives_is_in_it() -> None:
 def test_after_a_rest_nothing_is_waited_for() -> None:
     batcher = make_batcher(num_microbatches=1)
     for begun_s in (0.0, 1000.0):
-        batcher.submit(int(begun_s) + 1, make_request(6, max_tokens=2, first=int(begun_s)), begun_s)
+        batcher.submit(int(begun_s) + 1, make_request(6, max_tokens=3, first=int(begun_s)), begun_s)
         plans = [batcher.next_step(begun_s), batcher.next_step(begun_s)]
-        for index, plan in enumerate(plans):
+        for index in range(3):
+            plan = plans[index]
             assert plan is not None
-            batcher.complete(result_of(plan), begun_s + 0.02 * (index + 1))
+            back_s = begun_s + 0.02 * (index + 1)
+            batcher.complete(result_of(plan), back_s)
+            plans += [batcher.next_step(back_s + 0.015)]
+    assert batcher.num_unfinished == 0
 
 
 def test_beside_workers_that_need_its_cores_the_head_looks_ahead_only_where_they_are_idle() -> None:
