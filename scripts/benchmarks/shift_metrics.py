@@ -9,7 +9,7 @@ What is never true: that a failed request enters a figure (it is counted as an e
 or that a gap counts during which nobody waited for a token.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -127,13 +127,32 @@ def stalls_s(streams: Sequence[Stream], window: Window) -> list[float]:
 
 def median_gap_s(streams: Sequence[Stream], window: Window) -> float:
     """The usual time between two tokens of a stream in `window`: one decode step. 0.0 when there is none."""
-    gaps = [
-        gap
+    gaps = gaps_s(streams, window)
+    return float(np.median(gaps)) if gaps else 0.0
+
+
+def gaps_s(streams: Sequence[Stream], window: Window) -> list[float]:
+    """The times between two tokens of a stream of which the second came in `window`."""
+    return [
+        float(gap)
         for stream in good(streams)
         for time, gap in zip(stream.times_s[1:], np.diff(stream.times_s), strict=True)
         if window.start_s <= time <= window.end_s
     ]
-    return float(np.median(gaps)) if gaps else 0.0
+
+
+PHASES = {"before": (), "weights": ("reserve", "prepare", "shadow"), "copy": ("copy",), "flip": ("flip", "retire")}
+"""Stretches of a change, each of the report's phases; the second before the trigger is the control."""
+
+
+def stretches(trigger_s: float, commit_s: float, phases_s: Mapping[str, float]) -> dict[str, Window]:
+    """When the stretches of a change were, and the second ``"after"`` it."""
+    found, at_s = {"before": Window(trigger_s - AFTER_COMMIT_S, trigger_s)}, trigger_s
+    for name, phases in list(PHASES.items())[1:]:
+        length_s = sum(phases_s.get(phase, 0.0) for phase in phases)
+        found[name] = Window(at_s, at_s + length_s)
+        at_s += length_s
+    return {**found, "after": Window(commit_s, commit_s + AFTER_COMMIT_S)}
 
 
 # -- D4 and overhead: which requests -------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from shift_metrics import (
     Window,
     arriving,
     difference,
+    gaps_s,
     good,
     interval,
     latencies,
@@ -27,6 +28,7 @@ from shift_metrics import (
     shares_before,
     silence_s,
     stalls_s,
+    stretches,
     usual_gaps_s,
 )
 
@@ -98,6 +100,7 @@ def figures(sample: Sample) -> dict[str, Any]:
         "silence_same_moment_s": silence_s(plain.streams, window),
         "step_s": median_gap_s(plain.streams, window),
         "stalls_s": [stalls_s(changed.streams, window), stalls_s(plain.streams, window)],
+        "gaps_s": _gaps(sample),
         "ttft_arriving_s": [ttft, ttft_plain],
         "ttft_s": [around[0], around_plain[0], around_target[0], _mixed(around_plain[0], around_target[0], before[0])],
         "tpot_s": [around[1], around_plain[1], around_target[1], _mixed(around_plain[1], around_target[1], before[1])],
@@ -107,6 +110,18 @@ def figures(sample: Sample) -> dict[str, Any]:
         "retries": sum(stream.num_retries for stream in changed.streams),
         "requests": len(changed.streams),
     }
+
+
+def _gaps(sample: Sample) -> dict[str, list[list[float]]]:
+    """By stretch of the change: the times between tokens with it, and at the same time without it: on the layout that serves then, on
+    both while sequences flip."""
+    changed, source, target = sample.changed, sample.on_source, sample.on_target
+    phases_s = sample.change.report.get("phases_s", {})
+    found = {}
+    for name, window in stretches(sample.change.window.start_s, sample.change.commit_s, phases_s).items():
+        beside = {"flip": (source, target), "after": (target,)}.get(name, (source,))
+        found[name] = [gaps_s(changed.streams, window), [gap for run in beside for gap in gaps_s(run.streams, window)]]
+    return found
 
 
 def summarise(found: Sequence[tuple[Case, int, dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -155,6 +170,15 @@ def _row(seeds: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
             for against, side in (("source", 1), ("target", 2), ("both", 3)):
                 pairs = _sides(seeds, f"{metric}_s", 0, side)
                 row[f"{metric}_{name}_over_{against}"] = interval(pairs, ratio_less_one(statistic))
+    for name in seeds[0][0]["gaps_s"]:
+        pairs = [
+            (
+                [gap for each in seed for gap in each["gaps_s"][name][0]],
+                [gap for each in seed for gap in each["gaps_s"][name][1]],
+            )
+            for seed in seeds
+        ]
+        row[f"gap_{name}_more"] = interval(pairs, ratio_less_one(mean_of))
     for name in ("weight_bytes", "snapshot_bytes", "mirror_bytes", "recomputed_tokens", "layers_moved"):
         row[name] = interval([[e["report"].get(name, 0) for e in seed] for seed in seeds], mean_of)
     for name, key in (("rss_first_mib", "first_mib"), ("rss_peak_mib", "peak_mib"), ("cpu_more_s", "cpu_more_s")):
@@ -205,6 +229,11 @@ _COLUMNS = (
     ("TTFT p99 %", "ttft_p99_over_both", 100.0),
     ("TPOT mean %", "tpot_mean_over_both", 100.0),
     ("TPOT p99 %", "tpot_p99_over_both", 100.0),
+    ("gaps before %", "gap_before_more", 100.0),
+    ("while weights load %", "gap_weights_more", 100.0),
+    ("while KV is copied %", "gap_copy_more", 100.0),
+    ("at the flip %", "gap_flip_more", 100.0),
+    ("after %", "gap_after_more", 100.0),
     ("weights MB", "weight_bytes", 1e-6),
     ("KV MB", "snapshot_bytes", 1e-6),
     ("mirrored MB", "mirror_bytes", 1e-6),

@@ -16,6 +16,7 @@ from shift_metrics import (
     Window,
     arriving,
     difference,
+    gaps_s,
     interval,
     latencies,
     mean_of,
@@ -27,6 +28,7 @@ from shift_metrics import (
     shares_before,
     silence_s,
     stalls_s,
+    stretches,
     usual_gaps_s,
 )
 
@@ -216,3 +218,21 @@ def test_layouts_are_read_written_and_asked_for() -> None:
     for wrong in ("", "19,", "a,b", "3@", "-1,2"):
         with pytest.raises(ValueError, match="in the layout"):
             parse_layout(wrong)
+
+
+def test_gaps_belong_to_the_stretch_in_which_they_end() -> None:
+    found = stretches(
+        10.0, 11.5, {"reserve": 0.1, "prepare": 0.1, "shadow": 0.4, "copy": 0.3, "flip": 0.4, "retire": 0.1}
+    )
+    assert list(found) == ["before", "weights", "copy", "flip", "after"]
+    lengths = [window.length_s for window in found.values()]
+    assert lengths == pytest.approx([1.0, 0.6, 0.3, 0.5, 1.0])
+    assert (found["weights"].start_s, found["flip"].start_s) == (10.0, pytest.approx(10.9))
+    assert found["after"].start_s == 11.5
+    streams = [stream(0, 0.0, 9.4, 9.5, 10.55, 10.7, 12.0), stream(1, 0.0, 10.0, 10.55, error="lost")]
+    by_stretch = {name: gaps_s(streams, window) for name, window in found.items()}
+    assert by_stretch["before"] == pytest.approx([0.1])
+    assert by_stretch["weights"] == pytest.approx([1.05])
+    assert by_stretch["copy"] == pytest.approx([0.15])
+    assert by_stretch["flip"] == []
+    assert by_stretch["after"] == pytest.approx([1.3])
