@@ -20,30 +20,27 @@ blocks back and waits at the head of the line to be recomputed. The oldest is ne
 sequence can outgrow the pool alone (`Batcher.submit` refuses it; while a change has made the pool smaller it waits for its end), so there is
 always progress.
 
-Because the order of steps is the order of KV writes, a block may be published to the prefix cache when its tokens
-are *scheduled*, and freed blocks may be handed on at once: whoever reads or overwrites them does so in a later step.
-
-That holds within one epoch. While a transition is under way two epochs run side by side, and four rules take its place:
+Within one epoch the order of steps is the order of KV writes. While a transition is under way two epochs run side by side, and two
+rules take its place, beside those for blocks (`scheduler.blocks`):
 
 - a step has rows of one epoch only; a sequence *flips* between two of its steps, never with one in flight, and only
   when the snapshot of its blocks has arrived;
 - a step of the next epoch carries a *fence*, the last step of the old epoch that it may depend on, or whose rows it may
   overwrite: a worker that receives layers runs it only when the mirror is complete through there. (Once the old epoch is
   over that is its very last step: the blocks that it wrote may be anybody's now, and its rows still on their way.)
-- a cached block is a hit for the next epoch only when the step that wrote it has come back;
-- blocks of a sequence that ends with a step in flight go to *limbo* until that step has come back.
 """
 
 import math
 from collections import deque
+from collections.abc import Iterable
 from collections.abc import Sequence as ListOf
 from typing import TypeAlias
 
 from kvstore.block_pool import BlockPool
 from kvstore.directory import Directory
 from kvstore.ids import BlockId, Epoch, SequenceId
-from kvstore.prefix import PrefixHasher
 from runtime.messages import AHEAD, Row, SequenceStart, StepPlan, StepResult, TokenLogprobs
+from scheduler.blocks import GROWTH_BLOCKS, SequenceBlocks
 from scheduler.lanes import (
     MIN_WAIT_S,
     BatchingConfig,
@@ -68,10 +65,6 @@ FLIP_CHUNK_TOKENS = 64
 NEAR_S = 0.25
 """A flip that is expected within so long is near, as long as it is not known what a prompt's token takes."""
 
-GROWTH_BLOCKS = 8
-"""Blocks by which each running sequence may grow during a change without being preempted: hops are made small enough for it, and
-nobody is admitted to this room."""
-
 _EPSILON = 1e-9
 
 Output: TypeAlias = tuple[SequenceId, TokenOutput]
@@ -84,12 +77,12 @@ class Batcher:
         self._config = config
         self._pool = pool
         self._directory = directory
-        self._hasher = PrefixHasher(config.block_size, config.cache_root)
         self._sequences: dict[SequenceId, Sequence] = {}
         self._waiting: deque[Sequence] = deque()
         self._prefilling: list[Sequence] = []
         self._ready: deque[Sequence] = deque()
         self._lanes: dict[Epoch, Lane] = {}
+        self._blocks = SequenceBlocks(config, pool, directory, self._lanes)
         self._released: dict[Epoch, list[SequenceId]] = {}
         self._num_running = 0
         self._num_decoding = 0
@@ -97,9 +90,6 @@ class Batcher:
         self._num_in_flight = 0
         self._epoch: Epoch = -1
         self._opening: Opening | None = None
-        self._guarded = False
-        self._written_by: dict[BlockId, int] = {}
-        self._limbo: list[tuple[Epoch, int, list[BlockId]]] = []
         self._max_context = 0
         self.is_held = False
         """While True no step is formed (the `stop-copy` strategy)."""
@@ -169,8 +159,7 @@ class Batcher:
 
     def growth(self, max_blocks: int) -> int:
         """Blocks that the running sequences may still need, counting at most `max_blocks` for each."""
-        running = (sequence for sequence in self._sequences.values() if sequence.running)
-        return sum(self._growth_of(sequence, len(sequence.blocks), max_blocks) for sequence in running)
+        return sum(self._blocks.growth_of(sequence, len(sequence.blocks), max_blocks) for sequence in self._running())
 
     def last_ordinal(self, epoch: Epoch) -> int:
         """The last step that was formed in `epoch`, -1 for none."""
@@ -181,17 +170,11 @@ class Batcher:
         return self._lanes[epoch].completed
 
     def live_blocks(self) -> tuple[list[BlockId], int]:
-        """Blocks whose content matters: those of running sequences, oldest sequence first, and how many these are; then
-        the ones in limbo and the cached ones."""
-        running = sorted((s for s in self._sequences.values() if s.running), key=lambda s: s.id)
-        blocks = dict.fromkeys(block for sequence in running for block in sequence.blocks)
-        num_running = len(blocks)
-        for _, _, limbo in self._limbo:
-            for block in limbo:
-                blocks.setdefault(block)
-        for block in reversed(self._pool.cached_blocks()):
-            blocks.setdefault(block)
-        return list(blocks), num_running
+        """As `SequenceBlocks.live`, of what runs."""
+        return self._blocks.live(self._running())
+
+    def _running(self) -> Iterable[Sequence]:
+        return (sequence for sequence in self._sequences.values() if sequence.running)
 
     # -- epochs -------------------------------------------------------------------------------------------
 
@@ -210,12 +193,10 @@ class Batcher:
         """The pipeline is gone: forget what is in flight and cached, put everything that ran back in line."""
         self._lanes.clear()
         self._num_in_flight = 0
-        self._opening, self._guarded, self.is_held, self.admits, self.is_squeezed = None, False, False, True, False
+        self._opening, self.is_held, self.admits, self.is_squeezed = None, False, True, False
         self.flip_due_s = self.wake_s = math.inf
-        for _, _, blocks in self._limbo:
-            self._pool.release(blocks)
-        self._limbo.clear()
-        self._written_by.clear()
+        self._blocks.unguard()
+        self._blocks.empty_limbo()
         self.preempt_all()
         self._released.clear()
         self._pool.forget_cached()
@@ -235,8 +216,7 @@ class Batcher:
 
     def preempt_all(self) -> None:
         """Everything that runs is to be recomputed."""
-        running = [s for s in self._sequences.values() if s.running]
-        for sequence in sorted(running, key=lambda s: s.id, reverse=True):
+        for sequence in sorted(self._running(), key=lambda s: s.id, reverse=True):
             self._preempt(sequence)
 
     def recomputed_for_change(self) -> int:
@@ -248,17 +228,16 @@ class Batcher:
 
     def guard(self, change: int) -> None:
         """A change begins, whose number is positive: from now on freed blocks wait for their last step, and writers are remembered."""
-        assert not self._guarded, "one transition at a time"
-        self._guarded, self._change, self._recomputed_for_change = True, change, 0
+        assert not self._blocks.is_guarded, "one transition at a time"
+        self._blocks.is_guarded, self._change, self._recomputed_for_change = True, change, 0
 
     def unguard(self) -> None:
         """No transition is under way any more."""
-        self._guarded = False
-        self._written_by.clear()
+        self._blocks.unguard()
 
     def open_next(self, opening: Opening) -> None:
         """From now on sequences flip to `opening.epoch` as they become able to, and new ones start there."""
-        assert self._guarded, "guard first"
+        assert self._blocks.is_guarded, "guard first"
         assert self._opening is None, "one opening at a time"
         self._opening = opening
         self._lanes[opening.epoch], self._released[opening.epoch] = Lane(), []
@@ -386,8 +365,8 @@ class Batcher:
         while following is not None:
             self._apply(following, lane.in_flight.pop(following.ordinal), outputs)
             following = lane.early.pop(lane.oldest, None)
-        if self._limbo:
-            self._empty_limbo()
+        if self._blocks.has_limbo:
+            self._blocks.empty_limbo()
         if not self._sequences:
             self._rhythm.rested()
         return outputs
@@ -422,7 +401,7 @@ class Batcher:
 
     def check_integrity(self) -> None:
         """Every count agrees with every list; every block in use is used by someone."""
-        running = [s for s in self._sequences.values() if s.running]
+        running = list(self._running())
         assert len(running) == self._num_running, f"{len(running)} run, {self._num_running} counted"
         decoding = [s for s in running if not s.prefilling]
         assert len(decoding) == self._num_decoding, f"{len(decoding)} decode, {self._num_decoding} counted"
@@ -444,10 +423,7 @@ class Batcher:
             assert lane.early.keys() < lane.in_flight.keys() or not lane.early, "a result waits for no step"
         for sequence in running:
             assert sequence.num_remaining >= -1, f"sequence {sequence.id} is {-sequence.num_remaining} tokens ahead"
-        held = {b for s in running for b in s.blocks} | {b for _, _, blocks in self._limbo for b in blocks}
-        assert len(held) == self._pool.num_used, f"{self._pool.num_used} blocks in use, sequences hold {len(held)}"
-        self._pool.check_integrity()
-        self._directory.check_integrity()
+        self._blocks.check_integrity(running)
 
     # -- forming a step -----------------------------------------------------------------------------------
 
@@ -486,15 +462,14 @@ class Batcher:
 
     def _take_decodes(self, step: StepBuilder, ahead: ListOf[Sequence]) -> float:
         """What the rows taken cost, in the unit of the prices."""
-        prices, opening, block_size = self.prices, self._opening, self._config.block_size
+        prices, opening, blocks = self.prices, self._opening, self._blocks
         share = prices.decode_s(self._num_decoding, self._decoding_context) / self.num_microbatches * (1 + _EPSILON)
         ready, later, cost = self._ready, [], 0.0
         while ready and cost < share and step.budget > 0:
             sequence = ready.popleft()
-            num_tokens, num_scheduled = len(sequence.tokens), sequence.num_scheduled
-            if not sequence.running or sequence.prefilling or num_tokens - num_scheduled != 1 or sequence in step.rows:
+            if not sequence.running or sequence.prefilling or sequence.num_remaining != 1 or sequence in step.rows:
                 continue  # it ended, was preempted, or stands here twice because it was
-            row_s = prices.decode_s(1, num_tokens)
+            row_s = prices.decode_s(1, len(sequence.tokens))
             if cost and cost + row_s / 2 > share:
                 later.append(sequence)  # without it the step is nearer to its share than with it
                 break
@@ -502,7 +477,7 @@ class Batcher:
             if not step.accepts(epoch):
                 later.append(sequence)
                 continue
-            if num_scheduled < len(sequence.blocks) * block_size or self._reserve(sequence, step):
+            if blocks.has_room(sequence) or self._reserve(sequence, step):
                 self._add(step, sequence, 1, epoch)
                 cost += row_s
             elif sequence.running:
@@ -514,8 +489,7 @@ class Batcher:
                 break
             if not sequence.running:
                 continue  # it was preempted just now
-            has_room = sequence.num_scheduled < len(sequence.blocks) * block_size
-            if has_room or (self._pool.can_allocate(1) and self._reserve(sequence, step)):
+            if blocks.has_room(sequence) or (blocks.can_grow() and self._reserve(sequence, step)):
                 self._add(step, sequence, 1, sequence.epoch)
                 step.is_ahead = True
                 cost += row_s
@@ -563,7 +537,7 @@ class Batcher:
         place = 0
         while place < len(self._waiting) and step.budget > 0 and self._num_running < self._config.max_running:
             sequence = self._waiting[place]
-            if self._guarded and self._waits_for_the_end(sequence):
+            if self._blocks.is_guarded and self._waits_for_the_end(sequence):
                 place += 1
                 continue
             if not self._admit(sequence, epoch):
@@ -599,23 +573,23 @@ class Batcher:
 
     def _admit(self, sequence: Sequence, epoch: Epoch) -> bool:
         """Take the blocks for all tokens of `sequence`, cached ones first, if they can be had."""
-        config, pool = self._config, self._pool
-        tokens = sequence.tokens
-        hits = self._cached_blocks(sequence, epoch)
-        num_blocks = self._blocks_for(len(tokens))
+        blocks, tokens, opening = self._blocks, sequence.tokens, self._opening
+        if epoch == self._epoch:
+            hits = blocks.cached(sequence)
+        else:
+            assert opening is not None, "there is no other epoch"
+            hits = blocks.cached(sequence, opening.arrived, self._lanes[self._epoch].completed)
+        num_blocks = blocks.num_for(len(tokens))
         needed = num_blocks - len(hits)
-        num_left = pool.num_free_after_acquire(hits) - needed
-        if num_left < min(self._num_running, pool.num_blocks // 50):
+        num_left = blocks.num_left(hits, needed)
+        if num_left < min(self._num_running, self._pool.num_blocks // 50):
             return False
         may_be_short = self.is_squeezed and num_left < GROWTH_BLOCKS * (self._num_running + 1)
-        if may_be_short and num_left < self.growth(GROWTH_BLOCKS) + self._growth_of(
+        if may_be_short and num_left < self.growth(GROWTH_BLOCKS) + blocks.growth_of(
             sequence, num_blocks, GROWTH_BLOCKS
         ):
             return False
-        pool.acquire(hits)
-        sequence.blocks = [*hits, *pool.allocate(needed)]
-        sequence.num_published = len(hits)
-        sequence.num_scheduled = len(hits) * config.block_size
+        blocks.take(sequence, hits, needed, epoch)
         if sequence.attempt:
             recomputed = max(0, sequence.num_lost - sequence.num_scheduled)
             self.counters.recomputed_tokens += recomputed
@@ -630,59 +604,31 @@ class Batcher:
         sequence.running, sequence.begun, sequence.prefilling, sequence.epoch = True, False, True, epoch
         self._num_running += 1
         self._prefilling.append(sequence)
-        self._directory.add(sequence.id, epoch, sequence.blocks)
         return True
 
     def _waits_for_the_end(self, sequence: Sequence) -> bool:
         """Whether the pool is too small for it even when it is empty, as long as the change lasts: others go first."""
-        needed = self._blocks_for(len(sequence.tokens))
+        needed = self._blocks.num_for(len(sequence.tokens))
         if self.is_squeezed:
-            needed += self._growth_of(sequence, needed, GROWTH_BLOCKS)
+            needed += self._blocks.growth_of(sequence, needed, GROWTH_BLOCKS)
         return needed > self._pool.target
-
-    def _growth_of(self, sequence: Sequence, num_blocks: int, max_blocks: int) -> int:
-        end = self._blocks_for(sequence.num_prompt_tokens + sequence.request.max_tokens)
-        return min(max(0, end - num_blocks), max_blocks)
-
-    def _blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._config.block_size)
-
-    def _cached_blocks(self, sequence: Sequence, epoch: Epoch) -> list[BlockId]:
-        request = sequence.request
-        if not (self._config.prefix_cache and request.use_prefix_cache) or request.prompt_logprobs >= 0:
-            return []
-        self._hasher.extend(sequence.digests, sequence.tokens)
-        usable = (len(sequence.tokens) - 1) // self._config.block_size
-        blocks = self._pool.lookup(sequence.digests[:usable])
-        return blocks if epoch == self._epoch else blocks[: self._num_usable_next(blocks)]
-
-    def _num_usable_next(self, blocks: ListOf[BlockId]) -> int:
-        """How many of these cached blocks, from the first on, a sequence of the next epoch may read."""
-        assert self._opening is not None
-        covered = self._opening.arrived.num_covered(blocks)
-        completed = self._lanes[self._epoch].completed
-        for index, block in enumerate(blocks[:covered]):
-            if self._written_by.get(block, -1) > completed:
-                return index
-        return covered
 
     def _reserve(self, sequence: Sequence, step: StepBuilder) -> bool:
         """A block for the next token, which has no room in those that are there, by preempting younger sequences if need be.
 
         False when it could not be had: the sequence was itself the youngest, or blocks are still in limbo.
         """
-        while not self._pool.can_allocate(1):
-            if self._limbo:
+        blocks = self._blocks
+        while not blocks.can_grow():
+            if blocks.has_limbo:
                 return False
-            victim = max((s for s in self._sequences.values() if s.running), key=lambda s: s.id)
+            victim = max(self._running(), key=lambda s: s.id)
             step.remove(victim)
             self._preempt(victim)
             self.counters.preemptions += 1
             if victim is sequence:
                 return False
-        blocks = self._pool.allocate(1)
-        self._directory.extend(sequence.id, blocks)
-        step.new_blocks[sequence] = blocks
+        step.new_blocks[sequence] = blocks.grow(sequence)
         return True
 
     def _row(self, step: StepBuilder, sequence: Sequence, count: int, ordinal: int, flight: Flight) -> Row:
@@ -718,27 +664,13 @@ class Batcher:
             self._num_decoding += 1
             self._decoding_context += len(sequence.tokens)
         if stop // self._config.block_size > sequence.num_published:
-            self._publish(sequence)
+            self._blocks.publish(sequence, in_next=sequence.epoch != self._epoch)
         return row
 
     def _begin(self, sequence: Sequence) -> SequenceStart:
         sampling = sequence.request.sampling
         history = list(sequence.tokens) if sampling.needs_history else []
         return SequenceStart(sequence.num_prompt_tokens, sampling, list(sequence.blocks), history)
-
-    def _publish(self, sequence: Sequence) -> None:
-        full = min(sequence.num_scheduled, len(sequence.tokens)) // self._config.block_size
-        if self._config.prefix_cache and sequence.request.use_prefix_cache:
-            self._hasher.extend(sequence.digests, sequence.tokens)
-            for index in range(sequence.num_published, full):
-                self._pool.publish(sequence.blocks[index], sequence.digests[index])
-        if self._guarded:
-            for block in sequence.blocks[sequence.num_published : full]:
-                if sequence.epoch == self._epoch:
-                    self._written_by[block] = sequence.last_ordinal
-                else:
-                    self._written_by.pop(block, None)
-        sequence.num_published = full
 
     # -- results ------------------------------------------------------------------------------------------
 
@@ -748,16 +680,7 @@ class Batcher:
         self._decoding_context += 1
         self.counters.generated_tokens += 1
         num_output_tokens = len(tokens) - len(request.prompt)
-        if num_output_tokens > 1:
-            output = TokenOutput([token], None if logprobs is None else [logprobs])
-        else:
-            output = TokenOutput(
-                [token],
-                None if logprobs is None else [logprobs],
-                num_cached_tokens=sequence.num_cached_tokens,
-                prompt_logprobs=sequence.prompt_logprobs if request.prompt_logprobs >= 0 else None,
-                queue_s=sequence.queue_s,
-            )
+        output = sequence.output(token, logprobs)
         if token in request.stop_token_ids and num_output_tokens > request.sampling.min_tokens:
             self._end(sequence, "stop", outputs, last=output, stopped_by=token)
         elif num_output_tokens >= request.max_tokens:
@@ -767,7 +690,7 @@ class Batcher:
             if not sequence.num_in_flight:
                 self._ready.append(sequence)
             elif len(tokens) % self._config.block_size == 0:
-                self._publish(sequence)
+                self._blocks.publish(sequence, in_next=sequence.epoch != self._epoch)
 
     def _end(
         self,
@@ -787,20 +710,8 @@ class Batcher:
         sequence.finished = True
         del self._sequences[sequence.id]
         self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
-        if outputs is None:
-            return
-        reads = sequence.request.prompt_logprobs >= 0 and sequence.request.max_tokens == 0
-        output = TokenOutput(
-            last.tokens if last else [],
-            last.logprobs if last else None,
-            reason,
-            error,
-            stopped_by,
-            last.num_cached_tokens if last else sequence.num_cached_tokens,
-            sequence.prompt_logprobs if reads else last.prompt_logprobs if last else None,
-            last.queue_s if last else sequence.queue_s,
-        )
-        outputs.append((sequence.id, output))
+        if outputs is not None:
+            outputs.append((sequence.id, sequence.last_output(reason, last, error, stopped_by)))
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the line, in the order of arrival; everything is recomputed (or found in the cache) later."""
@@ -818,12 +729,7 @@ class Batcher:
         self._waiting.insert(position, sequence)
 
     def _stop_running(self, sequence: Sequence) -> None:
-        if self._guarded and sequence.num_in_flight:
-            self._limbo.append((sequence.epoch, sequence.last_ordinal, sequence.blocks))
-        else:
-            self._pool.release(sequence.blocks)
-        self._directory.remove(sequence.id)
-        sequence.blocks = []
+        self._blocks.give_back(sequence)
         sequence.running = False
         sequence.num_in_flight = 0
         self._num_running -= 1
@@ -834,14 +740,3 @@ class Batcher:
             self._decoding_context -= len(sequence.tokens)
         if sequence.begun and sequence.epoch in self._released:
             self._released[sequence.epoch].append(sequence.id)
-
-    def _empty_limbo(self) -> None:
-        """Release the blocks whose last step has come back."""
-        still = []
-        for epoch, ordinal, blocks in self._limbo:
-            lane = self._lanes.get(epoch)
-            if lane is not None and lane.completed < ordinal:
-                still.append((epoch, ordinal, blocks))
-            else:
-                self._pool.release(blocks)
-        self._limbo = still

@@ -11,7 +11,8 @@ from kvstore.block_pool import BlockPool
 from kvstore.ids import WorkerName
 from runtime.layout import Layout, Move, moves_between
 from runtime.model.spec import ModelSpec
-from scheduler.batching import GROWTH_BLOCKS, Batcher
+from scheduler.batching import Batcher
+from scheduler.blocks import GROWTH_BLOCKS
 from scheduler.hops import NO_LIMIT, capacity, find_course, roomiest, split_evenly, split_into_hops
 from scheduler.membership import Membership
 from scheduler.transition import Refused

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from kvstore.ids import BlockId, Epoch, SequenceId
 from runtime.messages import TokenLogprobs
-from scheduler.request import Request
+from scheduler.request import FinishReason, Request, TokenOutput
 
 
 @dataclass(slots=True, eq=False)
@@ -64,3 +64,32 @@ class Sequence:
     @property
     def num_remaining(self) -> int:
         return len(self.tokens) - self.num_scheduled
+
+    def output(self, token: int, logprobs: TokenLogprobs | None) -> TokenOutput:
+        """The token that has just been added; the first one of all comes with what is known of the prompt."""
+        entries = None if logprobs is None else [logprobs]
+        if self.num_output_tokens > 1:
+            return TokenOutput([token], entries)
+        return TokenOutput(
+            [token],
+            entries,
+            num_cached_tokens=self.num_cached_tokens,
+            prompt_logprobs=self.prompt_logprobs if self.request.prompt_logprobs >= 0 else None,
+            queue_s=self.queue_s,
+        )
+
+    def last_output(
+        self, reason: FinishReason, last: TokenOutput | None, error: str | None, stopped_by: int | None
+    ) -> TokenOutput:
+        """`last`, if there is one, with how it ended; otherwise an output without a token."""
+        reads = self.request.prompt_logprobs >= 0 and self.request.max_tokens == 0
+        return TokenOutput(
+            last.tokens if last else [],
+            last.logprobs if last else None,
+            reason,
+            error,
+            stopped_by,
+            last.num_cached_tokens if last else self.num_cached_tokens,
+            self.prompt_logprobs if reads else last.prompt_logprobs if last else None,
+            last.queue_s if last else self.queue_s,
+        )
