@@ -1,7 +1,7 @@
 """`scripts/bench serve`: our own server on the five workloads, one arm per way of starting it.
 
 Without arguments: two workers of one thread each, three repeats. ``--arm one="--stages 1"`` adds an arm, and arms run
-alternately. ``--url`` measures a server that is running already and starts none.
+alternately. ``--arm before@FOLDER="--stages 1"`` starts the version that is checked out in FOLDER. ``--url`` measures a server that is running already and starts none.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from arms import DEFAULT_MODEL, machine_now, measure, measure_together, measure_url, note, parse_workloads, report
 from loadgen import WORKLOADS
-from servers import midflight_arm
+from servers import ROOT, midflight_arm
 
 
 def main() -> int:
@@ -24,7 +24,7 @@ def main() -> int:
         "--arm",
         action="append",
         default=[],
-        metavar='NAME="ARGS"',
+        metavar='NAME[@FOLDER]="ARGS"',
         help="arguments of `midflight serve` for one arm; may be given again (default: two-stages='--stages 2 --threads 1')",
     )
     parser.add_argument("--dtype", default="bfloat16")
@@ -47,7 +47,11 @@ def main() -> int:
         name, equals, arguments = text.partition("=")
         if not equals:
             parser.error(f'--arm {text!r}: expected NAME=ARGS, for example two="--stages 2"')
-        arms.append(midflight_arm(name, args.model, ["--dtype", args.dtype, *shlex.split(arguments)]))
+        name, _, folder = name.partition("@")
+        root = Path(folder).resolve() if folder else ROOT
+        if not (root / "api" / "cli.py").is_file():
+            parser.error(f"--arm {text!r}: {root} is no checkout of Midflight")
+        arms.append(midflight_arm(name, args.model, ["--dtype", args.dtype, *shlex.split(arguments)], root))
     log_folder = Path(tempfile.mkdtemp(prefix="midflight-bench-"))
     note(f"server logs in {log_folder}")
     run = measure_together if args.together else measure

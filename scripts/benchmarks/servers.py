@@ -34,12 +34,14 @@ class Arm:
     model: str
     env: tuple[tuple[str, str], ...] = ()
     start_timeout_s: float = 180.0
+    root: Path = ROOT
+    """The checkout it is started in."""
 
 
-def midflight_arm(name: str, model: str, arguments: Sequence[str]) -> Arm:
-    """`midflight serve` of this very checkout; `model` is a name or a folder."""
+def midflight_arm(name: str, model: str, arguments: Sequence[str], root: Path = ROOT) -> Arm:
+    """`midflight serve` of the checkout `root`, by default this very one; `model` is a name or a folder."""
     command = (sys.executable, "-m", "api.cli", "serve", model, "--host", "127.0.0.1", "--port", "{port}", *arguments)
-    return Arm(name, command, Path(model).name)
+    return Arm(name, command, Path(model).name, root=root)
 
 
 class Server:
@@ -67,12 +69,13 @@ class Server:
 
     def start(self) -> None:
         command = [part.replace("{port}", str(self.port)) for part in self.arm.command]
-        env = {**os.environ, "PYTHONPATH": str(ROOT), **dict(self.arm.env), _MARK: self._mark}
+        root = str(self.arm.root)
+        env = {**os.environ, "PYTHONPATH": root, **dict(self.arm.env), _MARK: self._mark}
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         began_s = time.monotonic()
         with open(self.log_path, "wb") as log:
             self._process = subprocess.Popen(
-                command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                command, cwd=root, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
         try:
             self._wait_ready(began_s + self.arm.start_timeout_s)

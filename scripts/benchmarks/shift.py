@@ -2,7 +2,7 @@
 
 A seeded trace of Poisson arrivals, at a fraction of what this machine was just measured to sustain, is played three
 times: on the one layout, on the other, and through changes there and back between them, one every few seconds. The plays
-alternate on one running server, whose prefix cache is off. The grid is load x context x change x strategy. Words and figures are those of docs/benchmarks.md ("Layout changes: not felt").
+alternate on one running server, whose prefix cache is off (`--prefix-cache`: on, but no prompt is a hit). The grid is load x context x change x strategy. Words and figures are those of docs/benchmarks.md ("Layout changes: not felt").
 
     scripts/bench shift --quick                        one load, 4 layers, two seeds: three minutes
     scripts/bench shift                                the whole grid: about three hours
@@ -35,7 +35,8 @@ def main() -> int:
     machine = machine_now()
     log_folder = Path(tempfile.mkdtemp(prefix="midflight-shift-"))
     note(f"server logs in {log_folder}")
-    server = ["--threads", "1", "--no-prefix-cache", "--kv-memory", args.kv_memory, "--dtype", args.dtype]
+    server = ["--threads", "1", "--kv-memory", args.kv_memory, "--dtype", args.dtype]
+    server += [] if args.prefix_cache else ["--no-prefix-cache"]
     document: dict[str, Any] = {"benchmark": "shift", "machine": machine, "command": sys.argv, "server": server}
     try:
         if args.steady:
@@ -56,7 +57,7 @@ def _shift(args: argparse.Namespace, server: list[str], log_folder: Path, docume
     pipelive = args.pattern == "pipelive"
     layouts = [layout for pair in plan.pairs for layout in (pair.first, pair.second)]
     num_workers = 2 if pipelive else max(layout.num_workers for layout in layouts)
-    fleet = Fleet(args.model, num_workers, server, log_folder)
+    fleet = Fleet(args.model, num_workers, server, log_folder, prefix_cache=args.prefix_cache)
     samples: list[Sample] = []
     try:
         fleet.start(FOR_ANSWERS if pipelive else layouts[0])
@@ -188,6 +189,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", default=DEFAULT_MODEL, help="a name or a folder, as for `midflight serve`")
     add("--dtype", default="bfloat16")
     add("--kv-memory", default="512M", help="of each worker")
+    add(
+        "--prefix-cache",
+        action="store_true",
+        help="leave it on; no prompt is a hit, but the pool fills with cached blocks",
+    )
     add("--out", type=Path, help="write the JSON here instead of to stdout")
     add("--plots", type=Path, metavar="FOLDER", help="for the PNG files; default: beside --out")
     return parser

@@ -4,7 +4,8 @@ The loop is open: requests start when the trace says so, whatever the server is 
 request was due. Unlike `loadgen`, a stream keeps the moment of each token, and a client may retry: then it sends the
 whole request again and counts only tokens that it had not got before, as a user would see it.
 
-What is never true: that the two sides of a pair differ in their prompts, lengths or arrivals.
+What is never true: that the two sides of a pair differ in their prompts (but for the first token, where a prefix cache is on: nothing
+of an earlier play may be a hit), lengths or arrivals.
 """
 
 import asyncio
@@ -94,11 +95,12 @@ async def play(
     arrivals: Sequence[Arrival],
     *,
     seed: int,
+    first_token: int | None = None,
     acting: Acting | None = None,
     retry_for_s: float = 0.0,
     timeout_s: float = 600.0,
 ) -> Run:
-    """Play `arrivals` with prompts out of `text` (token ids), and meanwhile do what `acting` says.
+    """Play `arrivals` with prompts out of `text` (token ids) that begin with `first_token`, if any, and meanwhile do what `acting` says.
 
     `url_of` is asked for each attempt, since a server that is started anew has another address. `retry_for_s` is how
     long after its first failure a request is tried again; with 0.0 a failure is an error of the run.
@@ -106,7 +108,7 @@ async def play(
     timeout = aiohttp.ClientTimeout(total=timeout_s)
     cpu_before, began_s = time.process_time(), time.perf_counter()
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
-        caller = _Caller(session, url_of, model, text, seed, began_s, retry_for_s)
+        caller = _Caller(session, url_of, model, text, seed, first_token, began_s, retry_for_s)
         changing = asyncio.create_task(_act(acting, began_s)) if acting is not None else None
         tasks = []
         for index, arrival in enumerate(arrivals):
@@ -139,15 +141,19 @@ class _Caller:
     model: str
     text: Sequence[int]
     seed: int
+    first_token: int | None
     began_s: float
     retry_for_s: float
 
     async def request(self, index: int, arrival: Arrival) -> Stream:
         stream = Stream(index=index, due_s=arrival.at_s)
+        prompt = excerpt(self.text, arrival.prompt_tokens, self.seed, index)
+        if self.first_token is not None:
+            prompt[0] = self.first_token
         # Special tokens are shown, because with `ignore_eos` a model that has ended goes on with nothing else.
         body = {
             "model": self.model,
-            "prompt": excerpt(self.text, arrival.prompt_tokens, self.seed, index),
+            "prompt": prompt,
             "max_tokens": arrival.output_tokens,
             "temperature": 0,
             "ignore_eos": True,

@@ -28,6 +28,8 @@ NOTHING_TAKES_S = 1.5
 CHANGE_TIMEOUT_S = 300.0
 SAMPLE_EVERY_S = 0.1
 _STAGE = re.compile(r"(\d+)(?:@(\d+))?")
+_FIRST_TOKEN = 1000
+"""And those after it are ordinary words in any vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +77,14 @@ class Fleet:
         arguments: Sequence[str],
         log_folder: Path,
         *,
+        prefix_cache: bool = False,
         start_timeout_s: float = 180.0,
     ) -> None:
         self._model = model
         self._num_workers = num_workers
         self._arguments = list(arguments)
+        self._prefix_cache = prefix_cache
+        self._num_plays = 0
         self._log_folder = log_folder
         self._start_timeout_s = start_timeout_s
         self._num_starts = 0
@@ -112,6 +117,11 @@ class Fleet:
         self._server.start()
         self.layout = LayoutSpec(tuple(enumerate(counts)))
         note(f"server {self._num_starts} with {self.layout} is healthy after {self._server.started_in_s:.1f} s")
+
+    def first_token(self) -> int | None:
+        """With a prefix cache, what the prompts of the next play begin with: another token for each."""
+        self._num_plays += 1
+        return _FIRST_TOKEN + self._num_plays if self._prefix_cache else None
 
     def stop(self) -> None:
         if self._server is not None:

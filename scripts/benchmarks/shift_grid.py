@@ -117,7 +117,9 @@ async def _one_seed(
         await fleet.ensure(layout)
         await warm_up(fleet)
         with fleet.usage() as usage:
-            plain[layout] = await play(lambda: fleet.url, fleet.model, fleet.text, trace, seed=seed)
+            plain[layout] = await play(
+                lambda: fleet.url, fleet.model, fleet.text, trace, seed=seed, first_token=fleet.first_token()
+            )
         plain_cpu_s.append(usage["cpu_s"])
 
     async def change(strategy: str) -> None:
@@ -168,6 +170,7 @@ async def _play_changes(
             fleet.text,
             trace,
             seed=seed,
+            first_token=fleet.first_token(),
             acting=Acting(to_the_other, FIRST_CHANGE_S, context.duration_s - 2.0),
             retry_for_s=RETRY_FOR_S if strategy == "restart" else 0.0,
         )
