@@ -43,6 +43,7 @@ from runtime.messages import AHEAD, Row, SequenceStart, StepPlan, StepResult, To
 from scheduler.blocks import GROWTH_BLOCKS, SequenceBlocks
 from scheduler.lanes import (
     MIN_WAIT_S,
+    Arrived,
     BatchingConfig,
     BatchLoad,
     Counters,
@@ -235,6 +236,10 @@ class Batcher:
         """No transition is under way any more."""
         self._blocks.unguard()
 
+    def copied_by(self, snapshot: Arrived) -> None:
+        """What is live now is being copied, with all mirrors on."""
+        self._blocks.snapshot = snapshot
+
     def open_next(self, opening: Opening) -> None:
         """From now on sequences flip to `opening.epoch` as they become able to, and new ones start there."""
         assert self._blocks.is_guarded, "guard first"
@@ -255,6 +260,7 @@ class Batcher:
         self._lanes[self._opening.epoch].fence = self.last_ordinal(self._epoch)
         del self._lanes[self._epoch], self._released[self._epoch]
         self._epoch, self._opening = self._opening.epoch, None
+        self._blocks.forget_writers()
         self.flip_due_s = math.inf
 
     # -- requests -----------------------------------------------------------------------------------------
@@ -302,18 +308,10 @@ class Batcher:
     def next_step(self, now_s: float) -> StepPlan | None:
         """The next step to send, or None when every microbatch is in flight or nothing is ready; `wake_s` may say when to ask again."""
         self.wake_s = math.inf
-        if not self._lanes or self.is_held or self._num_in_flight >= self.num_microbatches + self._has_one_more:
+        if not self._lanes or self.is_held:
             return None
-        step = StepBuilder(self._config.max_step_tokens)
-        if self._num_in_flight < self.num_microbatches:
-            self._fill(step, (), now_s)
-        if not step.rows and self._looks_ahead:
-            due_s = self._rhythm.ahead_s()
-            if due_s - now_s >= MIN_WAIT_S:
-                self.wake_s = due_s
-            else:
-                self._fill(step, self._about_to_be_ready(), now_s)
-        if not step.rows:
+        step = self._choose(now_s)
+        if step is None:
             return None
         assert step.epoch is not None
         lane = self._lanes[step.epoch]
@@ -377,10 +375,13 @@ class Batcher:
             f"step {result.ordinal} sampled {len(result.tokens)} tokens for {flight.num_samples} rows"
         )
         failed = set(result.failed)
+        attempts = {s.id: attempt for s, attempt, _ in flight.members} if result.prompt_logprobs else {}
         for sequence_id, start, entries in result.prompt_logprobs:
             sequence = self._sequences.get(sequence_id)
-            if sequence is not None and len(sequence.prompt_logprobs) == start:
-                sequence.prompt_logprobs += entries
+            if sequence is None or attempts.get(sequence_id) != sequence.attempt:
+                continue  # it ended or was put back meanwhile, and may read its prompt in other pieces now
+            assert len(sequence.prompt_logprobs) == start, f"{start} of {len(sequence.prompt_logprobs)} come next"
+            sequence.prompt_logprobs += entries
         index = -1
         for sequence, attempt, awaits in flight.members:
             if awaits == "token":
@@ -427,6 +428,22 @@ class Batcher:
 
     # -- forming a step -----------------------------------------------------------------------------------
 
+    def _choose(self, now_s: float) -> StepBuilder | None:
+        starving = self._starving()
+        if starving is not None and (step := self._filled(starving, (), now_s)):
+            return step
+        if self._num_in_flight >= self.num_microbatches + self._has_one_more:
+            return None
+        if self._num_in_flight < self.num_microbatches and (step := self._filled(None, (), now_s)):
+            return step
+        if not self._looks_ahead:
+            return None
+        due_s = self._rhythm.ahead_s()
+        if due_s - now_s >= MIN_WAIT_S:
+            self.wake_s = due_s
+            return None
+        return self._filled(None, self._about_to_be_ready(), now_s)
+
     @property
     def _looks_ahead(self) -> bool:
         return self._config.look_ahead != "never" and self._opening is None
@@ -436,6 +453,22 @@ class Batcher:
         """Whether a step is formed ahead though as many as there are microbatches are in flight. A single one leaves the stages idle
         between two steps, however many sequences there are."""
         return self._looks_ahead and (self.num_microbatches == 1 or self._config.look_ahead == "always")
+
+    def _starving(self) -> Epoch | None:
+        """While two epochs run side by side, the one of which nothing is in flight though a prompt waits to be read there. Its steps come first,
+        and beside as many as there are microbatches: streams of the other epoch may fill those for as long as they decode."""
+        opening = self._opening
+        if opening is None:
+            return None
+        old_waits = new_waits = False
+        for sequence in self._prefilling:
+            if sequence.num_remaining and not sequence.num_in_flight:
+                is_old = self._epoch_for(sequence) == self._epoch
+                old_waits, new_waits = old_waits or is_old, new_waits or not is_old
+        if old_waits and not self._lanes[self._epoch].in_flight:
+            return self._epoch
+        new_waits = new_waits or bool(self._waiting and self.admits)
+        return opening.epoch if new_waits and not self._lanes[opening.epoch].in_flight else None
 
     def _about_to_be_ready(self) -> ListOf[Sequence]:
         """Those for which the oldest step in flight samples a token that is not their last."""
@@ -453,12 +486,15 @@ class Batcher:
             and sequence.goes_on
         ]
 
-    def _fill(self, step: StepBuilder, ahead: ListOf[Sequence], now_s: float) -> None:
-        """`ahead` may join the decoding rows although their tokens are yet to come."""
+    def _filled(self, epoch: Epoch | None, ahead: ListOf[Sequence], now_s: float) -> StepBuilder | None:
+        """A step of `epoch`, or of that of its first row; None when nobody is ready. `ahead` may join the decoding rows although their tokens
+        are yet to come."""
+        step = StepBuilder(self._config.max_step_tokens, epoch)
         decode_s = self._take_decodes(step, ahead)
         step.budget = min(step.budget, self._prefill_budget(step, decode_s, now_s))
         self._take_prefills(step)
         self._take_waiting(step, now_s)
+        return step if step.rows else None
 
     def _take_decodes(self, step: StepBuilder, ahead: ListOf[Sequence]) -> float:
         """What the rows taken cost, in the unit of the prices."""

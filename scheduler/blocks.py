@@ -38,6 +38,9 @@ class SequenceBlocks:
         self._written_by: dict[BlockId, int] = {}
         self._limbo: list[tuple[Epoch, int, list[BlockId]]] = []
         self.is_guarded = False
+        self.snapshot: Arrived | None = None
+        """Of what was live at a moment of the change under way. Blocks that are handed out after it are no part of it: in a pool that is full
+        of cached blocks they are the last ones that it would come to, and a sequence that has grown into one would wait for all of it."""
 
     # -- how many -----------------------------------------------------------------------------------------
 
@@ -98,7 +101,7 @@ class SequenceBlocks:
     def take(self, sequence: Sequence, hits: ListOf[BlockId], needed: int, epoch: Epoch) -> None:
         """The sequence runs in `epoch` from now on, with the cached blocks `hits` and `needed` others."""
         self._pool.acquire(hits)
-        sequence.blocks = [*hits, *self._pool.allocate(needed)]
+        sequence.blocks = [*hits, *self._allocate(needed)]
         sequence.num_published = len(hits)
         sequence.num_scheduled = len(hits) * self._config.block_size
         self._directory.add(sequence.id, epoch, sequence.blocks)
@@ -109,8 +112,14 @@ class SequenceBlocks:
 
     def grow(self, sequence: Sequence) -> list[BlockId]:
         """One block more, which it returns."""
-        blocks = self._pool.allocate(1)
+        blocks = self._allocate(1)
         self._directory.extend(sequence.id, blocks)
+        return blocks
+
+    def _allocate(self, count: int) -> list[BlockId]:
+        blocks = self._pool.allocate(count)
+        if self.snapshot is not None:
+            self.snapshot.skip(blocks)
         return blocks
 
     def publish(self, sequence: Sequence, *, in_next: bool) -> None:
@@ -153,7 +162,12 @@ class SequenceBlocks:
     def unguard(self) -> None:
         """No change is under way any more. What is in limbo stays there until its step is back."""
         self.is_guarded = False
+        self.forget_writers()
+
+    def forget_writers(self) -> None:
+        """All steps of the old epoch are back; nothing is copied any more."""
         self._written_by.clear()
+        self.snapshot = None
 
     def check_integrity(self, running: Iterable[Sequence]) -> None:
         """Every block in use is used by someone."""

@@ -169,6 +169,10 @@ class Rhythm:
 class Arrived(Protocol):
     """What the transition knows of the KV that moves."""
 
+    def skip(self, blocks: ListOf[BlockId]) -> None:
+        """These blocks have been handed out anew, so nothing of the snapshot is waited for to read them."""
+        ...
+
     def covers(self, blocks: ListOf[BlockId]) -> bool:
         """Whether the snapshot of these blocks is at its targets (blocks that need none count as covered)."""
         ...
@@ -192,9 +196,10 @@ class StepBuilder:
 
     __slots__ = ("budget", "epoch", "fence", "flips", "is_ahead", "new_blocks", "rows")
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, epoch: Epoch | None = None) -> None:
+        """Of `epoch`, or of whichever the first row is of."""
         self.budget = budget
-        self.epoch: Epoch | None = None
+        self.epoch = epoch
         self.fence = -1
         self.is_ahead = False
         """Whether a row reads what is yet to be sampled."""

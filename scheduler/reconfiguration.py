@@ -98,7 +98,8 @@ class Reconfiguration:
 
     @property
     def is_active(self) -> bool:
-        return self._now is not None
+        """Whether a change is under way, or about to begin."""
+        return self._now is not None or bool(self._queue)
 
     @property
     def target(self) -> Layout | None:
@@ -106,7 +107,8 @@ class Reconfiguration:
 
     def is_aborting(self, change: int) -> bool:
         """Whether this change is on its way back."""
-        return self._now is not None and self._now.change.id == change and self._now.phase == "abort"
+        now = self._now
+        return now is not None and now.change.id == change and (now.phase == "abort" or bool(now.course.turned_back))
 
     @property
     def last_wanted(self) -> Layout | None:
@@ -132,12 +134,10 @@ class Reconfiguration:
         Raises:
             Refused: another is under way and `queue` is false, the queue is full, or it has no room.
         """
-        if self._now is not None:
+        if self.is_active:
             if not queue:
-                abort = f" abort it with DELETE /admin/transitions/{self._now.change.id}," * self._now.can_be_aborted
                 raise Refused(
-                    f"transition {self._now.change.id} is under way ({self._now.phase}); wait for it,{abort} or let this one "
-                    'wait behind it: --queue, or "queue": true in the body'
+                    f'{self._what_is_on()} or let this one wait behind it: --queue, or "queue": true in the body'
                 )
             if len(self._queue) >= MAX_QUEUED:
                 raise Refused(f"{MAX_QUEUED} changes are queued already, the most that are kept")
@@ -145,6 +145,13 @@ class Reconfiguration:
             self._keep(Report(change.id, change.strategy, [], describe(change.layout), -1, -1, outcome="queued"))
             return
         self._begin(change)
+
+    def _what_is_on(self) -> str:
+        now = self._now
+        if now is None:
+            return f"transition {self._queue[0].id} is about to begin; wait for it,"
+        abort = f" abort it with DELETE /admin/transitions/{now.change.id}," * now.can_be_aborted
+        return f"transition {now.change.id} is under way ({now.phase}); wait for it,{abort}"
 
     def cancel(self, transition: int, why: str) -> bool:
         """Abort a change, or take it out of the queue; False when it is too late: what flips now is the last of it.
@@ -298,7 +305,8 @@ class Reconfiguration:
                 return False
         return True
 
-    def _begin(self, change: Change) -> None:
+    def _begin(self, change: Change, before: Report | None = None, began_s: float | None = None) -> None:
+        """`before` is the report of a first try, which began at `began_s`, and found less room than was thought."""
         head = self._head
         old = head.layout
         assert old is not None, "the state asks only while it serves"
@@ -320,9 +328,11 @@ class Reconfiguration:
             layers_moved=sum(len(move.layers) for move in moves_between(old, change.layout)),
             sequences_at_start=head.batcher.num_running,
         )
+        if before is not None:
+            report.phases_s, report.cached_blocks_dropped = before.phases_s, before.cached_blocks_dropped
         self._keep(report)
         head.batcher.guard(change.id)
-        course = Course(change, report, head.now_s, old, deque(hops))
+        course = Course(change, report, head.now_s if began_s is None else began_s, old, deque(hops))
         self._set_limit(self._limit(course), report)
         self._start_hop(course, old)
         head.note(f"transition {change.id} begins: {old.brief()} -> {change.layout.brief()} ({change.strategy})")
@@ -359,7 +369,7 @@ class Reconfiguration:
             phase="reserve",
             entered_s=head.now_s,
             workers=workers,
-            began_s=head.now_s,
+            began_s=course.began_s if course.hop == 1 else head.now_s,
         )
         for name in workers:
             now.weights_before[name] = head.members.workers[name].weight_bytes
@@ -514,6 +524,7 @@ class Reconfiguration:
         now.num_needed = len(blocks) if now.change.strategy == "stop-copy" else num_running
         now.snapshot = Snapshot(blocks, len(now.moves) if now.copies else 0)
         now.report.blocks_copied += len(blocks) if now.moves else 0
+        head.batcher.copied_by(now.snapshot)
         if blocks:
             for name, rate in now.rates():
                 head.send(name, Copy(now.new.epoch, blocks, rate, now.num_needed, now.change.is_bound))
@@ -540,6 +551,7 @@ class Reconfiguration:
         now.enter("retire", head.now_s)
         assert now.opening is not None
         now.report.sequences_flipped += now.opening.num_flipped
+        now.opening = None
         through = head.batcher.last_ordinal(now.old.epoch)
         head.batcher.retire_old()
         head.adopt_layout(now.new)
@@ -589,7 +601,7 @@ class Reconfiguration:
             self._let_go(now.old, now.report)
             now.report.total_s = head.now_s - course.began_s
             try:
-                self._begin(now.change)
+                self._begin(now.change, now.report, course.began_s)
             except Refused as error:
                 self._end_report(now.report, "refused", str(error))
         else:

@@ -62,6 +62,11 @@ class Snapshot:
     def is_complete(self) -> bool:
         return self._covered == self.num_blocks
 
+    def skip(self, blocks: ListOf[BlockId]) -> None:
+        """These have been handed out anew: all that will be read of them is written from now on, and mirrored."""
+        for block in blocks:
+            self._index.pop(block, None)
+
     def advance(self, move: int, count: int) -> None:
         self._counts[move] = max(self._counts[move], count)
         self._covered = min(self._counts)

@@ -46,7 +46,6 @@ from tests.sim.cluster import NUM_LAYERS, make_spec
 
 NUM_PAGES = 60
 BLOCK_SIZE = 4
-BLOCK_COUNTS = {count: NUM_PAGES // count for count in range(1, NUM_LAYERS + 1)}
 WANTED = ("w0", "w1", "w2", "w3")
 
 
@@ -54,6 +53,7 @@ WANTED = ("w0", "w1", "w2", "w3")
 class DumbWorker:
     """What one worker has been told; it believes all of it."""
 
+    num_pages: int = NUM_PAGES
     epochs: set[int] = field(default_factory=set)
     prepared: Prepare | None = None
     opened: set[int] = field(default_factory=set)
@@ -62,13 +62,13 @@ class DumbWorker:
         match message:
             case Load():
                 self.prepared, self.epochs = None, {message.layout.epoch} if name in message.layout.workers else set()
-                loaded = Loaded(name, message.layout.epoch, 0, NUM_PAGES, 32, 0.0, "dumb")
+                loaded = Loaded(name, message.layout.epoch, 0, self.num_pages, 32, 0.0, "dumb")
                 return [loaded] if self.epochs else []
             case Prepare():
                 self.prepared, number = message, message.transition
                 if name in message.load.layout.workers:
                     self.epochs.add(number)
-                return [Prepared(name, number, NUM_PAGES, 32), ShadowReady(name, number, 0, 0.0)]
+                return [Prepared(name, number, self.num_pages, 32), ShadowReady(name, number, 0, 0.0)]
             case StartMirror():
                 assert self.prepared is not None
                 starts = [(i, 0) for i, move in enumerate(self.prepared.moves) if move.source == name]
@@ -122,6 +122,8 @@ class ReconfigurationMachine(RuleBasedStateMachine):
         """Changes of which something has flipped."""
         self.last_epoch = 0
         self.num_submitted = self.num_finished = self.num_joined = 0
+        self.num_pages: dict[str, int] = {}
+        """Of every worker that has ever joined."""
 
     @initialize()
     def begin(self) -> None:
@@ -132,8 +134,9 @@ class ReconfigurationMachine(RuleBasedStateMachine):
 
     # -- the world --------------------------------------------------------------------------------------------
 
-    def join(self, name: str) -> None:
-        self.workers[name] = DumbWorker()
+    def join(self, name: str, num_pages: int = NUM_PAGES) -> None:
+        self.workers[name] = DumbWorker(num_pages)
+        self.num_pages[name] = num_pages
         self.handle(FromWorker(Join(name, "host", 1, "cpu", "dumb", 1, 1, 1, {}), self.now_s))
 
     def handle(self, event: Event) -> None:
@@ -310,10 +313,11 @@ class ReconfigurationMachine(RuleBasedStateMachine):
             assert not self.head.reconfiguration.is_active, "the pipeline is broken, and the transition with it"
 
     @precondition(lambda self: len(self.workers) < 4)
-    @rule()
-    def a_worker_joins(self) -> None:
+    @rule(num_pages=st.sampled_from((NUM_PAGES, NUM_PAGES // 2)))
+    def a_worker_joins(self, num_pages: int) -> None:
+        """Its pool is thought to be like the others', until it says what it has."""
         self.num_joined += 1
-        self.join(f"w{3 + self.num_joined}")
+        self.join(f"w{3 + self.num_joined}", num_pages)
 
     @precondition(lambda self: self.head.served_once)
     @rule(num_prompt=st.integers(1, 24), num_tokens=st.integers(1, 12))
@@ -378,7 +382,7 @@ class ReconfigurationMachine(RuleBasedStateMachine):
         )
         for name in {name for layout in both for name in layout.workers}:
             num_layers = len({layer for layout in both for layer in layout.layers_of(name)})
-            assert head.pool.num_blocks <= BLOCK_COUNTS.get(num_layers, 1 << 40), f"{name} holds {num_layers} layers"
+            assert head.pool.num_blocks * num_layers <= self.num_pages[name], f"{name} holds {num_layers} layers"
 
     @invariant()
     def what_was_accepted_will_fit(self) -> None:
@@ -397,7 +401,8 @@ class ReconfigurationMachine(RuleBasedStateMachine):
             assert head.batcher.max_context == min(least, head.spec.max_context)
 
     def holds(self, layout: Layout) -> int:
-        return min(BLOCK_COUNTS.get(len(layout.layers_of(name)), 1 << 40) for name in layout.workers)
+        counts = {name: len(layout.layers_of(name)) for name in layout.workers}
+        return min(self.num_pages[name] // count for name, count in counts.items() if count)
 
     @invariant()
     def reports_say_what_is(self) -> None:
@@ -409,6 +414,7 @@ class ReconfigurationMachine(RuleBasedStateMachine):
                 continue
             end = f"{report.outcome} {report.why} {report.reached}"
             assert self.ended.setdefault(change, end) == end, "an end is an end"
+            assert math.isclose(sum(report.phases_s.values()), report.total_s, abs_tol=1e-6), "its phases are all of it"
             if report.outcome == "committed":
                 assert report.reached == report.target == describe(self.asked[change].layout)
             else:
@@ -459,3 +465,21 @@ TestReconfiguration = ReconfigurationMachine.TestCase
 TestReconfiguration.settings = settings(
     max_examples=150, stateful_step_count=40, deadline=None, report_multiple_bugs=False
 )
+
+
+def test_a_change_begun_anew_is_one_change() -> None:
+    """The pool of a worker that joins is smaller than was thought: the report, and the deadline, are of both tries."""
+    machine = ReconfigurationMachine()
+    machine.begin()
+    machine.join("w4", NUM_PAGES // 3)
+    machine.start(layout_from_owners(0, ["w0", "w4", "w4", "w4", "w4"]), "live", queue=False, deadline_s=1e9)
+    phases = []
+    while machine.change_now() is not None:
+        phases.append(machine.phase)
+        machine.now_s += 0.25
+        machine.settle()
+    report = machine.head.reconfiguration.reports[1]
+    assert "prepare" in phases[phases.index("abort") :], phases
+    assert report.outcome == "committed"
+    assert report.total_s == machine.now_s, "from the first try on"
+    machine.reports_say_what_is()

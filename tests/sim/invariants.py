@@ -72,6 +72,10 @@ class Invariants:
                 assert self._ended[change] == end, f"change {change} ended as {self._ended[change]}, now as {end}"
                 continue
             self._ended[change] = end
+            spent_s = sum(report.phases_s.values())
+            assert abs(spent_s - report.total_s) < 1e-6, (
+                f"change {change}: {spent_s} s in phases, {report.total_s} s in all"
+            )
             if report.outcome == "committed":
                 assert report.reached == report.target, f"change {change} is committed at {report.reached}"
             if head.status != "serving" or head.layout is None:

@@ -10,8 +10,9 @@ from kvstore.ids import LayerRange
 from runtime.layout import Layout, Segment
 from runtime.messages import Cancel, Prepare, Retired, Sampling, ToHead
 from scheduler.batching import BatchingConfig
+from scheduler.events import Event
 from scheduler.request import Request
-from tests.sim.cluster import NUM_LAYERS, VOCAB, SimCluster, reference
+from tests.sim.cluster import NUM_LAYERS, VOCAB, SimCluster, end_long, reference, submit_long
 
 TARGET = Layout(0, NUM_LAYERS, (Segment("w0", LayerRange(0, 2)), Segment("w2", LayerRange(2, NUM_LAYERS))))
 
@@ -154,3 +155,31 @@ def test_a_refusal_names_what_would_help() -> None:
     (refused,) = cluster.refused
     for way in ("DELETE /admin/transitions/1", "--queue", '"queue": true'):
         assert way in str(refused)
+
+
+def test_nobody_overtakes_a_change_that_waits_its_turn() -> None:
+    """Between two changes requests that have waited go first; a change that is asked for just then is the last of the queue."""
+    cluster = SimCluster(0, num_stages=2, batching=BatchingConfig(max_running=2), num_blocks=64, num_spares=1)
+    submit_long(cluster, 8, 60)
+    first, second, third = (
+        Layout(0, NUM_LAYERS, (Segment("w0", LayerRange(0, cut)), Segment("w1", LayerRange(cut, NUM_LAYERS))))
+        for cut in (1, 3, 4)
+    )
+    cluster.at(0.55, lambda: cluster.change(first))
+    cluster.at(0.55, lambda: cluster.change(second, queue=True))
+    handle, asked = cluster.handle, []
+
+    def handle_and_ask(event: Event) -> None:
+        handle(event)
+        reports = cluster.head.reconfiguration.reports
+        if not asked and 2 in reports and (reports[1].outcome, reports[2].outcome) == ("committed", "queued"):
+            asked.append(cluster.now)
+            cluster.change(third)
+            assert "transition 2 is about to begin" in str(cluster.refused[-1])
+            cluster.change(third, queue=True)
+
+    cluster.handle = handle_and_ask  # type: ignore[method-assign]
+    end_long(cluster, 8)
+    assert asked
+    assert list(cluster.head.layouts.values())[-1].segments == third.segments
+    assert [report.source_epoch for report in cluster.head.reconfiguration.reports.values()] == [1, 2, 3]

@@ -178,9 +178,13 @@ def test_who_runs_is_not_stranded_on_the_way(how: str, monkeypatch: pytest.Monke
         cluster.at(0.001 * index, shrink)
     cluster.at(0.6, lambda: cluster.change(layout_of(("w0", 0, 2), ("w1", 2, 4), ("w2", 4, 5))))
     given_up: list[int] = []
+    deleted: list[bool] = []
 
     def look() -> None:
-        view = cluster.head.reconfiguration.view()
+        view, now = cluster.head.reconfiguration.view(), cluster.head.reconfiguration._now
+        if now is not None and now.course.turned_back and not deleted:
+            deleted.append(cluster.head.reconfiguration.is_aborting(2))
+            cluster.abort_change(2)
         if given_up or not view or view["id"] != 2:
             return
         if how == "DELETE" and (view["hop"], view["phase"]) == (1, "flip"):
@@ -194,7 +198,7 @@ def test_who_runs_is_not_stranded_on_the_way(how: str, monkeypatch: pytest.Monke
                 store.shadow = lambda *_: None  # type: ignore[method-assign]
                 cluster.at(0.9, lambda s=store, f=shadow: setattr(s, "shadow", f))
 
-    for index in range(1000):
+    for index in range(3000):
         cluster.at(1.2 + 0.001 * index, look)
     for sequence in range(2):
         long = Request("a", [1 + sequence] * 14, Sampling(temperature=0.0), max_tokens=80)
@@ -205,6 +209,7 @@ def test_who_runs_is_not_stranded_on_the_way(how: str, monkeypatch: pytest.Monke
         cluster.at(0.5 * index, cluster.tick)
     check(cluster, until=60.0)
     assert given_up
+    assert deleted == [True], "whoever asks again hears that it goes back"
     report = cluster.head.reconfiguration.reports[2]
     assert report.outcome == "aborted"
     assert "a running request may need 94. It is back at" in report.why

@@ -7,7 +7,7 @@ import pytest
 from kvstore.block_pool import BlockPool
 from kvstore.directory import Directory
 from kvstore.ids import LayerRange
-from runtime.messages import AHEAD, Row, Sampling, StepPlan, StepResult
+from runtime.messages import AHEAD, Row, Sampling, StepPlan, StepResult, TokenLogprobs
 from scheduler.batching import (
     FLIP_CHUNK_TOKENS,
     MIN_CHUNK_TOKENS,
@@ -567,3 +567,139 @@ def test_beside_workers_that_need_its_cores_the_head_looks_ahead_only_where_they
     answer(batcher, ahead)
     third = step(batcher)
     assert ([row.sequence for row in third.rows], third.is_ahead, third.is_followed) == ([1], False, False)
+
+
+def pump(batcher: Batcher, count: int) -> None:
+    """So many steps, or as many as there are, each answered when the pipeline is full."""
+    flying: list[StepPlan] = []
+    for _ in range(count):
+        while (plan := batcher.next_step(0.0)) is not None:
+            flying.append(plan)
+        if flying:
+            answer(batcher, flying.pop(0))
+    for plan in flying:
+        answer(batcher, plan)
+
+
+def open_second(batcher: Batcher, snapshot: Snapshot) -> None:
+    batcher._directory.open_epoch(2, (("w1", LayerRange(0, 2)),))
+    batcher.open_next(Opening(2, snapshot))
+
+
+def copied_but_for_the_cached(batcher: Batcher) -> Snapshot:
+    """A change has begun, and of its snapshot what runs has arrived."""
+    batcher.guard(1)
+    blocks, num_running = batcher.live_blocks()
+    assert num_running < len(blocks)
+    snapshot = Snapshot(blocks, 1)
+    batcher.copied_by(snapshot)
+    snapshot.advance(0, num_running)
+    return snapshot
+
+
+def test_who_grows_into_a_block_that_was_cached_does_not_wait_for_the_whole_snapshot() -> None:
+    """In a pool that is full of cached blocks the next one handed out is the last one that the snapshot would come to."""
+    batcher = make_batcher(num_blocks=24, num_microbatches=1, max_step_tokens=64, look_ahead="never")
+    batcher.submit(1, make_request(80, max_tokens=1), 0.0)
+    pump(batcher, 2)
+    batcher.submit(2, make_request(14, max_tokens=40, first=500), 0.0)
+    answer(batcher, step(batcher))
+    assert not batcher._pool._free, "all others are cached"
+    snapshot = copied_but_for_the_cached(batcher)
+    for _ in range(3):
+        answer(batcher, step(batcher))
+    assert len(batcher._sequences[2].blocks) == 5, "it has grown"
+    open_second(batcher, snapshot)
+    assert step(batcher).epoch == 2
+    assert not snapshot.is_complete
+
+
+@pytest.mark.parametrize("num_streams", [2, 5])
+def test_a_prompt_is_read_on_beside_streams_that_have_flipped(num_streams: int) -> None:
+    """It begins with cached blocks that are yet to be copied, so it cannot flip; the streams that have would fill every step."""
+    batcher = make_batcher(num_blocks=200, num_microbatches=2, max_step_tokens=64, look_ahead="never")
+    batcher.submit(1, make_request(80, max_tokens=1), 0.0)
+    pump(batcher, 3)
+    for index in range(num_streams):
+        batcher.submit(2 + index, make_request(3, max_tokens=400, first=500 + 100 * index), 0.0)
+    pump(batcher, 3)
+    snapshot = copied_but_for_the_cached(batcher)
+    conversation = Request("r", [*range(80), *range(2000, 2300)], GREEDY, 4)
+    batcher.submit(100, conversation, 0.0)
+    pump(batcher, 1)
+    open_second(batcher, snapshot)
+    assert not snapshot.covers(batcher._sequences[100].blocks)
+    assert batcher._sequences[100].num_remaining > 64
+    pump(batcher, 30)
+    assert not snapshot.is_complete
+    assert 100 not in batcher._sequences, "it has been read and answered"
+    assert batcher.num_running == num_streams
+
+
+def test_a_request_begins_in_the_next_epoch_beside_streams_that_cannot_flip_yet() -> None:
+    batcher = make_batcher(num_blocks=200, num_microbatches=2, max_step_tokens=64, look_ahead="never")
+    batcher.submit(1, make_request(80, max_tokens=1), 0.0)
+    pump(batcher, 3)
+    snapshot = copied_but_for_the_cached(batcher)
+    for index in range(2):
+        batcher.submit(2 + index, Request("r", [*range(80), 600 + index], GREEDY, 400), 0.0)
+    pump(batcher, 2)
+    open_second(batcher, snapshot)
+    pump(batcher, 2)
+    assert {s.epoch for s in batcher._sequences.values()} == {1}
+    batcher.submit(10, make_request(8, max_tokens=2, first=900), 0.0)
+    pump(batcher, 10)
+    assert 10 not in batcher._sequences
+    assert {s.epoch for s in batcher._sequences.values()} == {1}, "their cached blocks are not there yet"
+
+
+def test_prompt_logprobs_of_an_attempt_that_was_put_back_are_dropped() -> None:
+    batcher = make_batcher(num_microbatches=2, prefix_cache=False, look_ahead="never")
+    batcher.submit(1, make_request(40, max_tokens=1, prompt_logprobs=0), 0.0)
+
+    def read(plan: StepPlan) -> list[Output]:
+        found = []
+        for row in plan.rows:
+            known = len(row.tokens) - (row.next_token < 0)  # what follows the last one is known, or not
+            entries = [TokenLogprobs(7, -1.0, 0, [])] * known
+            found += [(row.sequence, row.start, entries)] if row.sequence == 1 else []
+        tokens = [7 for row in plan.rows if row.sample]
+        return batcher.complete(StepResult(plan.epoch, plan.ordinal, plan.microbatch, tokens, [], found, []))
+
+    late = step(batcher)
+    batcher.preempt_all()
+    batcher.submit(2, make_request(9, max_tokens=1, first=100), 0.0)
+    again = step(batcher)
+    assert (late.rows[0].start, again.rows[0].start) == (0, 0)
+    read(late)
+    assert not batcher._sequences[1].prompt_logprobs
+    outputs = read(again)
+    while 1 in batcher._sequences:
+        outputs += read(step(batcher))
+    (last,) = [output for sequence, output in outputs if sequence == 1]
+    assert last.prompt_logprobs is not None
+    assert len(last.prompt_logprobs) == 39
+
+
+def test_what_was_cached_during_one_hop_is_a_hit_in_the_next() -> None:
+    batcher = make_batcher(num_blocks=200, num_microbatches=1, max_step_tokens=64, look_ahead="never")
+    batcher.submit(1, make_request(3, max_tokens=60, first=500), 0.0)
+    pump(batcher, 30)
+    batcher.guard(1)
+    batcher.submit(2, make_request(40, max_tokens=1), 0.0)
+    pump(batcher, 3)
+    open_second(batcher, Snapshot([], 0))
+    pump(batcher, 2)
+    batcher.retire_old()
+    batcher._directory.close_epoch(1)
+    batcher._directory.open_epoch(3, (("w0", LayerRange(0, 2)),))
+    batcher.open_next(Opening(3, Snapshot([], 0)))
+    batcher.submit(3, make_request(40, max_tokens=1), 0.0)
+    rows = [row for _ in range(3) for row in _answered(batcher).rows if row.sequence == 3]
+    assert rows[0].start == 36, "all full blocks but the last token's were written in the first hop"
+
+
+def _answered(batcher: Batcher) -> StepPlan:
+    plan = step(batcher)
+    answer(batcher, plan)
+    return plan
