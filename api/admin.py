@@ -7,9 +7,10 @@ from api.page import HEADERS, PAGE
 
 
 async def health(request: web.Request) -> web.Response:
-    """200 when requests are taken, 503 with the progress while they are not."""
+    """200 when requests are taken, and enough workers are there for them; 503 with the progress while it is not so."""
     view = request.app[CONTEXT].engine.health()
-    serving = view.status in ("serving", "recovering")
+    is_recovering = view.status == "recovering" and view.workers_joined >= view.workers_wanted
+    serving = view.status == "serving" or is_recovering
     return json_response(view, 200 if serving else 503, {} if serving else {"Retry-After": "1"})
 
 

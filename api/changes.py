@@ -76,7 +76,11 @@ async def _begin(request: web.Request, wait: bool, ask: Callable[[], int]) -> we
     except Refused as error:
         raise ApiError(_short(error), status=409, code="refused") from None
     if wait:
-        return json_response(await request.app[CONTEXT].engine.wait_change(change))
+        report = await request.app[CONTEXT].engine.wait_change(change)
+        if report["outcome"] in ("running", "queued"):
+            message = f"the server is shutting down, and transition {change} ends with it"
+            raise ApiError(message, status=503, code="shutting_down")
+        return json_response(report)
     answer = {"id": change, "outcome": _view(request, change)["outcome"]}
     return json_response(answer, status=202, headers={"Location": f"/admin/transitions/{change}"})
 

@@ -31,7 +31,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
         rendered, add_special_tokens=bool(body.add_special_tokens), max_tokens=limits.max_context, param="messages"
     )
     answer = ChatFormat(new_id("chatcmpl"), context, plan)
-    return await serve(request, plan, [Prompt(tokens)], limits, answer)
+    return await serve(request, plan, [Prompt(tokens)], context.limits(), answer)  # a change may have begun meanwhile
 
 
 def render(text: Text, body: ChatRequest) -> str:

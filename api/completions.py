@@ -27,7 +27,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     plan = plan_completion(body, limits, context.text, context.settings.eos_token_ids)
     prompts = await _prompts(body, limits, context)
     answer = CompletionFormat(new_id("cmpl"), context, plan)
-    return await serve(request, plan, prompts, limits, answer)
+    return await serve(request, plan, prompts, context.limits(), answer)  # a change may have begun meanwhile
 
 
 async def _prompts(body: CompletionRequest, limits: Limits, context: ApiContext) -> list[Prompt]:

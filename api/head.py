@@ -149,14 +149,13 @@ class _Head:
         """A local worker has no restart left. Without having served once, or without any worker, that is the end of the server."""
         if self._is_ending:
             return
-        if code == 0:
-            log.warning("local worker %s was told to end, and is not started again", name)
-            return
-        reason = f"local worker {name} ended with code {code} and will not be started again"
+        how = f"ended with code {code}" if code else "was told to end"
+        reason = f"local worker {name} {how} and will not be started again"
         is_left = any(worker.poll() is None for worker in self._locals if worker.name != name)
         from_elsewhere = _members(driver) - {worker.name for worker in self._locals}
-        if driver.served_once and (is_left or from_elsewhere):
+        if (driver.served_once or not code) and (is_left or from_elsewhere):
             log.warning("%s; the others go on. Another one joins with\n  %s", reason, _join_command(self._address))
+            driver.nobody_comes()
         else:
             self._fail(reason)
 

@@ -199,7 +199,7 @@ def _engine_families(stats: EngineStats) -> Iterator[Metric]:
 
 
 def _layout_families(layout: dict[str, Any]) -> Iterator[Metric]:
-    yield _gauge("midflight_layout_epoch", "Grows by one at every new layout", layout["epoch"] or 0)
+    yield _gauge("midflight_layout_epoch", "Grows at every new layout, and at every try at one", layout["epoch"] or 0)
     yield _gauge("midflight_transition_active", "1 while a change of layout is under way", bool(layout["transition"]))
     counts: dict[str, int] = {}
     for stage in layout["stages"]:

@@ -44,6 +44,7 @@ from scheduler.events import (
     FromWorker,
     Look,
     Looked,
+    NotComing,
     PeerDown,
     Report,
     Resume,
@@ -124,6 +125,7 @@ class Driver:
         self._closed = True
         if self._ticker is not None:
             self._ticker.cancel()
+        self._changed.set()
         farewell = TokenOutput([], finish_reason="error", error=reason)
         for sequence in list(self._sinks):
             self._state.step(Cancel(sequence, "abort"))
@@ -152,6 +154,10 @@ class Driver:
         """A worker's connection ended; called in an RPC thread."""
         if not self._closed:
             self._loop.call_soon_threadsafe(self.worker_exited, name, "its connection ended")
+
+    def nobody_comes(self) -> None:
+        """A local worker has ended for good: whoever is there may serve at once."""
+        self._handle(NotComing(self._loop.time()))
 
     def worker_exited(self, name: str, reason: str) -> None:
         """A worker is known to have ended."""
@@ -205,7 +211,7 @@ class Driver:
             status="draining" if state.draining and state.status == "serving" else state.status,
             detail=state.detail or "; ".join(f"{w.info.name}: {w.phase}" for w in loading if w.status == "loading"),
             workers_joined=len(workers),
-            workers_wanted=state.cluster.num_stages,
+            workers_wanted=state.num_wanted,
             units_loaded=sum(w.units_loaded for w in loading),
             units_total=sum(w.units_total for w in loading) or state.cluster.spec.num_layers + 2,
         )
@@ -454,8 +460,10 @@ class Driver:
         return [msgspec.to_builtins(report) for report in self._state.reconfiguration.reports.values()]
 
     async def wait_change(self, change: int) -> dict[str, Any]:
-        """The report, once the change has ended."""
+        """The report, once the change has ended; or as it is when the server ends before."""
         while (view := self.change_view(change)) is not None and view["outcome"] in ("running", "queued"):
+            if self._closed:
+                break
             self._changed.clear()
             await self._changed.wait()
         assert view is not None, f"the report of change {change} was dropped before anybody read it"

@@ -46,6 +46,13 @@ class PeerDown:
 
 
 @dataclass(frozen=True, slots=True)
+class NotComing:
+    """A lost worker is known not to be started again: nobody needs to wait for it."""
+
+    now_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     now_s: float
 
@@ -106,6 +113,7 @@ Event: TypeAlias = (
     | Cancel
     | FromWorker
     | PeerDown
+    | NotComing
     | Tick
     | Wake
     | Drain

@@ -70,10 +70,17 @@ class Membership:
 
     workers: dict[WorkerName, Worker] = field(default_factory=dict)
     num_lost: int = 0
+    first_selves: dict[WorkerName, WorkerName] = field(default_factory=dict)
+    """By the name of a restarted worker, dead or not, the name it was first started under."""
 
     def join(self, info: Join, now_s: float) -> None:
         assert info.name not in self.workers, f"worker {info.name} joined twice"
         self.workers[info.name] = Worker(info, "idle", now_s)
+        if info.replaces:
+            self.first_selves[info.name] = self.first_self(info.replaces)
+
+    def first_self(self, name: WorkerName) -> WorkerName:
+        return self.first_selves.get(name, name)
 
     def lose(self, name: WorkerName) -> Worker | None:
         worker = self.workers.pop(name, None)
@@ -86,6 +93,11 @@ class Membership:
         if worker is not None:
             worker.last_seen_s = now_s
         return worker
+
+    def seen_later(self, by_s: float) -> None:
+        """For so long nobody could be heard."""
+        for worker in self.workers.values():
+            worker.last_seen_s += by_s
 
     def silent(self, now_s: float, timeout_s: float) -> list[WorkerName]:
         return [name for name, worker in self.workers.items() if now_s - worker.last_seen_s > timeout_s]

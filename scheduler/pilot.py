@@ -265,13 +265,16 @@ class Pilot:
             if report is None or report.outcome in ("aborted", "refused"):
                 self.autopilot.failed(head.now_s, self._asked[1], report.why if report else "it was dropped")
                 self._asked = None
-        if self._known is None or self._known.segments != head.layout.segments:
-            is_ours = report is not None and report.outcome == "committed"
-            if self._known is not None and not head.reconfiguration.is_active:
-                self.autopilot.committed(head.now_s, head.layout, report.total_s if report and is_ours else 0.0)
-            if self._known is None or not head.reconfiguration.is_active:
-                self._known, self._num_learned = head.layout, 0
-        if report is not None and report.outcome == "committed":
+        is_ours = report is not None and report.outcome == "committed"
+        if self._known is None:
+            self._known, self._num_learned = head.layout, 0
+        elif head.reconfiguration.is_active:
+            return  # where it leads is seen when it has ended
+        elif self._known.segments != head.layout.segments or is_ours:
+            took_s = report.total_s if report is not None and is_ours else 0.0
+            self.autopilot.committed(head.now_s, head.layout, took_s)
+            self._known, self._num_learned = head.layout, 0
+        if is_ours:
             self._asked = None
 
     def _kv_tokens(self, head: Head) -> float:

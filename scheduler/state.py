@@ -15,6 +15,7 @@ While it serves, a `Reconfiguration` may take it from one layout to the next wit
 What is never true: a result of an epoch that is neither the present one nor, in a transition, the next changes anything.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, assert_never
@@ -22,7 +23,7 @@ from typing import Literal, TypeAlias, assert_never
 from kvstore.block_pool import BlockPool
 from kvstore.directory import Directory
 from kvstore.ids import WorkerName
-from runtime.layout import Layout, layout_from_counts
+from runtime.layout import Layout, Segment, layout_from_counts
 from runtime.messages import (
     Audited,
     Copied,
@@ -61,6 +62,7 @@ from scheduler.events import (
     FromWorker,
     Look,
     Looked,
+    NotComing,
     PeerDown,
     Report,
     Resume,
@@ -85,6 +87,8 @@ from scheduler.request import AdmissionError, StageStats
 from scheduler.transition import Refused
 from scheduler.wishes import LayoutError, Wish, resolve
 
+MOST_BETWEEN_TICKS_S = 3.0
+"""Longer only when the head itself stood still: stopped, suspended, or starved of its core."""
 PILOT_DEADLINE_S = 300.0
 """After which a change that the autopilot asked for is aborted, if nothing has flipped by then."""
 
@@ -148,8 +152,11 @@ class SchedulerState:
     lineup: Lineup = field(default_factory=Lineup)
     _last_epoch: int = 0
     _recovering_since_s: float = 0.0
-    _num_served: int = 1
-    """Workers of the last layout, once one is lost."""
+    _served: Layout | None = None
+    """The last layout that served, once a worker of it is lost: another over as many workers is to be like it."""
+    _is_like_served: bool = False
+    """Whether the layout that comes up is that one, with others in the place of the lost."""
+    _ticked_s: float = math.inf
     _effects: list[Effect] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -187,6 +194,9 @@ class SchedulerState:
                 self.pilot.cancelled(event.sequence, is_end=event.reason == "stop", now_s=self.now_s)
             case PeerDown():
                 self._lose(event.worker, event.reason, event.now_s, effects)
+            case NotComing():
+                self._recovering_since_s = -math.inf
+                self._try_load(event.now_s, effects)
             case Tick():
                 self._tick(event.now_s, effects)
             case Wake():
@@ -319,6 +329,7 @@ class SchedulerState:
 
     def _lose(self, name: WorkerName, reason: str, now_s: float, effects: list[Effect]) -> None:
         if self.members.lose(name) is None:
+            effects.append(EvictWorker(name, reason))  # it may have been at the door
             return
         self.pilot.lost(name)
         effects.append(EvictWorker(name, reason))
@@ -330,7 +341,7 @@ class SchedulerState:
         if self.status != "serving" and name not in self.layout.workers:
             return
         if self.status == "serving":
-            self._num_served = len(self.layout.workers)
+            self._served, self._is_like_served = self.layout, True
             self.batcher.close_epoch()
             for epoch in self.directory.epochs:
                 self.directory.close_epoch(epoch)
@@ -350,7 +361,10 @@ class SchedulerState:
             return
         assert self.layout is not None, "it loads one"
         effects.append(Report("warning", detail))
-        self.lineup.could_not_load(self.layout.workers, name, now_s)
+        if self._is_like_served:
+            self._is_like_served = False  # they may have room for another split
+        else:
+            self.lineup.could_not_load(self.layout.workers, name, now_s)
         again = f"tries everything again every {self.cluster.rejoin_timeout_s:g} s"
         self.status, self.detail = "recovering", f"{detail}. Add a worker, or start it again with more memory; {again}"
         self._load_another(now_s, effects)
@@ -365,6 +379,10 @@ class SchedulerState:
         self._try_load(now_s, effects)
 
     def _tick(self, now_s: float, effects: list[Effect]) -> None:
+        stood_s = now_s - self._ticked_s - MOST_BETWEEN_TICKS_S
+        if stood_s > 0.0:
+            self.members.seen_later(stood_s)  # the head itself stood still, and has yet to read what came meanwhile
+        self._ticked_s = now_s
         for name in self.members.silent(now_s, self.cluster.heartbeat_timeout_s):
             reason = f"no heartbeat for {self.cluster.heartbeat_timeout_s:g} s"
             self._lose(name, reason, now_s, effects)
@@ -411,19 +429,17 @@ class SchedulerState:
         """Pick a layout and have it loaded, when none is chosen yet and enough workers are there."""
         if self.layout is not None or self.status == "failed":
             return
-        wanted = self.cluster.num_stages
-        if self.members.drained():
-            wanted = min(wanted, self._num_served)  # no more than served without them
-        names, is_whole = self.lineup.choose(self.members, wanted)
+        wanted, served = self.num_wanted, self._served.workers if self._served is not None else ()
+        names, is_whole = self.lineup.choose(self.members, wanted, served)
         if not names and self.members.workers and now_s - self.lineup.failed_s > self.cluster.rejoin_timeout_s:
             self.lineup.forget()
-            names, is_whole = self.lineup.choose(self.members, wanted)
+            names, is_whole = self.lineup.choose(self.members, wanted, served)
         if not is_whole:
             waited_s = now_s - self._recovering_since_s
             if self.status != "recovering" or not names or waited_s < self.cluster.rejoin_timeout_s:
                 return
         self.epoch = self.new_epoch()
-        self.layout = layout_from_counts(self.epoch, names, self._counts(names))
+        self.layout = self._layout_over(names)
         self.open_layout(self.layout)
         self.members.forget_rooms()
         if self.status == "waiting_for_workers":
@@ -439,6 +455,31 @@ class SchedulerState:
             worker.epoch = self.epoch
             worker.units_loaded, worker.units_total = 0, self._num_units(name)
             effects.append(Send(name, self.load_message(self.layout, name)))
+
+    @property
+    def num_wanted(self) -> int:
+        """Workers of the layout that serves, or that is to come up."""
+        layout = self.layout if self.layout is not None else self._served
+        return len(layout.workers) if layout is not None else self.cluster.num_stages
+
+    def _layout_over(self, names: Sequence[WorkerName]) -> Layout:
+        """Like the one that served, if it had as many workers: who is still there has what it had, and who is new what a lost one had,
+        its former self before others."""
+        served = self._served
+        if served is None or len(served.workers) != len(names) or not self._is_like_served:
+            self._is_like_served = False
+            return layout_from_counts(self.epoch, names, self._counts(names))
+        first_self, new = self.members.first_self, [name for name in names if name not in served.workers]
+        heirs = {name: name for name in served.workers if name in names}
+        lost = [name for name in served.workers if name not in names]
+        for is_own_self in (True, False):
+            for name in [name for name in lost if name not in heirs]:
+                fit = [heir for heir in new if first_self(heir) == first_self(name) or not is_own_self]
+                if fit:
+                    heirs[name] = fit[0]
+                    new.remove(fit[0])
+        segments = tuple(Segment(heirs[segment.worker], segment.layers) for segment in served.segments)
+        return Layout(self.epoch, served.num_layers, segments)
 
     def _counts(self, names: Sequence[WorkerName]) -> tuple[int, ...]:
         if self.cluster.layers is not None and len(self.cluster.layers) == len(names):

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias, assert_never
 
 from kvstore.ids import LayerRange, WorkerName
 from runtime.layout import Layout, Segment, layout_from_counts
+from scheduler.transition import Refused
 
 _STAGE_FIELDS = ("worker", "layers")
 
@@ -72,6 +73,7 @@ def resolve(
 
     Raises:
         LayoutError: there are too few workers for it.
+        Refused: there is no other worker.
     """
     match wish:
         case Layout():
@@ -97,7 +99,9 @@ def _without(
     rest = [worker for worker in present.workers if worker != name and worker in workers]
     rest = rest or [worker for worker in workers if worker != name and worker not in drained][:1]
     if not rest:
-        raise LayoutError(f"{name} is the only worker; start another one first{_drained(drained)}", "worker")
+        raise Refused(
+            f"{name} is the only worker that is not drained; start another one first{_drained([other for other in drained if other != name])}"
+        )
     return layout_from_counts(0, rest, balanced(rest))
 
 

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -287,3 +288,23 @@ async def test_ctrl_c_ends_streams_events_and_processes(own: Server) -> None:
     assert "stopping" in log
     assert "error" not in log.lower(), log
     assert "tensorpipe" not in log.lower(), log
+
+
+def test_who_waits_for_a_change_hears_that_the_server_ends(tiny_llama: Path, tmp_path: Path) -> None:
+    model = with_long_context(tiny_llama, tmp_path)
+    options = ("--layers", "2,2", "--dtype", "float32", "--kv-memory", "16M")
+    with Server(model, *options, log=tmp_path / "log") as server, ThreadPoolExecutor(2) as pool:
+        request = {"prompt": [1, 2, 3], "max_tokens": LONG, "ignore_eos": True}
+        running = pool.submit(server.post, "/v1/completions", request)
+        wait_for(lambda: server.get("/admin/stats")[1]["running"] == 1, "the request")
+        wish = {"layers": [1, 3], "strategy": "drain"}
+        waiting = pool.submit(server.post, "/admin/layout?wait=true", wish)
+        wait_for(lambda: server.get("/admin/layout")[1]["transition"] is not None, "the change")
+        assert server.process is not None
+        server.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: server.get("/health")[1]["status"] == "draining", "draining")
+        assert server.stop() == 0, "the second signal cuts the request off"
+        status, answer = waiting.result(10)
+        assert (status, answer["error"]["code"]) == (503, "shutting_down"), answer
+        assert "transition 1 " in answer["error"]["message"]
+        assert running.result(10)[0] == 500

@@ -114,6 +114,20 @@ def test_nothing_outlives_the_head(number: int, tiny_llama: Path, tmp_path: Path
         assert server.process.wait(1) == 0
 
 
+def test_a_server_without_any_worker_left_ends(tiny_llama: Path, tmp_path: Path) -> None:
+    """Both are told to end: the first leaves the other one serving, the second nobody, and no agent starts them again."""
+    with Server(tiny_llama, "--stages", "1", "--local-workers", "2", *OPTIONS, log=tmp_path / "log") as server:
+        wait_for(lambda: len(server.worker_pids()) == 2, 60, "the second worker")
+        os.kill(server.worker_pids()["w1"], signal.SIGTERM)
+        wait_for(lambda: "w1 was told to end and will not be started again" in server.log_text(), 30, "its end")
+        assert server.get("/health")[0] == 200
+        assert len(complete(server, [7, 9, 11], 4)) == 4
+        os.kill(server.worker_pids()["w0"], signal.SIGTERM)
+        assert server.process is not None
+        assert server.process.wait(30) != 0
+        assert "local worker w0 was told to end and will not be started again" in server.log_text()
+
+
 def test_sigterm_lets_running_requests_end(tiny_llama: Path, tmp_path: Path) -> None:
     server = Server(tiny_llama, "--stages", "2", *OPTIONS, log=tmp_path / "log")
     server.start()

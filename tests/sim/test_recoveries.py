@@ -5,6 +5,7 @@ import pytest
 from kvstore.ids import LayerRange
 from runtime.layout import Layout, Segment
 from scheduler.batching import BatchingConfig
+from scheduler.events import EvictWorker, NotComing, PeerDown, Tick
 from tests.sim.cluster import NUM_LAYERS, SimCluster, end_long, serving_at_the_end, submit_long
 
 
@@ -106,3 +107,77 @@ def test_the_report_of_a_change_that_a_crash_ends_says_how_far_it_was(seed: int)
     assert report.sequences_flipped >= gone_over[0] > 0
     assert report.phases_s["flip"] > 0.0
     assert report.reached == []
+
+
+def layout_of(*segments: tuple[str, int, int]) -> Layout:
+    return Layout(0, NUM_LAYERS, tuple(Segment(name, LayerRange(start, stop)) for name, start, stop in segments))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_after_a_loss_the_layout_is_the_one_that_was_asked_for(seed: int) -> None:
+    """Over three workers, one in two places, though the server was started with two stages: the lost one's place is its restarted self's."""
+    cluster = SimCluster(seed, num_stages=2, batching=BatchingConfig(), num_blocks=64, num_spares=1)
+    submit_long(cluster, 3, max_tokens=120)
+    cluster.at(0.55, lambda: cluster.change(layout_of(("w2", 0, 1), ("w1", 1, 3), ("w2", 3, 4), ("w0", 4, 5))))
+    lost: list[str] = []
+
+    def lose() -> None:
+        if not lost and cluster.head.reconfiguration.reports[1].outcome == "committed":
+            lost.append("w1")
+            cluster._end(cluster.workers["w1"], restarts=True)
+
+    for index in range(2000):
+        cluster.at(0.6 + 0.001 * index, lose)
+    end_long(cluster, 3)
+    assert lost
+    layout = cluster.head.layout
+    assert layout is not None
+    assert layout.segments == layout_of(("w2", 0, 1), ("w1-r1", 1, 3), ("w2", 3, 4), ("w0", 4, 5)).segments
+
+
+def test_an_idle_worker_takes_the_place_of_a_lost_one_at_once() -> None:
+    cluster = SimCluster(0, num_stages=2, batching=BatchingConfig(), num_blocks=64, num_spares=2)
+    submit_long(cluster, 3, max_tokens=120)
+    cluster.at(0.55, lambda: cluster.change(layout_of(("w3", 0, 1), ("w1", 1, 5))))
+    cluster.at(1.5, lambda: cluster._end(cluster.workers["w1"], restarts=True))
+    end_long(cluster, 3)
+    layout = cluster.head.layout
+    assert layout is not None
+    assert layout.segments == layout_of(("w3", 0, 1), ("w0", 1, 5)).segments
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+def test_nobody_waits_for_a_worker_that_is_known_not_to_come(is_known: bool) -> None:
+    cluster = SimCluster(0, num_stages=2, batching=BatchingConfig(), num_blocks=64)
+    submit_long(cluster, 3, max_tokens=120)
+    cluster.at(0.7, lambda: cluster._end(cluster.workers["w1"], restarts=False))
+    if is_known:
+        cluster.at(1.3, lambda: cluster.handle(NotComing(cluster.now)))
+    seen: list[str] = []
+    cluster.at(2.5, lambda: seen.append(cluster.head.status))
+    assert serving_at_the_end(cluster, 3) == ["w0"]
+    assert seen == ["serving" if is_known else "recovering"]
+
+
+def test_a_head_that_stood_still_does_not_take_its_workers_for_dead() -> None:
+    """Stopped for longer than the heartbeats' time; what they said meanwhile lies in its queue when it looks at the clock."""
+    cluster = SimCluster(0, num_stages=2, batching=BatchingConfig(), num_blocks=64, heartbeat_timeout_s=4.0)
+    cluster.run(until=0.6)
+    head, stood_s = cluster.head, 20.0
+    for _ in range(3):
+        cluster.now += 0.5
+        cluster.tick()
+    cluster.now += stood_s
+    cluster.handle(Tick(cluster.now))
+    assert sorted(head.members.workers) == ["w0", "w1"]
+    for _ in range(3):
+        cluster.now += 2.0
+        cluster.handle(Tick(cluster.now))
+    assert not head.members.workers, "who goes on saying nothing is lost"
+
+
+def test_who_is_lost_before_it_has_joined_frees_its_name() -> None:
+    cluster = SimCluster(0, num_stages=2, batching=BatchingConfig(), num_blocks=64)
+    cluster.run(until=0.6)
+    effects = cluster.head.step(PeerDown("w7", "its connection ended", 1.0))
+    assert effects == [EvictWorker("w7", "its connection ended")]

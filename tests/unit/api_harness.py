@@ -45,6 +45,7 @@ class ScriptedEngine:
         self.held = False
         self.failure: TokenOutput | None = None
         self.status = "serving"
+        self.num_workers = 2
         self.requests: list[Request] = []
         self.sinks: dict[SequenceId, Sink] = {}
         self.aborted: list[SequenceId] = []
@@ -121,7 +122,7 @@ class ScriptedEngine:
         return LIMITS
 
     def health(self) -> Health:
-        return Health(self.status, "", 1, 2, 3, 8)
+        return Health(self.status, "", self.num_workers, 2, 3, 8)
 
     def stats(self) -> EngineStats:
         stages = [StageStats("w0", 0, 7, 0.5, 0.25, 2.0, 0.0)]

@@ -341,6 +341,14 @@ async def test_an_engine_that_gives_up_is_an_error_for_the_client(api: Api, reas
     assert events[-1]["error"]["message"] == "the logits were not finite"
 
 
+@pytest.mark.parametrize(("num_workers", "expected"), [(0, 503), (1, 503), (2, 200)])
+async def test_health_while_a_lost_worker_is_made_up_for(api: Api, num_workers: int, expected: int) -> None:
+    """Requests are taken, and wait. Whoever looks is told when there is nobody to serve them."""
+    api.engine.status, api.engine.num_workers = "recovering", num_workers
+    status, body = await api.get("/health")
+    assert (status, json.loads(body)["workers_joined"]) == (expected, num_workers)
+
+
 async def test_before_the_model_is_up(api: Api) -> None:
     api.engine.status = "loading"
     status, body = await api.get("/health")

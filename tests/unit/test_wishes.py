@@ -7,6 +7,7 @@ import pytest
 
 from kvstore.ids import LayerRange
 from runtime.layout import Layout, Segment, layout_from_counts
+from scheduler.transition import Refused
 from scheduler.wishes import Counts, Drained, LayoutError, Wish, parse_wish, resolve
 
 WORKERS = ["w0", "w1", "w2", "w3"]
@@ -44,7 +45,7 @@ def test_a_wish_depends_on_the_layout_that_it_finds(
 def test_what_no_longer_can_be_says_why() -> None:
     with pytest.raises(LayoutError, match="3 stages are asked for, 2 workers are here"):
         resolve(Counts((4, 4, 4)), over(["w0"]), ["w0", "w1"], (), evenly)
-    with pytest.raises(LayoutError, match="w0 is the only worker"):
+    with pytest.raises(Refused, match=r"w0 is the only worker that is not drained; start another one first$"):
         resolve(Drained("w0"), over(["w0"]), ["w0"], (), evenly)
 
 
@@ -58,7 +59,9 @@ def test_what_was_drained_is_left_out_unless_it_is_named() -> None:
     assert workers_of(over(["w0", "w1"]), ["w1", "w2"], {"w0"}) == ("w0", "w1")
     with pytest.raises(LayoutError, match=r"3 workers are here .w1, w2, w3.; w0 drained: resume it"):
         resolve(Counts((3, 3, 3, 3)), over(["w1"]), WORKERS, {"w0"}, evenly)
-    with pytest.raises(LayoutError, match="w1 is the only worker; start another one first; w0 drained: resume it"):
+    with pytest.raises(
+        Refused, match="w1 is the only worker that is not drained; start another one first; w0 drained: resume it"
+    ):
         resolve(Drained("w1"), over(["w1"]), ["w0", "w1"], {"w0"}, evenly)
 
 
