@@ -22,10 +22,14 @@ from typing import Any
 
 from runtime.pace import parse_pace
 
+log = logging.getLogger("midflight.worker")
+
 _MAX_FILES = 65536
 """Descriptors that are asked for, as far as they may be: every large weight is a file (`runtime.pages`)."""
 _HEAD_ENDS_WITHIN_S = 1.0
 """How long after its connections a head that dies may be seen as a process; a living one has given the worker up."""
+_TRY_AGAIN_S = 1.0
+"""How long after it lost its head, or found none, a worker looks for the next."""
 _SWITCH_INTERVAL_S = 0.0005
 """How long the compute thread may wait for the interpreter's lock while another thread (a shadow's loader) has it."""
 
@@ -49,7 +53,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class _Process:
-    """The loop around `Worker`: one turn per head."""
+    """The loop around `Worker`: one life per head.
+
+    Never true: a life begins while something of the one before holds memory, but for the units, which the loader keeps.
+    """
 
     def __init__(self, args: argparse.Namespace) -> None:
         from runtime.device import choose_device
@@ -66,63 +73,82 @@ class _Process:
             self._loader.queued.runner.sends_device = True
         self._base = args.name or _default_name()
         self._turn = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        self._worker: Any = None
         self._leaving = False
+        self._lost_since_s: float | None = None
 
     def run(self) -> int:
-        from runtime.garbage import settle
-        from runtime.rpc import Door, DoorError
-        from runtime.worker import HeadLost, StepError, Worker
+        from runtime.garbage import collect, settle
 
         settle()
-        log = logging.getLogger("midflight.worker")
-        lost_since_s: float | None = None
-        while True:
-            name = self._name(self._turn)
-            replaces = self._name(self._turn - 1) if self._turn else ""
-            worker = Worker(name, replaces, self._device, self._loader)
-            signal.signal(signal.SIGTERM, lambda *_, worker=worker: self._leave(worker))
-            started_s = time.monotonic()
-            try:
-                reason = worker.run(
-                    lambda handler, on_lost, name=name: Door(
-                        name,
-                        self._args.head,
-                        is_head=False,
-                        handler=handler,
-                        on_lost=on_lost,
-                        allow_public=self._args.allow_public_rpc,
-                        device=self._device.device.index if self._args.device_tensors else None,
-                    )
-                )
-                log.info("ending: %s", reason)
-                return 0
-            except StepError:
-                return 1
-            except (HeadLost, DoorError) as error:
-                if self._args.lifeline_pid and not self._leaving:
-                    time.sleep(_HEAD_ENDS_WITHIN_S)  # if it has died, the lifeline ends us here
-                if self._leaving:
-                    return 0
-                if self._args.lifeline_pid:
-                    log.warning("the head lives and has given this worker up (%s): it starts again", error)
-                    return 1
-                now_s = time.monotonic()
-                if now_s - started_s > 60.0 or lost_since_s is None:
-                    lost_since_s = now_s
-                if now_s - lost_since_s > self._args.rejoin_timeout:
-                    log.error("no head at %s for %.0f s: %s", self._args.head, self._args.rejoin_timeout, error)
-                    return 0
-                log.warning("the head at %s is not there (%s); trying again", self._args.head, error)
-                time.sleep(1.0)
-                self._turn += 1
+        signal.signal(signal.SIGTERM, lambda *_: self._leave())
+        while (code := self._live()) is None:
+            collect()  # a worker, its member and the error that ended them hold each other
+            time.sleep(_TRY_AGAIN_S)
+            self._turn += 1
+        return code
+
+    def _live(self) -> int | None:
+        """One life: join the head and serve it. The process's exit status, or None when the head is gone and another is looked for."""
+        from runtime.rpc import DoorError
+        from runtime.worker import HeadLost, StepError, Worker
+
+        replaces = self._name(self._turn - 1) if self._turn else ""
+        self._worker = worker = Worker(self._name(self._turn), replaces, self._device, self._loader)
+        if self._leaving:
+            return 0
+        started_s = time.monotonic()
+        try:
+            log.info("ending: %s", worker.run(self._door))
+            return 0
+        except StepError:
+            return 1
+        except (HeadLost, DoorError) as error:
+            code = self._after(str(error), started_s)
+        self._worker = None
+        if code is None:
+            worker.release()
+        return code
+
+    def _after(self, error: str, started_s: float) -> int | None:
+        """What becomes of this process now that the head is lost, or was not found: as `_live`."""
+        if self._args.lifeline_pid and not self._leaving:
+            time.sleep(_HEAD_ENDS_WITHIN_S)  # if it has died, the lifeline ends us here
+        if self._leaving:
+            return 0
+        if self._args.lifeline_pid:
+            log.warning("the head lives and has given this worker up (%s): it starts again", error)
+            return 1
+        now_s = time.monotonic()
+        if now_s - started_s > 60.0 or self._lost_since_s is None:
+            self._lost_since_s = now_s
+        if now_s - self._lost_since_s > self._args.rejoin_timeout:
+            log.error("no head at %s for %.0f s: %s", self._args.head, self._args.rejoin_timeout, error)
+            return 0
+        log.warning("the head at %s is not there (%s); trying again", self._args.head, error)
+        return None
+
+    def _door(self, handler: Any, on_lost: Any) -> Any:
+        from runtime.rpc import Door
+
+        return Door(
+            self._name(self._turn),
+            self._args.head,
+            is_head=False,
+            handler=handler,
+            on_lost=on_lost,
+            allow_public=self._args.allow_public_rpc,
+            device=self._device.device.index if self._args.device_tensors else None,
+        )
 
     def _name(self, turn: int) -> str:
         return self._base if turn == 0 else f"{self._base}-r{turn}"
 
-    def _leave(self, worker: Any) -> None:
+    def _leave(self) -> None:
         """In a signal handler: the agent (or the operator) wants this process to end."""
         self._leaving = True
-        worker.leave("SIGTERM")
+        if self._worker is not None:
+            self._worker.leave("SIGTERM")
 
 
 def _default_name() -> str:

@@ -55,6 +55,10 @@ OnProgress = Callable[[int, int, int, int, int], None]
 """Called with the transition, the units of it that are loaded and that arrive, and the bytes of both."""
 
 
+def _tell_nobody(*what: object) -> None:
+    pass
+
+
 class Loader:
     """The units of one worker (`runtime.member.UnitStore`). `on_shadow` and `on_progress` are called in the shadow's thread."""
 
@@ -68,8 +72,8 @@ class Loader:
         self.tracer = Tracer()
         self.profile: list[ProfilePoint] = []
         self._is_profiled = False
-        self.on_shadow: OnShadow = lambda transition, seconds, peer_bytes, error: None
-        self.on_progress: OnProgress = lambda transition, units_loaded, units_total, bytes_loaded, bytes_total: None
+        self.on_shadow: OnShadow = _tell_nobody
+        self.on_progress: OnProgress = _tell_nobody
         self.importer = Importer()
         self._most_bytes = 0
         self._device = device
@@ -229,6 +233,12 @@ class Loader:
             while not self._is_idle():
                 time.sleep(GIVE_BACK_AFTER_S)
             heap.give_back()
+
+    def release(self) -> None:
+        """Hold no pool, and nothing of the worker that this loaded for, whose life is over. The units stay, for the next one."""
+        self.on_shadow = self.on_progress = self.importer.send = _tell_nobody
+        if self.queued is not None:
+            self.queued.drop_pool()
 
     def rss(self) -> int:
         return self._process.memory_info().rss

@@ -227,12 +227,7 @@ class Member:
             self.num_stale += 1
             return
         self._newest_told = layout.epoch
-        self._store.cancel_shadow()
-        self._stages.clear()
-        self._order.clear()
-        self._handover, self._retire_due, self._room_due, self.pool = None, None, None, None
-        self._early.clear()
-        self._exports.clear()
+        self._drop()
         if self._name not in layout.workers:
             self._store.retain(())
             self._give_back()
@@ -267,6 +262,19 @@ class Member:
                 room_bytes=self._store.room_bytes,
             )
         )
+
+    def release(self) -> None:
+        """This life is over, the process may have another: hold nothing, and be held by nothing in the store. The units stay."""
+        self._drop()
+        self._store.give_back(lambda: True)
+
+    def _drop(self) -> None:
+        self._store.cancel_shadow()
+        self._stages.clear()
+        self._order.clear()
+        self._handover, self._retire_due, self._room_due, self.pool = None, None, None, None
+        self._early.clear()
+        self._exports.clear()
 
     # -- steps ----------------------------------------------------------------------------------------------
 

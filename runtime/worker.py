@@ -68,6 +68,7 @@ log = logging.getLogger("midflight.worker")
 
 HEAD = "head"
 JOIN_TIMEOUT_S = 30.0
+BEAT_ENDS_WITHIN_S = 1.0
 OVERDUE_S = 0.02
 """Background work that has been due for so long goes before the next message."""
 
@@ -159,10 +160,18 @@ class Worker:
             interval_s = welcome.heartbeat_interval_s
             beat = threading.Thread(target=self._beat, args=(door, interval_s), name="heartbeat", daemon=True)
             beat.start()
-            return self._serve()
+            try:
+                return self._serve()
+            finally:
+                self._stopping.set()
+                beat.join(BEAT_ENDS_WITHIN_S)
         finally:
-            self._stopping.set()
             door.close()
+
+    def release(self) -> None:
+        """After `run`, when the process goes on: hold no memory, so that its next life has all of it. The loader keeps the units."""
+        self._member.release()
+        self._loader.release()
 
     def leave(self, reason: str) -> None:
         """Tell the head that this worker ends on purpose, and stop serving. Called from a signal handler."""

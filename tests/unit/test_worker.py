@@ -1,0 +1,95 @@
+"""A worker's lives, each with a head of its own, without a server: the door is a stand-in that says what a head would."""
+
+import gc
+import signal
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime import __main__ as entry
+from runtime import garbage
+from runtime.messages import Join, Load, Loaded, Shutdown, ToHead, Welcome, decode_to_head, encode
+from tests.tiny_models import NUM_LAYERS, write_tiny
+from tests.unit.test_loading import load_message, split
+
+HEARTBEAT_S = 60.0
+
+
+class Door:
+    """The head's door, from the worker's side. `heads` says, life by life, what the head does with what it is told."""
+
+    heads: Iterator[Callable[["Door", ToHead], None]]
+
+    def __init__(self, name: str, address: str, *, handler: Any, on_lost: Callable[[str], None], **rest: Any) -> None:
+        self._hear = next(Door.heads)
+        self._handler = handler
+        self.lose = lambda: on_lost("head")
+
+    def say(self, message: Any) -> None:
+        self._handler(encode(message), ())
+
+    def send(self, peer: str, payload: bytes, tensors: Any = (), on_error: Any = None) -> None:
+        self._hear(self, decode_to_head(payload))
+
+    def call(self, peer: str, payload: bytes, timeout_s: float) -> "Future[bytes]":
+        reply: Future[bytes] = Future()
+        reply.set_result(encode(Welcome(HEARTBEAT_S)))
+        self._hear(self, decode_to_head(payload))
+        return reply
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[entry._Process]:
+    """A worker's process that nobody else's head holds. The collector does nothing by itself, as in one with little garbage."""
+    monkeypatch.setattr("runtime.rpc.Door", Door)
+    monkeypatch.setattr(garbage, "settle", lambda: None)
+    monkeypatch.setattr(entry, "_TRY_AGAIN_S", 0.0)
+    before = signal.getsignal(signal.SIGTERM)
+    gc.disable()
+    yield entry._Process(entry._parse(["--head", "nowhere:1", "--name", "w0", "--device", "cpu", "--threads", "1"]))
+    gc.enable()
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_worker_that_loses_its_head_keeps_the_weights_and_nothing_else(
+    process: entry._Process, tmp_path: Path
+) -> None:
+    message: Load = load_message(write_tiny("llama", tmp_path), split(NUM_LAYERS), kv_bytes=8 << 20)
+    held: list[weakref.ref[Any]] = []
+
+    def first(door: Door, said: ToHead) -> None:
+        if isinstance(said, Join):
+            door.say(message)
+        elif isinstance(said, Loaded):
+            member = process._worker._member
+            held.extend(map(weakref.ref, (process._worker, member, member.pool, *member._stages.values())))
+            member._give_back()  # as a change of layout does, which lets the loader ask this member
+            door.lose()
+
+    def second(door: Door, said: ToHead) -> None:
+        if isinstance(said, Join):
+            assert said.name == "w0-r1"
+            assert [ref() for ref in held] == [None] * 4, (
+                "its memory is free before the next head hears how much there is"
+            )
+            assert sorted(process._loader.units.layers) == list(range(NUM_LAYERS))
+            door.say(Shutdown("enough"))
+
+    Door.heads = iter((first, second))
+    assert process.run() == 0
+    assert len(held) == 4
+
+
+def test_a_worker_told_to_end_between_two_heads_serves_no_other(
+    process: entry._Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(garbage, "collect", process._leave)
+    Door.heads = iter((lambda door, said: door.lose() if isinstance(said, Join) else None,))
+    assert process.run() == 0
