@@ -54,6 +54,11 @@ class Limiter:
         self._accelerator = accelerator
         self._busy = 0.0
         self._ended_s = -1e9
+        self._is_running = False
+
+    def begins(self) -> None:
+        """A step runs from now on; it may last longer than nothing has to come for a worker to be idle."""
+        self._is_running = True
 
     def ran(self, begun_s: float, ended_s: float) -> None:
         """A step ran."""
@@ -61,10 +66,11 @@ class Limiter:
         keep = math.exp(-elapsed_s / MEMORY_S)
         self._busy = keep * self._busy + (1.0 - keep) * min(1.0, (ended_s - begun_s) / elapsed_s)
         self._ended_s = ended_s
+        self._is_running = False
 
     def is_idle(self, now_s: float) -> bool:
-        """Whether no step came for a while."""
-        return now_s - self._ended_s > IDLE_AFTER_S
+        """Whether no step runs, and none came for a while."""
+        return not self._is_running and now_s - self._ended_s > IDLE_AFTER_S
 
     def share(self, now_s: float) -> float:
         """Of the steps' time from now on, what one kind of background work may take, in (0, 1]."""

@@ -345,6 +345,7 @@ class Member:
             self._handover.fence_waits += 1
             self._handover.fence_wait_s += begun_s - self._blocked_since_s
             self._blocked_since_s = None
+        self._limiter.begins()
         stage.spent = np.zeros(NUM_PARTS, np.int64) if self._tracer.is_on else NOT_TIMED
         cpu_ns = self._tracer.cpu_ns()
         with torch.inference_mode():

@@ -26,6 +26,16 @@ def test_an_idle_worker_gives_all_its_time() -> None:
     assert limiter.share(now_s + 2 * IDLE_AFTER_S) == 1.0
 
 
+def test_a_worker_is_not_idle_while_a_step_lasts() -> None:
+    limiter, now_s = after_steps(0.9)
+    limiter.begins()
+    later_s = now_s + 2 * IDLE_AFTER_S
+    assert limiter.share(later_s) == limiter.share(now_s) < 0.05
+    assert not limiter.is_idle(later_s)
+    limiter.ran(now_s, later_s)
+    assert limiter.is_idle(later_s + 2 * IDLE_AFTER_S)
+
+
 def test_the_share_falls_with_the_load() -> None:
     shares = []
     for busy in (0.2, 0.5, 0.7, 0.9, 0.999):
