@@ -40,7 +40,7 @@ from runtime.trace import Tracer
 log = logging.getLogger("midflight.worker")
 
 SHADOW_ENDS_WITHIN_S = 20.0
-"""How long a cancelled shadow may go on with the unit that it reads before a load that waits for it fails."""
+"""How long a cancelled shadow may go on with the piece of work that it does before a load that waits for it fails."""
 _WARM_UP_ROWS = (1, 2, 3, 4, 8, 16)
 _WARM_UP_CHUNK = 64
 WARM_UP_BLOCK_SIZE = 16
@@ -48,11 +48,17 @@ GIVE_BACK_AFTER_S = 0.5
 """How long after units were dropped their memory is given back, and how often it is asked whether no step runs then."""
 PIECE_S = 0.001
 """A loader that rests does so after this much work."""
+ASK_AGAIN_AFTER_S = 0.1
+"""A rest that is longer asks again how long it should be: nothing is gained by resting on where no step runs any more."""
 
 OnShadow = Callable[[int, float, int, Exception | None], None]
 """Called with the transition, seconds, bytes that came from peers, and what went wrong."""
 OnProgress = Callable[[int, int, int, int, int], None]
 """Called with the transition, the units of it that are loaded and that arrive, and the bytes of both."""
+
+
+class _CalledOff(Exception):
+    """The shadow that is loaded was cancelled. It never leaves the shadow's thread."""
 
 
 def _tell_nobody(*what: object) -> None:
@@ -83,6 +89,8 @@ class Loader:
         self._lock = threading.Lock()
         self._shadow: threading.Thread | None = None
         self._shadow_token = 0
+        self._called_off = threading.Event()
+        """Of the last shadow: set when it is cancelled."""
         self._sources = Sources()
         self._form: str | None = None
         self._process = psutil.Process()
@@ -269,16 +277,22 @@ class Loader:
     def shadow(self, load: Load, keys: Sequence[UnitKey], transition: int, pace: Pace) -> None:
         self.cancel_shadow()
         before, token = self._shadow, self._shadow_token
+        self._called_off = called_off = threading.Event()
         self._shadow = threading.Thread(
-            target=self._load_shadow, args=(load, keys, transition, pace, token, before), name="shadow", daemon=True
+            target=self._load_shadow,
+            args=(load, keys, transition, pace, token, called_off, before),
+            name="shadow",
+            daemon=True,
         )
         self._shadow.start()
 
     def cancel_shadow(self) -> None:
-        """Nothing more of a shadow arrives. The unit that is being built is finished and dropped; nobody waits for that here, as a
-        disk that hangs must not hold up steps, but whoever builds next does. (Where graphs are captured, they are waited for.)"""
+        """Nothing more of a shadow arrives. A rest ends at once, and the unit that is being built is dropped after the present piece of
+        work; nobody waits for that here, as a disk that hangs must not hold up steps, but whoever builds next does. (Where graphs are
+        captured, they are waited for.)"""
         with self._lock:
             self._shadow_token += 1
+        self._called_off.set()
         if self.queued is not None:
             self._wait_for(self._shadow)
 
@@ -298,6 +312,7 @@ class Loader:
         transition: int,
         pace: Pace,
         token: int,
+        called_off: threading.Event,
         before: threading.Thread | None,
     ) -> None:
         self._wait_for(before)
@@ -310,7 +325,9 @@ class Loader:
         peer_bytes: int | None = 0
         try:
             with self.queued.loading() if self.queued is not None else contextlib.nullcontext():
-                peer_bytes = self._load_units(load, keys, transition, pace, token)
+                peer_bytes = self._load_units(load, keys, transition, pace, token, called_off)
+        except _CalledOff:
+            return
         except Exception as problem:
             if token == self._shadow_token:
                 log.exception("loading the shadow of transition %d failed", transition)
@@ -318,15 +335,23 @@ class Loader:
         if token == self._shadow_token and peer_bytes is not None:
             self.on_shadow(transition, time.perf_counter() - started_s, peer_bytes, error)
 
-    def _load_units(self, load: Load, keys: Sequence[UnitKey], transition: int, pace: Pace, token: int) -> int | None:
-        """Bytes that came from peers; None when the shadow was cancelled meanwhile."""
+    def _load_units(
+        self,
+        load: Load,
+        keys: Sequence[UnitKey],
+        transition: int,
+        pace: Pace,
+        token: int,
+        called_off: threading.Event,
+    ) -> int | None:
+        """Bytes that came from peers; None, or `_CalledOff`, when the shadow was cancelled meanwhile."""
         spec, peer_bytes = self._open(load), 0
         missing = [key for key in keys if self._get(key) is None]
         self._check_room(spec, [key for key in missing if pace.holders.get(key) not in self.importer.lenders])
         sizes = [_unit_bytes(spec, key) for key in missing]
         for count, key in enumerate(missing):
             self.on_progress(transition, count, len(sizes), sum(sizes[:count]), sum(sizes))
-            from_peer = self._add_to_shadow(key, load, spec, pace, token)
+            from_peer = self._add_to_shadow(key, load, spec, pace, token, called_off)
             if from_peer is None:
                 return None
             peer_bytes += from_peer
@@ -335,16 +360,18 @@ class Loader:
         self._count_bytes()
         if pace.is_idle:
             self._compile(spec)
-            self._warm_shadow(load, keys, spec, _WARM_UP_ROWS, _rests(pace.share)[0])
+            self._warm_shadow(load, keys, spec, _WARM_UP_ROWS, _rests(called_off, pace.share)[0])
         if self.queued is not None:
-            segments, (rest,) = self._segments(load), _rests(pace.share)
+            segments, (rest,) = self._segments(load), _rests(called_off, pace.share)
             self.queued.capture(self.units.layers, segments, rest, lambda: token != self._shadow_token)
         return peer_bytes
 
-    def _add_to_shadow(self, key: UnitKey, load: Load, spec: ModelSpec, pace: Pace, token: int) -> int | None:
+    def _add_to_shadow(
+        self, key: UnitKey, load: Load, spec: ModelSpec, pace: Pace, token: int, called_off: threading.Event
+    ) -> int | None:
         """Bytes of the unit that came from a peer; None when the shadow was cancelled meanwhile."""
         assert self._builder is not None
-        self._builder.rest, rest = _rests(pace.loading_share, pace.share)
+        self._builder.rest, rest = _rests(called_off, pace.loading_share, pace.share)
         began_s = time.perf_counter()
         holder = pace.holders.get(key)
         unit = self._import(key, holder, token)
@@ -522,17 +549,27 @@ def warm_up(
                 rest()
 
 
-def _rests(*shares: Callable[[], float]) -> list[Callable[[], None]]:
+def _rests(called_off: threading.Event, *shares: Callable[[], float]) -> list[Callable[[], None]]:
     """To be called between pieces of work on this thread, one for each kind of work: each rests for what was done since any of
-    them did, as long as its share of the time wants it."""
+    them did, as long as its share of the time wants it, and no longer when that share grows meanwhile.
+
+    They raise `_CalledOff` when `called_off` is set, then or during the rest.
+    """
     mark_s = time.thread_time()
 
     def rest(share: Callable[[], float]) -> None:
         nonlocal mark_s
-        worked_s = time.thread_time() - mark_s
-        if worked_s >= PIECE_S:
-            time.sleep(worked_s * (1.0 / share() - 1.0))
-            mark_s = time.thread_time()
+        worked_s, rested_s = time.thread_time() - mark_s, 0.0
+        while worked_s >= PIECE_S and not called_off.is_set():
+            left_s = worked_s * (1.0 / share() - 1.0) - rested_s
+            if left_s <= 0.0:
+                mark_s = time.thread_time()
+                break
+            began_s = time.perf_counter()
+            called_off.wait(min(left_s, ASK_AGAIN_AFTER_S))
+            rested_s += time.perf_counter() - began_s
+        if called_off.is_set():
+            raise _CalledOff
 
     return [functools.partial(rest, share) for share in shares]
 

@@ -53,8 +53,10 @@ class Queued:
         if self._side is None:
             self._side = torch.cuda.Stream(self._device)
         with torch.cuda.device(self._device), torch.cuda.stream(self._side):
-            yield
-            self._side.synchronize()
+            try:
+                yield
+            finally:
+                self._side.synchronize()
 
     def budget(self, spec: ModelSpec, block_size: int, implementation: str) -> int:
         """Bytes for a page pool at most, the weights being loaded."""

@@ -88,8 +88,11 @@ def pack(*weights: Weight, rest: Callable[[], None] = lambda: None) -> Packed:
     return Packed(storage(packed.view(dtype).view(-1)), num_columns, depth)
 
 
-def pack_gate_up(gate: Weight, up: Weight) -> Packed:
-    """Pack two weights ``[I, K]`` so that each panel holds half a panel of gate, then the same columns of up. Raises as `pack`."""
+def pack_gate_up(gate: Weight, up: Weight, rest: Callable[[], None] = lambda: None) -> Packed:
+    """Pack two weights ``[I, K]`` so that each panel holds half a panel of gate, then the same columns of up.
+
+    Rests and raises as `pack`.
+    """
     half = PANEL // 2
     num_columns, depth = gate.shape
     packed = _panels(num_columns, depth, gate.dtype, half)
@@ -98,30 +101,31 @@ def pack_gate_up(gate: Weight, up: Weight) -> Packed:
         for block in _blocks(weight, half):
             _fill(packed, begin, half, first, block)
             first += len(block)
+            rest()
     return Packed(storage(packed.view(gate.dtype).view(-1)), num_columns, depth)
 
 
-def pack_int8(weight: torch.Tensor) -> Packed:
-    """As `pack`, quantised (`runtime.kernels.quantized`), for an x of the dtype of `weight`.
+def pack_int8(weight: torch.Tensor, rest: Callable[[], None] = lambda: None) -> Packed:
+    """As `pack`, quantised (`runtime.kernels.quantized`), for an x of the dtype of `weight`. `rest` is called after every few panels.
 
     Raises:
         ValueError: when K is odd, or a weight is not finite.
     """
-    return _pack_int8((weight,), PANEL)
+    return _pack_int8((weight,), PANEL, rest)
 
 
-def pack_gate_up_int8(gate: torch.Tensor, up: torch.Tensor) -> Packed:
-    """As `pack_gate_up`, quantised. Raises as `pack_int8`."""
-    return _pack_int8((gate, up), PANEL // 2)
+def pack_gate_up_int8(gate: torch.Tensor, up: torch.Tensor, rest: Callable[[], None] = lambda: None) -> Packed:
+    """As `pack_gate_up`, quantised. Rests and raises as `pack_int8`."""
+    return _pack_int8((gate, up), PANEL // 2, rest)
 
 
-def _pack_int8(weights: tuple[torch.Tensor, ...], width: int) -> Packed:
+def _pack_int8(weights: tuple[torch.Tensor, ...], width: int, rest: Callable[[], None]) -> Packed:
     num_columns, depth = weights[0].shape
     if depth % 2:
         raise ValueError(f"a packed product needs an even number of inputs, got {depth}")
     packed = empty((-(-num_columns // width), panel_bytes(depth)), torch.int8)
     for i, weight in enumerate(weights):
-        fill_panels(packed, i * width, width, weight)
+        fill_panels(packed, i * width, width, weight, rest)
     return Packed(packed.view(-1).numpy(), num_columns, depth)
 
 

@@ -13,6 +13,7 @@ vector of columns by itself), then a bfloat16 scale for each column. The last gr
 What is never true: two of these ways differ in a bit; they multiply and add the same numbers in the same order.
 """
 
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -72,8 +73,12 @@ def panel_bytes(depth: int) -> int:
     return (depth + SCALE_BYTES * -(-depth // GROUP)) * PANEL
 
 
-def fill_panels(packed: torch.Tensor, first: int, width: int, weight: torch.Tensor) -> None:
+def fill_panels(
+    packed: torch.Tensor, first: int, width: int, weight: torch.Tensor, rest: Callable[[], None] = lambda: None
+) -> None:
     """Quantise `weight` ``[N, K]`` into columns [first, first + width) of each panel of `packed`, int8 ``[panels, bytes]``.
+
+    `rest` is called after each `PANELS_AT_ONCE` panels.
 
     Symmetric, to the nearest. A scale is rounded to bfloat16, by 1/512 at most, so nothing exceeds `LARGEST` by more
     than half a step, and nothing needs to be clipped.
@@ -84,6 +89,7 @@ def fill_panels(packed: torch.Tensor, first: int, width: int, weight: torch.Tens
     for panel in range(0, len(packed), PANELS_AT_ONCE):
         some = packed[panel : panel + PANELS_AT_ONCE]
         _fill_some(some, first, width, weight[panel * width : (panel + len(some)) * width])
+        rest()
 
 
 def _fill_some(packed: torch.Tensor, first: int, width: int, weight: torch.Tensor) -> None:

@@ -118,8 +118,9 @@ class UnitBuilder:
 
             if parts is not None:
                 return lean.LeanLayer.from_parts(self._config, index, parts, self._device, self._dtype)
-            return lean.LeanLayer(self._config, index, self._stored(index), self._device, self._dtype, self._quantize)
-        return self._skeleton().layer(index, self._weights, parts)
+            stored = self._stored(index)
+            return lean.LeanLayer(self._config, index, stored, self._device, self._dtype, self._quantize, self.rest)
+        return self._skeleton().layer(index, self._weights, parts, self.rest)
 
     def embedding(self, parts: Parts | None = None) -> Embedding:
         """As `layer`; a tied weight that this process holds already is shared."""
@@ -131,7 +132,7 @@ class UnitBuilder:
             weight = self._stored("embedding")["weight"].whole() if parts is None else parts["weight"]
             unit = lean.LeanEmbedding(weight, self._device, self._dtype)
         else:
-            unit = self._skeleton().embedding(self._weights, parts)
+            unit = self._skeleton().embedding(self._weights, parts, self.rest)
         self._embedding = weakref.ref(unit)
         return unit
 
@@ -142,7 +143,7 @@ class UnitBuilder:
             unit = self._lean_head(shared, parts)
         else:
             given = {"lm_head.weight": shared} if shared is not None else parts
-            unit = self._skeleton().lm_head(self._weights, given)
+            unit = self._skeleton().lm_head(self._weights, given, self.rest)
         self._lm_head = weakref.ref(unit)
         return unit
 

@@ -14,8 +14,8 @@ tables that depend on the batch (dynamic, longrope) cannot be served at all and 
 import copy
 import inspect
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -26,6 +26,8 @@ from runtime.model.checkpoint import ModelError, Unit, Weights
 from runtime.model.rules import refuse_unservable
 from runtime.pages import empty
 
+Parts: TypeAlias = Mapping[str, torch.Tensor]
+Rest: TypeAlias = Callable[[], None]
 ATTENTION_NAME = "midflight_paged"
 
 _STEP = "midflight_step"
@@ -53,35 +55,37 @@ class GenericModel:
         self.base = self.skeleton.base_model
         self._rotary = _Rotary(self.base, self.config, self.device, dtype)
 
-    def layer(self, index: int, weights: Weights, parts: Mapping[str, torch.Tensor] | None = None) -> "GenericLayer":
-        """With `parts`, those of an equal layer, nothing is read."""
-        module = self._materialise(self._fresh(self.base.layers[index]), weights, index, parts)
+    def layer(
+        self, index: int, weights: Weights, parts: Parts | None = None, rest: Rest = lambda: None
+    ) -> "GenericLayer":
+        """With `parts`, those of an equal layer, nothing is read. `rest` is called between pieces of the reading, as in the next two."""
+        module = self._materialise(self._fresh(self.base.layers[index]), weights, index, parts, rest)
         return GenericLayer(module, self._rotary, _layer_type(self.config, index))
 
-    def embedding(self, weights: Weights, parts: Mapping[str, torch.Tensor] | None = None) -> "GenericEmbedding":
+    def embedding(self, weights: Weights, parts: Parts | None = None, rest: Rest = lambda: None) -> "GenericEmbedding":
         """Tensors in `parts` (``weight``: ``[vocab, hidden]``) are taken from there, and not read."""
-        module = self._materialise(self._fresh(self.base.embed_tokens), weights, "embedding", parts)
+        module = self._materialise(self._fresh(self.base.embed_tokens), weights, "embedding", parts, rest)
         return GenericEmbedding(module, float(getattr(self.config, "embedding_multiplier", 1.0)))
 
-    def lm_head(self, weights: Weights, parts: Mapping[str, torch.Tensor] | None = None) -> "GenericHead":
+    def lm_head(self, weights: Weights, parts: Parts | None = None, rest: Rest = lambda: None) -> "GenericHead":
         """Tensors in `parts` (``lm_head.weight``: ``[vocab, hidden]``) are taken from there, and not read."""
         holder = nn.Module()
         name = norm_name(self.base)
         holder.add_module(name, self._fresh(getattr(self.base, name)))
         holder.add_module("lm_head", self._fresh(self.skeleton.lm_head))
-        return GenericHead(self._materialise(holder, weights, "lm_head", parts), name, self.config)
+        return GenericHead(self._materialise(holder, weights, "lm_head", parts, rest), name, self.config)
 
     def _fresh(self, module: nn.Module) -> nn.Module:
         """A copy on the meta device, tied to nothing, so that the skeleton never holds a real tensor."""
         return copy.deepcopy(module, {id(self.config): self.config})
 
     def _materialise(
-        self, module: nn.Module, weights: Weights, unit: Unit, given: Mapping[str, torch.Tensor] | None = None
+        self, module: nn.Module, weights: Weights, unit: Unit, given: Parts | None, rest: Rest
     ) -> nn.Module:
         state = {name: tensor.to(self.device) for name, tensor in (given or {}).items()}
         wanted = {name: tensor for name, tensor in module.state_dict().items() if name not in state}
         if wanted:
-            state.update(self._collect(wanted, weights, unit, without=tuple(state)))
+            state.update(self._collect(wanted, weights, unit, tuple(state), rest))
         module.load_state_dict(state, strict=True, assign=True)
         for parameter in module.parameters():
             parameter.requires_grad_(False)
@@ -90,13 +94,13 @@ class GenericModel:
         return module.eval()
 
     def _collect(
-        self, wanted: Mapping[str, torch.Tensor], weights: Weights, unit: Unit, without: tuple[str, ...]
+        self, wanted: Parts, weights: Weights, unit: Unit, without: tuple[str, ...], rest: Rest
     ) -> dict[str, torch.Tensor]:
         """The tensors that a unit's modules want, from those that the checkpoint has under the names it uses."""
         state: dict[str, torch.Tensor] = {}
         missing = set(wanted)
         fused: dict[str, set[tuple[int, str]]] = {}
-        for name, stored in weights.stored(unit, self.dtype).items():
+        for name, stored in weights.stored(unit, self.dtype, rest).items():
             if name in without:
                 continue
             tensor = stored.whole()

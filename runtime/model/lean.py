@@ -78,6 +78,7 @@ class LeanLayer:
         device: where the layer runs.
         dtype: the serving dtype; the tensors are cast to it.
         quantize: "int8" for weights of that kind (norms and biases stay as they are), "" for the serving dtype.
+        rest: called between pieces of the packing.
 
     `parts` are the tensors as the layer holds them, packed where it packs; `from_parts` makes an equal layer of them on
     any machine of the same `form`.
@@ -95,12 +96,13 @@ class LeanLayer:
         device: torch.device | str,
         dtype: torch.dtype,
         quantize: str = "",
+        rest: Callable[[], None] = lambda: None,
     ) -> None:
         if not supports(config):
             raise ValueError(
                 f"the lean layer does not cover this {config.model_type} model; use --implementation transformers"
             )
-        parts = _layer_parts(layer_index, state, torch.device(device), dtype, quantize)
+        parts = _layer_parts(layer_index, state, torch.device(device), dtype, quantize, rest)
         self._set_up(config, layer_index, parts, device, dtype)
 
     @classmethod
@@ -281,7 +283,7 @@ class LeanHead:
         if not has_kernels(device, dtype):
             packed = _whole(weight, device, dtype)
         elif quantize:
-            packed = torch.from_numpy(pack_int8(_whole(weight, device, dtype)).data)
+            packed = torch.from_numpy(pack_int8(_whole(weight, device, dtype), rest).data)
         else:
             packed = torch.from_numpy(pack(_rows(weight, dtype), rest=rest).data)
         parts = {"norm": norm_weight.detach().to(device, dtype), "weight": packed}
@@ -443,7 +445,14 @@ def _rows(weight: torch.Tensor | Stored, dtype: torch.dtype) -> torch.Tensor | S
     return weight
 
 
-def _layer_parts(layer_index: int, state: State, device: torch.device, dtype: torch.dtype, quantize: str) -> Parts:
+def _layer_parts(
+    layer_index: int,
+    state: State,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantize: str,
+    rest: Callable[[], None],
+) -> Parts:
     """What a layer holds, out of its tensors under `transformers`' names."""
     check_quantize(device, dtype, quantize)
 
@@ -466,13 +475,14 @@ def _layer_parts(layer_index: int, state: State, device: torch.device, dtype: to
         return small | {part: torch.cat([get(f"{name}.weight") for name in found]) for part, found in names.items()}
     if quantize:
         packed = {
-            part: pack_int8(torch.cat([get(f"{name}.weight") for name in found])) for part, found in names.items()
+            part: pack_int8(torch.cat([get(f"{name}.weight") for name in found]), rest) for part, found in names.items()
         }
-        packed["gate_up"] = pack_gate_up_int8(*(get(f"{name}.weight") for name in gate_up))
+        gate, up = (get(f"{name}.weight") for name in gate_up)
+        packed["gate_up"] = pack_gate_up_int8(gate, up, rest)
     else:
         rows = {name: _rows(state[f"{name}.weight"], dtype) for found in (*names.values(), gate_up) for name in found}
-        packed = {part: pack(*(rows[name] for name in found)) for part, found in names.items()}
-        packed["gate_up"] = pack_gate_up(rows[gate_up[0]], rows[gate_up[1]])
+        packed = {part: pack(*(rows[name] for name in found), rest=rest) for part, found in names.items()}
+        packed["gate_up"] = pack_gate_up(rows[gate_up[0]], rows[gate_up[1]], rest)
     return small | {name: torch.from_numpy(weight.data) for name, weight in packed.items()}
 
 

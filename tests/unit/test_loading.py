@@ -2,6 +2,7 @@
 
 import queue
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -179,4 +180,48 @@ def test_a_disk_that_hangs_holds_up_neither_the_cancel_nor_what_is_there(
     goes_on.set()
     assert ready.get(timeout=60.0) == (2, None)
     assert ready.empty(), "nobody hears of what was cancelled"
+    assert sorted(loader.units.layers) == [0, 1, 2]
+
+
+@pytest.fixture
+def rests_for_ages(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loader]:
+    """A loader that serves two layers, and whose next shadow rests for hours after the first piece of work, if it has the share to."""
+    monkeypatch.setattr("runtime.loading.PIECE_S", 0.0)
+    loader = loader_of()
+    load(loader, load_message(tiny, split(2, 2)))
+    yield loader
+    loader.cancel_shadow()
+
+
+def test_a_shadow_that_rests_ends_at_once_when_it_is_cancelled(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, rests_for_ages: Loader
+) -> None:
+    loader, rests, said = rests_for_ages, threading.Event(), []
+    loader.on_shadow = lambda *what: said.append(what)
+
+    def share() -> float:
+        rests.set()
+        return 1e-9
+
+    wide, narrow = split(3, 1), split(2, 2)
+    loader.shadow(load_message(tiny, wide), unit_keys(wide, "w0"), 1, Pace(share, share, is_idle=False, holders={}))
+    assert rests.wait(60.0)
+    loader.cancel_shadow()
+    monkeypatch.setattr("runtime.loading.SHADOW_ENDS_WITHIN_S", 10.0)
+    load(loader, load_message(tiny, narrow))
+    assert sorted(loader.units.layers) == [0, 1]
+    assert not said, "nobody hears of what was cancelled"
+
+
+def test_a_shadow_that_rests_goes_on_when_nothing_runs_any_more(tiny: Path, rests_for_ages: Loader) -> None:
+    loader, wide, asked = rests_for_ages, split(3, 1), []
+    ready: queue.SimpleQueue[tuple[int, Exception | None]] = queue.SimpleQueue()
+    loader.on_shadow = lambda transition, seconds, peer_bytes, error: ready.put((transition, error))
+
+    def share() -> float:
+        asked.append(None)
+        return 1e-9 if len(asked) == 1 else 1.0
+
+    loader.shadow(load_message(tiny, wide), unit_keys(wide, "w0"), 1, Pace(share, share, is_idle=False, holders={}))
+    assert ready.get(timeout=20.0) == (1, None)
     assert sorted(loader.units.layers) == [0, 1, 2]

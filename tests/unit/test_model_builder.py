@@ -51,6 +51,28 @@ def test_lean_is_chosen_where_it_can(kind: str, tmp_path: Path):
     assert UnitBuilder(spec, device="cpu", implementation="transformers").implementation == "transformers"
 
 
+@pytest.mark.parametrize(
+    ("kind", "load_format", "quantize"),
+    [("mixtral", "safetensors", ""), ("llama", "safetensors", ""), ("llama", "dummy", ""), ("llama", "dummy", "int8")],
+)
+def test_it_rests_while_it_builds(kind: str, load_format: str, quantize: str, tmp_path: Path):
+    """Random weights are drawn without a rest, so there it is the packing that is seen."""
+    folder = write_tiny(kind, tmp_path)
+    spec = inspect_model(folder, dtype="bfloat16", load_format=load_format, quantize=quantize)
+    builder = UnitBuilder(spec, device="cpu")
+    rests: list[None] = []
+    builder.rest = lambda: rests.append(None)
+    builder.layer(0)
+    assert len(rests) >= 4, "not even once for each matrix"
+    in_layer = len(rests)
+    builder.lm_head()
+    assert len(rests) > in_layer
+    if load_format == "safetensors":
+        before = len(rests)
+        builder.embedding()
+        assert len(rests) > before
+
+
 def test_lean_is_refused_where_it_cannot(tmp_path: Path):
     spec = inspect_model(write_tiny("mixtral", tmp_path), dtype="float32")
     assert UnitBuilder(spec, device="cpu", implementation="auto").implementation == "transformers"
