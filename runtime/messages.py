@@ -20,6 +20,8 @@ from runtime.layout import Layout, Move
 
 MIN_FREE_BYTES = 512 << 20
 """What a worker leaves alone when its pool follows the memory that is free, and when it loads a shadow; the head plans with it."""
+MAX_BUSY_S = 120.0
+"""How long a worker may be at one message before it counts as hung: far beyond what any takes, but for a `Load`, which has no limit."""
 
 
 AHEAD = -1
@@ -382,11 +384,20 @@ class Join(msgspec.Struct, frozen=True, array_like=True, tag=32):
 
 
 class Heartbeat(msgspec.Struct, frozen=True, array_like=True, tag=33):
+    """It says that the process lives, and for how long its compute thread has been at one thing: `busy_with` names the message ("" and
+    0 seconds between messages)."""
+
     worker: WorkerName
     rss: int
     pages_used: int
     num_sequences: int
     num_stale: int
+    busy_with: str = ""
+    busy_s: float = 0.0
+
+    @property
+    def is_hung(self) -> bool:
+        return self.busy_s > MAX_BUSY_S and self.busy_with != Load.__name__
 
 
 class LoadProgress(msgspec.Struct, frozen=True, array_like=True, tag=34):

@@ -4,14 +4,16 @@ Three kinds of threads. RPC threads put what arrives into the inbox. The compute
 and gives it to the `Member`, which does the work; between messages it does slices of what can be done in the background
 when they are due: while the inbox is empty, and before the next message when it has not been empty for too long, so that a
 busy worker still gives its layers away.
-A heartbeat thread tells the head that the process lives; that the head is gone shows as the end of its connection,
-or as a beat nobody takes. (A fourth, the loader of shadows, is `runtime.loading`'s own.)
+A heartbeat thread tells the head that the process lives, and for how long the compute thread has been at one message; that the head is
+gone shows as the end of its connection, or as a beat nobody takes. (A fourth, the loader of shadows, is `runtime.loading`'s own.)
 
 An error in a step is told to the head and ends the process: its agent starts a fresh one, which is the one recovery
-path there is.
+path there is. So does a compute thread that hangs (a kernel, a dead file system) once the head has given this worker up for it:
+that thread never hears of it, so the heartbeat's ends the process.
 """
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -133,6 +135,9 @@ class Worker:
         self._inbox: Inbox[_Arrival] = Inbox()
         self._door: Door | None = None
         self._stopping = threading.Event()
+        self._busy: tuple[str, float] | None = None
+        """What the compute thread is at, and since when."""
+        self._has_lost_head = False
         self._process = psutil.Process()
         self._tracer = loader.tracer = Tracer()
         pacer = device.pacer(time.perf_counter)
@@ -237,18 +242,25 @@ class Worker:
         self._put(_Undelivered(peer, transition, str(error)))
 
     def _head_lost(self, error: Exception | str) -> None:
+        self._has_lost_head = True
         self._put(HeadLost(str(error)))
 
     def _beat(self, door: Door, interval_s: float) -> None:
         while not self._stopping.wait(interval_s):
+            busy_with, since_s = self._busy or ("", 0.0)
             beat = Heartbeat(
                 worker=self._name,
                 rss=self._process.memory_info().rss,
                 pages_used=self._member.pages_used,
                 num_sequences=self._member.num_sequences,
                 num_stale=self._member.num_stale,
+                busy_with=busy_with,
+                busy_s=time.perf_counter() - since_s if busy_with else 0.0,
             )
             door.send(HEAD, encode(beat), on_error=self._head_lost)
+            if beat.is_hung and self._has_lost_head:
+                log.error("hung for %.0f s in one %s, and given up: this process ends", beat.busy_s, busy_with)
+                os._exit(1)
 
     # -- the compute thread ---------------------------------------------------------------------------------
 
@@ -267,8 +279,10 @@ class Worker:
             arrival = self._next()
             if isinstance(arrival.message, Shutdown):
                 return arrival.message.reason
+            self._busy = type(arrival.message).__name__.strip("_"), time.perf_counter()
             try:
                 self._dispatch(arrival)
+                self._busy = None
             except StepError as error:
                 log.exception("a step failed")
                 self.to_head(StepFailed(self._name, error.epoch, error.ordinal, str(error)))
@@ -281,14 +295,19 @@ class Worker:
             wait_s = self._member.background_wait_s()
             began_s = time.perf_counter()
             if wait_s is not None and wait_s < -OVERDUE_S:
-                self._member.background()
+                self._background()
                 continue
             arrival = self._inbox.take(wait_s)
             if self._tracer.is_on:
                 self._tracer.span(COMPUTE, "wait", began_s, time.perf_counter())
             if arrival is not None:
                 return arrival
-            self._member.background()
+            self._background()
+
+    def _background(self) -> None:
+        self._busy = "background slice", time.perf_counter()
+        self._member.background()
+        self._busy = None
 
     def _dispatch(self, arrival: _Arrival) -> None:
         message, member = arrival.message, self._member

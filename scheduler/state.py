@@ -278,6 +278,9 @@ class SchedulerState:
             case Heartbeat():
                 worker.rss, worker.pages_used = message.rss, message.pages_used
                 worker.num_sequences = message.num_sequences
+                if message.is_hung:
+                    reason = f"it hangs, busy with one {message.busy_with} for {message.busy_s:.0f} s"
+                    self._lose(message.worker, reason, now_s, effects)
             case LoadProgress():
                 if message.epoch == worker.epoch:
                     worker.units_loaded, worker.units_total = message.units_loaded, message.units_total

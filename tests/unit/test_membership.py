@@ -1,11 +1,15 @@
-"""Memory of a host among its workers: nothing is promised twice, and what was given is kept."""
+"""Memory of a host among its workers: nothing is promised twice, and what was given is kept. And who hangs is given up."""
 
 import random
 
 import pytest
 
-from runtime.messages import MIN_FREE_BYTES, Join
+from runtime.messages import MAX_BUSY_S, MIN_FREE_BYTES, Heartbeat, Join
+from scheduler.batching import BatchingConfig
+from scheduler.events import EvictWorker, FromWorker
 from scheduler.membership import Membership
+from scheduler.state import ClusterConfig, SchedulerState
+from tests.unit.load_harness import llama_8b
 
 FREE = 1_000_000
 
@@ -81,3 +85,23 @@ def test_a_pool_of_a_fixed_size_counts_too() -> None:
     worker = members.workers["w0"]
     worker.num_pages, worker.page_bytes, worker.weight_bytes = 30_000, 10, 100_000
     assert members.memory_for_pages("w1", {"w0": 0, "w1": 0}, 1.0) == FREE - 400_000
+
+
+@pytest.mark.parametrize(
+    ("busy_with", "busy_s", "is_lost"),
+    [
+        ("", 0.0, False),
+        ("Step", MAX_BUSY_S, False),
+        ("Step", MAX_BUSY_S + 1.0, True),
+        ("background slice", MAX_BUSY_S + 1.0, True),
+        ("Load", 100 * MAX_BUSY_S, False),
+    ],
+)
+def test_a_worker_that_beats_but_does_not_get_on_is_lost(busy_with: str, busy_s: float, is_lost: bool) -> None:
+    head = SchedulerState(ClusterConfig(llama_8b(), 2), BatchingConfig())
+    for name in ("w0", "w1"):
+        head.step(FromWorker(Join(name, "host", 1, "cpu", "", FREE, FREE, 1, {}), 0.0))
+    effects = head.step(FromWorker(Heartbeat("w0", 0, 0, 0, 0, busy_with, busy_s), 1.0))
+    reason = f"it hangs, busy with one {busy_with} for {busy_s:.0f} s"
+    assert [effect for effect in effects if isinstance(effect, EvictWorker)] == [EvictWorker("w0", reason)] * is_lost
+    assert ("w0" in head.members.workers) is not is_lost

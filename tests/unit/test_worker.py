@@ -2,6 +2,7 @@
 
 import gc
 import signal
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -11,12 +12,12 @@ from typing import Any
 import pytest
 
 from runtime import __main__ as entry
-from runtime import garbage
-from runtime.messages import Join, Load, Loaded, Shutdown, ToHead, Welcome, decode_to_head, encode
+from runtime import garbage, worker
+from runtime.messages import Audit, Heartbeat, Join, Load, Loaded, Shutdown, ToHead, Welcome, decode_to_head, encode
 from tests.tiny_models import NUM_LAYERS, write_tiny
 from tests.unit.test_loading import load_message, split
 
-HEARTBEAT_S = 60.0
+HEARTBEAT_S = 0.02
 
 
 class Door:
@@ -93,3 +94,68 @@ def test_a_worker_told_to_end_between_two_heads_serves_no_other(
     monkeypatch.setattr(garbage, "collect", process._leave)
     Door.heads = iter((lambda door, said: door.lose() if isinstance(said, Join) else None,))
     assert process.run() == 0
+
+
+def hang_in_audit(process: entry._Process, monkeypatch: pytest.MonkeyPatch, until: threading.Event) -> None:
+    """An audit lasts until the event, and a tenth of a second is too long for it."""
+
+    def audit(message: Audit) -> None:
+        assert until.wait(20.0)
+
+    monkeypatch.setattr("runtime.messages.MAX_BUSY_S", 0.1)
+    monkeypatch.setattr(process._worker._member, "audit", audit)
+
+
+def test_the_heartbeat_says_for_how_long_the_compute_thread_is_at_one_message(
+    process: entry._Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beats: list[Heartbeat] = []
+    goes_on = threading.Event()
+
+    def head(door: Door, said: ToHead) -> None:
+        if isinstance(said, Join):
+            hang_in_audit(process, monkeypatch, goes_on)
+        if not isinstance(said, Heartbeat):
+            return
+        beats.append(said)
+        if len(beats) == 1:
+            door.say(Audit([], 0))
+        elif said.is_hung:
+            goes_on.set()
+        elif goes_on.is_set() and not said.busy_with:
+            door.say(Shutdown("enough"))
+
+    Door.heads = iter((head,))
+    assert process.run() == 0
+    assert (beats[0].busy_with, beats[0].busy_s) == ("", 0.0)
+    at_it = [beat for beat in beats if beat.busy_with]
+    assert {beat.busy_with for beat in at_it} == {"Audit"}
+    lengths = [beat.busy_s for beat in at_it]
+    assert lengths == sorted(lengths)
+    assert lengths[-1] > 0.1
+    assert (beats[-1].busy_with, beats[-1].busy_s) == ("", 0.0)
+
+
+def test_a_process_whose_compute_thread_hangs_ends_once_it_is_given_up(
+    process: entry._Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes: list[int] = []
+    goes_on = threading.Event()
+
+    def end(code: int) -> None:
+        codes.append(code)
+        goes_on.set()
+
+    monkeypatch.setattr(worker.os, "_exit", end)
+
+    def head(door: Door, said: ToHead) -> None:
+        if isinstance(said, Join):
+            hang_in_audit(process, monkeypatch, goes_on)
+            door.say(Audit([], 0))
+        elif isinstance(said, Heartbeat) and said.is_hung:
+            assert not codes, "it is the head that decides"
+            door.lose()
+
+    Door.heads = iter((head, lambda door, said: door.say(Shutdown("enough")) if isinstance(said, Join) else None))
+    assert process.run() == 0
+    assert codes == [1]
