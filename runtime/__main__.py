@@ -62,6 +62,7 @@ class _Process:
         from runtime.device import choose_device
         from runtime.lifeline import watch
         from runtime.loading import Loader
+        from runtime.priority import Priority
 
         self._args = args
         if args.lifeline_pid:
@@ -69,6 +70,7 @@ class _Process:
         threads = args.threads or int(os.environ.get("OMP_NUM_THREADS", "1"))
         self._device = choose_device(args.device, threads, args.emulation)
         self._loader = Loader(self._device)
+        self._priority = Priority()
         if args.device_tensors and self._loader.queued is not None:
             self._loader.queued.runner.sends_device = True
         self._base = args.name or _default_name()
@@ -94,7 +96,8 @@ class _Process:
         from runtime.worker import HeadLost, StepError, Worker
 
         replaces = self._name(self._turn - 1) if self._turn else ""
-        self._worker = worker = Worker(self._name(self._turn), replaces, self._device, self._loader)
+        name = self._name(self._turn)
+        self._worker = worker = Worker(name, replaces, self._device, self._loader, self._priority)
         if self._leaving:
             return 0
         started_s = time.monotonic()

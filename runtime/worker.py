@@ -126,9 +126,11 @@ class _Arrival:
 
 
 class Worker:
-    """One member of one head's group, from joining until `Shutdown`. `run` is its life."""
+    """One member of one head's group, from joining until `Shutdown`. `run` is its life. `priority` is the process's one."""
 
-    def __init__(self, name: WorkerName, replaces: WorkerName, device: DeviceInfo, loader: Loader) -> None:
+    def __init__(
+        self, name: WorkerName, replaces: WorkerName, device: DeviceInfo, loader: Loader, priority: Priority
+    ) -> None:
         self._name = name
         self._replaces = replaces
         self._device = device
@@ -148,7 +150,7 @@ class Worker:
         loader.importer.name = name
         loader.importer.send = lambda peer, fetch: self.to_peer(peer, fetch, ())
         self._loader = loader
-        self._priority = Priority()
+        self._priority = priority
 
     def run(self, make_door: Callable[[Handler, Callable[[str], None]], Door]) -> str:
         """Join, serve until the head says `Shutdown`, and return its reason.
@@ -174,9 +176,11 @@ class Worker:
             door.close()
 
     def release(self) -> None:
-        """After `run`, when the process goes on: hold no memory, so that its next life has all of it. The loader keeps the units."""
+        """After `run`, when the process goes on: hold no memory, so that its next life has all of it, and stand behind nobody. The
+        loader keeps the units."""
         self._member.release()
         self._loader.release()
+        self._priority.give_way(gives_way=False)
 
     def leave(self, reason: str) -> None:
         """Tell the head that this worker ends on purpose, and stop serving. Called from a signal handler."""

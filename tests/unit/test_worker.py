@@ -11,11 +11,27 @@ from typing import Any
 
 import pytest
 
+from kvstore.ids import LayerRange
 from runtime import __main__ as entry
 from runtime import garbage, worker
-from runtime.messages import Audit, Heartbeat, Join, Load, Loaded, Shutdown, ToHead, Welcome, decode_to_head, encode
+from runtime.layout import Move
+from runtime.messages import (
+    Audit,
+    Heartbeat,
+    Join,
+    Load,
+    Loaded,
+    Prepare,
+    Shutdown,
+    ToHead,
+    Welcome,
+    decode_to_head,
+    encode,
+)
+from runtime.priority import BEHIND
 from tests.tiny_models import NUM_LAYERS, write_tiny
 from tests.unit.test_loading import load_message, split
+from tests.unit.test_priority import Busy, standing
 
 HEARTBEAT_S = 0.02
 
@@ -159,3 +175,27 @@ def test_a_process_whose_compute_thread_hangs_ends_once_it_is_given_up(
     Door.heads = iter((head, lambda door, said: door.say(Shutdown("enough")) if isinstance(said, Join) else None))
     assert process.run() == 0
     assert codes == [1]
+
+
+def test_a_worker_whose_head_dies_while_it_prepares_does_not_stay_behind_others(
+    process: entry._Process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = Busy(0)
+    process._priority = standing(file, monkeypatch)
+    load: Load = load_message(write_tiny("llama", tmp_path), split(NUM_LAYERS), kv_bytes=8 << 20)
+    moves = (Move(LayerRange(0, NUM_LAYERS), "w9", "w0"),)
+
+    def first(door: Door, said: ToHead) -> None:
+        if isinstance(said, Join):
+            door.say(Prepare(load.layout.epoch, 0, load, moves, [], copies=False, ends=("w9", "w9")))
+        elif isinstance(said, Heartbeat) and file.written:
+            door.lose()
+
+    def second(door: Door, said: ToHead) -> None:
+        if isinstance(said, Join):
+            assert file.written == [str(BEHIND), "0"]
+            door.say(Shutdown("enough"))
+
+    Door.heads = iter((first, second))
+    assert process.run() == 0
+    assert file.written == [str(BEHIND), "0"]
