@@ -3,7 +3,8 @@
 A target asks with `Fetch`. A peer in the same place (`runtime.pages`) lends the unit, at once: both have it then, and it is in memory
 once. Any other answers with `Weights`, a slice of a tensor at a time, between its steps and at its limiter's
 pace. What travels is the unit as the peer holds it (packed), so nothing is converted on arrival. One unit is on
-its way at a time, which bounds what may pile up. Every slice has its checksum.
+its way at a time, which bounds what may pile up; what a peer still sends for a fetch that was given up is not kept. Every slice has
+its checksum.
 
 A peer that is gone, that lacks the unit, or holds it in another form is no failure: the checkpoint is always there.
 """
@@ -80,6 +81,14 @@ def _slices(
             )
 
 
+class _Awaited:
+    """What has arrived for one fetch."""
+
+    def __init__(self, ticket: int) -> None:
+        self.ticket = ticket
+        self.arrived: queue.SimpleQueue[tuple[Weights | Lent, list[torch.Tensor]]] = queue.SimpleQueue()
+
+
 class Importer:
     """The target's end. `fetch` runs in the loader's thread; `take` in whichever thread messages arrive."""
 
@@ -90,10 +99,13 @@ class Importer:
         self.lenders: set[WorkerName] = set()
         """Peers that lent what they were last asked for: nothing is faster."""
         self._takes_no_loans_of: set[WorkerName] = set()
-        self._arrived: queue.SimpleQueue[tuple[Weights | Lent, list[torch.Tensor]]] = queue.SimpleQueue()
+        self._awaited: _Awaited | None = None
 
     def take(self, message: Weights | Lent, tensors: list[torch.Tensor]) -> None:
-        self._arrived.put((message, tensors))
+        """Keep it for the fetch that waits for it, if one does."""
+        awaited = self._awaited
+        if awaited is not None and awaited.ticket == message.ticket:
+            awaited.arrived.put((message, tensors))
 
     def fetch(
         self,
@@ -109,23 +121,35 @@ class Importer:
             FetchFailed: the peer has it not in this form, fell silent, sent damaged bytes, or the load was cancelled.
         """
         self._ticket += 1
+        self._awaited = awaited = _Awaited(self._ticket)
         where = "" if peer in self._takes_no_loans_of else place()
-        self.send(peer, Fetch(self.name, self._ticket, unit, form, where))
+        try:
+            self.send(peer, Fetch(self.name, self._ticket, unit, form, where))
+            return self._receive(awaited, peer, unit, is_cancelled, rest)
+        finally:
+            self._awaited = None
+
+    def _receive(
+        self,
+        awaited: _Awaited,
+        peer: WorkerName,
+        unit: int | str,
+        is_cancelled: Callable[[], bool],
+        rest: Callable[[], None],
+    ) -> dict[str, torch.Tensor]:
         parts: dict[str, torch.Tensor] = {}
         seen: set[tuple[str, int]] = set()
         missing: int | None = None
         heard_s = time.monotonic()
         while missing != 0:
             try:
-                message, tensors = self._arrived.get(timeout=0.1)
+                message, tensors = awaited.arrived.get(timeout=0.1)
             except queue.Empty:
                 if is_cancelled():
                     raise FetchFailed("the load was cancelled") from None
                 if time.monotonic() - heard_s > PATIENCE_S:
                     raise FetchFailed(f"{peer} did not answer for {PATIENCE_S:g} s") from None
                 continue
-            if message.ticket != self._ticket:
-                continue  # of a fetch that was given up
             if isinstance(message, Lent):
                 return self._borrow(message, tensors, peer)
             self.lenders.discard(peer)

@@ -3,6 +3,7 @@
 import itertools
 import random
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,36 @@ def test_damage_is_noticed() -> None:
 def test_a_cancelled_load_does_not_wait_for_a_silent_peer() -> None:
     with pytest.raises(FetchFailed, match="cancelled"):
         Importer().fetch("peer", 3, "form", lambda: True)
+
+
+def test_what_comes_for_a_fetch_that_was_given_up_is_not_kept() -> None:
+    """Nor what was there when it was; and the next fetch gets its own alone."""
+    importer = Importer()
+    kept: list[weakref.ref[torch.Tensor]] = []
+
+    def deliver(ticket: int) -> None:
+        unit = {"a": torch.full((SLICE_BYTES,), float(ticket))}
+        for message, (tensor,) in all_slices(Fetch("me", ticket, 3, "form"), unit):
+            mine = tensor.clone()
+            kept.append(weakref.ref(mine))
+            importer.take(message, [mine])
+
+    def give_up() -> None:
+        raise FetchFailed("enough")
+
+    importer.send = lambda peer, fetch: deliver(fetch.ticket)
+    with pytest.raises(FetchFailed, match="enough"):
+        importer.fetch("peer", 3, "form", lambda: False, give_up)
+    deliver(1)
+    assert len(kept) == 8
+    assert not any(ref() is not None for ref in kept)
+
+    def answer_both(peer: str, fetch: Fetch) -> None:
+        deliver(1)
+        deliver(fetch.ticket)
+
+    importer.send = answer_both
+    assert torch.all(importer.fetch("peer", 3, "form", lambda: False)["a"] == 2.0)
 
 
 def test_each_source_is_tried_and_the_faster_one_chosen() -> None:
