@@ -21,9 +21,11 @@ ENV MIDFLIGHT_HOME=/data MIDFLIGHT_TORCH=${MIDFLIGHT_TORCH} PYTHONUNBUFFERED=1
 # First what decides the environment, so that a change of the code does not install torch again.
 COPY --chown=midflight pyproject.toml README.md LICENSE ./
 COPY --chown=midflight scripts scripts
-RUN mkdir -p api scheduler runtime/model runtime/kernels kvstore \
-    && touch api/__init__.py scheduler/__init__.py runtime/__init__.py runtime/model/__init__.py \
-        runtime/kernels/__init__.py kvstore/__init__.py \
+# Empty packages, for setuptools to find: those that pyproject.toml names.
+RUN python3 -c 'import pathlib, tomllib; \
+        names = tomllib.loads(pathlib.Path("pyproject.toml").read_text())["tool"]["setuptools"]["packages"]; \
+        folders = [pathlib.Path(*name.split(".")) for name in names]; \
+        [(folder.mkdir(parents=True, exist_ok=True), (folder / "__init__.py").touch()) for folder in folders]' \
     && bash -c '. scripts/env.sh && ensure_env'
 COPY --chown=midflight . .
 
