@@ -20,6 +20,7 @@ from scheduler.wishes import LayoutError
 _OPTIONS = ("strategy", "queue", "deadline_s", "bytes_per_s")
 _LAYOUT_FIELDS = ("layers", "stages", *_OPTIONS)
 _MAX_MESSAGE = 600
+"""Of what makes no sense, which may be as long as what was sent; a refusal is ours, and is said in full."""
 
 
 async def change_layout(request: web.Request) -> web.Response:
@@ -74,7 +75,7 @@ async def _begin(request: web.Request, wait: bool, ask: Callable[[], int]) -> we
     except LayoutError as error:
         raise _invalid(error) from None
     except Refused as error:
-        raise ApiError(_short(error), status=409, code="refused") from None
+        raise ApiError(str(error), status=409, code="refused") from None
     if wait:
         report = await request.app[CONTEXT].engine.wait_change(change)
         if report["outcome"] in ("running", "queued"):

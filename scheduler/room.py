@@ -4,6 +4,7 @@ What workers hold is known by their pools (`scheduler.membership`) and by what w
 """
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
@@ -33,7 +34,20 @@ class Head(Protocol):
     @property
     def spec(self) -> ModelSpec: ...
 
+    @property
+    def kv_bytes(self) -> int: ...
+
     def max_context_tokens(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """What a worker would have to hold of the model."""
+
+    worker: WorkerName
+    layers: tuple[int, ...]
+    embedding: bool
+    lm_head: bool
 
 
 class KvRoom:
@@ -64,18 +78,15 @@ class KvRoom:
                 raise Refused(f"there is no worker {name}; there are {', '.join(head.members.in_order())}")
         moves = moves_between(old, new)
         tokens, block_size = head.max_context_tokens(), head.pool.block_size
-        if (holds := self.capacity(new, new)) * block_size < tokens:
-            raise Refused(
-                f"the new layout holds {holds * block_size} KV tokens, and a request that was accepted may need {tokens} (without "
-                f"max_tokens it may need all there are); wait for it to end, give the layers to more workers, or raise --kv-memory"
-            )
+        if self.capacity(new, new) * block_size < tokens:
+            raise Refused(self._too_small(old, new, needed, tokens))
         wanted = needed + head.batcher.growth(GROWTH_BLOCKS)
         if keeps_cache and (hops := self._with_cache(old, new, moves, wanted)):
             return hops
         if self.capacity(old, new) < wanted:
             wanted = min(wanted, roomiest(old, new, moves, self._blocks_of))
         if wanted < needed or not (hops := split_into_hops(old, new, moves, self._blocks_of, wanted)):
-            raise Refused(self._no_room(old, new, moves, needed))
+            raise Refused(self._no_room(old, new, moves, needed, tokens))
         return hops
 
     def _with_cache(self, old: Layout, new: Layout, moves: tuple[Move, ...], wanted: int) -> list[Layout]:
@@ -101,7 +112,19 @@ class KvRoom:
                     best = holds, hops
         return best[1]
 
-    def _no_room(self, old: Layout, new: Layout, moves: tuple[Move, ...], needed: int) -> str:
+    def _too_small(self, old: Layout, new: Layout, needed: int, tokens: int) -> str:
+        """Why a request of so many `tokens` cannot go on in `new`: where it lacks how much, and what would fit."""
+        size = self._head.pool.block_size
+        num_blocks = -(-tokens // size)
+        shares = [self._share(name, new.layers_of(name), new) for name in new.workers if new.layers_of(name)]
+        tightest = min(shares, key=self._blocks_beside)
+        text = (
+            f"the new layout holds {self.capacity(new, new) * size} KV tokens, and a request that was accepted may need {tokens} "
+            f"(without max_tokens it may need all there are); {self._lack(tightest, num_blocks)}"
+        )
+        return text + self._way_out(old, new, max(needed, num_blocks), tokens, tightest.worker)
+
+    def _no_room(self, old: Layout, new: Layout, moves: tuple[Move, ...], needed: int, tokens: int) -> str:
         """What is missing, where, and what would fit."""
         size = self._head.pool.block_size
         most = roomiest(old, new, moves, self._blocks_of)
@@ -111,15 +134,61 @@ class KvRoom:
         )
         course = find_course(old, new, moves, self._blocks_of, needed)
         if course.blocked is not None:
-            worker = self._head.members.workers[course.blocked]
-            num_layers = max(len(course.reached.layers_of(course.blocked)) + 1, len(new.layers_of(course.blocked)))
-            missing = (needed * num_layers - worker.num_pages) * worker.page_bytes
-            text += f"; {course.blocked} has pages for {worker.num_pages // num_layers} blocks of {num_layers} layers"
-            if not worker.room_bytes:
-                text += f", {missing / 2**20:.1f} MiB of --kv-memory too few"
-        if course.layers:
-            text += f". This much of it fits: {_as_asked(course.reached)}"
-        return f"{text}. Or wait for requests to end, or give fewer layers to a worker that has little memory"
+            here, there = course.reached.owners(), new.owners()
+            arriving = next(i for i, name in enumerate(there) if name == course.blocked != here[i])
+            held = tuple(sorted((*course.reached.layers_of(course.blocked), arriving)))
+            shares = [self._share(course.blocked, held, course.reached)]
+            if layers := new.layers_of(course.blocked):
+                shares.append(self._share(course.blocked, layers, new))
+            text += f"; {self._lack(max(shares, key=lambda share: self._missing_bytes(share, needed)), needed)}"
+        return text + self._way_out(old, new, needed, tokens, course.blocked)
+
+    def _share(self, worker: WorkerName, layers: Collection[int], layout: Layout) -> _Share:
+        """These layers, with the ends that are there in `layout` or come with a layer that is not."""
+        held, gained = tuple(layers), set(layers) - set(layout.layers_of(worker))
+        embedding = worker == layout.embedding_worker or 0 in gained
+        return _Share(worker, held, embedding, worker == layout.lm_head_worker or layout.num_layers - 1 in gained)
+
+    def _lack(self, share: _Share, needed: int) -> str:
+        worker, missing = self._head.members.workers[share.worker], self._missing_bytes(share, needed)
+        beside = " beside their weights" * bool(worker.room_bytes)
+        memory = " of --kv-memory" * bool(self._head.kv_bytes)
+        text = f"{share.worker} has pages for {self._blocks_beside(share)} blocks of {len(share.layers)} layers{beside}"
+        return f"{text}, {missing / 2**20:.1f} MiB{memory} too few"
+
+    def _missing_bytes(self, share: _Share, needed: int) -> int:
+        """What `needed` blocks of this share take beyond what its worker has."""
+        worker = self._head.members.workers[share.worker]
+        pages = needed * len(share.layers) * worker.page_bytes
+        if not worker.room_bytes:
+            return pages - worker.num_pages * worker.page_bytes
+        return pages + self._weights(share) - worker.room_bytes
+
+    def _way_out(self, old: Layout, new: Layout, needed: int, tokens: int, tight: WorkerName | None) -> str:
+        """What would fit of the change, and what else an operator can do."""
+        part = self._part(old, new, needed, tokens)
+        text = f". This much of it fits: {_as_asked(part)}. Or wait" if part is not None else ". Wait"
+        memory = "raise --kv-memory" if self._head.kv_bytes else "give it more memory"
+        return (
+            f"{text} for requests to end, give fewer layers to {tight or 'a worker'}, take in more workers, or {memory}"
+        )
+
+    def _part(self, old: Layout, new: Layout, needed: int, tokens: int) -> Layout | None:
+        """As far as single layers can go on the way to `new` with `needed` blocks in use, where a request of `tokens` goes on."""
+        num_blocks = -(-tokens // self._head.pool.block_size)
+        for wanted in dict.fromkeys((needed, max(needed, num_blocks))):
+            part = find_course(old, new, moves_between(old, new), self._blocks_of, wanted).reached
+            if part.segments in (old.segments, new.segments) or self.capacity(part, part) < num_blocks:
+                continue
+            if split_into_hops(old, part, moves_between(old, part), self._blocks_of, needed):
+                return part
+        return None
+
+    def _blocks_beside(self, share: _Share) -> int:
+        return self._blocks_of(share.worker, share.layers, embedding=share.embedding, lm_head=share.lm_head)
+
+    def _weights(self, share: _Share) -> int:
+        return self._head.spec.weight_bytes(share.layers, embedding=share.embedding, lm_head=share.lm_head)
 
     def _blocks_of(self, worker: WorkerName, layers: Collection[int], *, embedding: bool, lm_head: bool) -> int:
         """As `scheduler.hops.Room`. A pool of unknown size limits nothing."""

@@ -595,6 +595,11 @@ class SchedulerState:
     def spec(self) -> ModelSpec:
         return self.cluster.spec
 
+    @property
+    def kv_bytes(self) -> int:
+        """What an operator said that each worker has for KV; 0: nothing."""
+        return self.cluster.kv_bytes
+
     def new_epoch(self) -> int:
         self._last_epoch += 1
         return self._last_epoch

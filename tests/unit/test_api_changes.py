@@ -105,6 +105,10 @@ async def test_what_the_engine_refuses(api: Api) -> None:
     status, answer = await api.post("/admin/layout", {"layers": [1, 4]})
     assert (status, answer["error"]["param"], answer["error"]["type"]) == (400, "layers", "invalid_request_error")
     assert len(answer["error"]["message"]) < 1000
+    long = "no room. This much of it fits: " + ",".join(f"w{layer % 3}:{layer}-{layer + 1}" for layer in range(200))
+    api.engine.refusal = Refused(long)
+    _, answer = await api.post("/admin/layout", {"layers": [1, 3]})
+    assert answer["error"]["message"] == long, "what fits is at its end"
     api.engine.refusal = Refused("transition 7 is under way")
     status, answer = await api.post("/admin/layout?wait=true", {"layers": [1, 3]})
     assert (status, answer["error"]["code"]) == (409, "refused")
