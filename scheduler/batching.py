@@ -95,7 +95,7 @@ class Batcher:
         self.is_held = False
         """While True no step is formed (the `stop-copy` strategy)."""
         self.admits = True
-        """While False nobody leaves the queue (the `drain` strategy)."""
+        """While False nobody leaves the queue (the `drain` strategy), but for who ran and may need more than the limit: it ends first."""
         self.is_squeezed = False
         """While True the pool is smaller than the layout allows, because a change needs the room: what is preempted now is
         preempted for its sake."""
@@ -202,15 +202,16 @@ class Batcher:
         self._released.clear()
         self._pool.forget_cached()
 
-    def set_limit(self, num_blocks: int, max_context: int) -> list[Output]:
+    def set_limit(self, num_blocks: int, max_context: int, *, spares_running: bool = False) -> list[Output]:
         """From now on no request may reach more tokens than the model's `max_context`, or than `num_blocks` hold; those that need
-        more end with an error, which is returned. (The pool itself may be smaller for the time of a change: what does not fit then waits.)
+        more end with an error, which is returned; with `spares_running` only those that wait. (The pool itself may be smaller for the
+        time of a change: what does not fit then waits.)
         """
         self._max_context = min(max_context, num_blocks * self._config.block_size)
         outputs: list[Output] = []
         for sequence in list(self._sequences.values()):
-            needed = sequence.num_prompt_tokens + sequence.request.max_tokens
-            if needed > self._max_context:
+            if self._is_too_large(sequence) and not (spares_running and sequence.running):
+                needed = sequence.most_tokens
                 message = f"the KV cache has shrunk to {self._max_context} tokens, and this request needs {needed}"
                 self._end(sequence, "error", outputs, error=message)
         return outputs
@@ -295,7 +296,15 @@ class Batcher:
 
     def longest_request(self) -> int:
         """Tokens that the largest unfinished request may reach."""
-        return max((s.num_prompt_tokens + s.request.max_tokens for s in self._sequences.values()), default=0)
+        return max((sequence.most_tokens for sequence in self._sequences.values()), default=0)
+
+    def longest_waiting(self) -> int:
+        """Tokens that the largest request may reach that has not begun, or has been preempted."""
+        return max((sequence.most_tokens for sequence in self._waiting), default=0)
+
+    def is_drained(self) -> bool:
+        """Whether nothing runs or flies, nor must run before the limit can hold."""
+        return not (self._num_running or self._num_in_flight or any(map(self._is_too_large, self._waiting)))
 
     def abort(self, sequence_id: SequenceId, reason: FinishReason) -> None:
         """End a sequence without a last output; its blocks are free at once. Unknown ids are ignored."""
@@ -568,12 +577,13 @@ class Batcher:
 
     def _take_waiting(self, step: StepBuilder, now_s: float) -> None:
         epoch = self._opening.epoch if self._opening is not None else self._epoch
-        if not (self.admits and step.accepts(epoch)):
+        if not step.accepts(epoch):
             return
         place = 0
         while place < len(self._waiting) and step.budget > 0 and self._num_running < self._config.max_running:
             sequence = self._waiting[place]
-            if self._blocks.is_guarded and self._waits_for_the_end(sequence):
+            is_due = self.admits or (sequence.attempt > 0 and self._is_too_large(sequence))
+            if not is_due or (self._blocks.is_guarded and self._waits_for_the_end(sequence)):
                 place += 1
                 continue
             if not self._admit(sequence, epoch):
@@ -641,6 +651,10 @@ class Batcher:
         self._num_running += 1
         self._prefilling.append(sequence)
         return True
+
+    def _is_too_large(self, sequence: Sequence) -> bool:
+        """Whether the limit has fallen below what it may reach."""
+        return sequence.most_tokens > self._max_context
 
     def _waits_for_the_end(self, sequence: Sequence) -> bool:
         """Whether the pool is too small for it even when it is empty, as long as the change lasts: others go first."""

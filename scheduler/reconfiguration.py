@@ -81,7 +81,7 @@ class Head(Protocol):
 
     def set_capacity(self, num_blocks: int) -> None: ...
 
-    def set_limit(self, num_blocks: int) -> int: ...
+    def set_limit(self, num_blocks: int, *, spares_running: bool = False) -> int: ...
 
     def max_context_tokens(self) -> int: ...
 
@@ -318,8 +318,7 @@ class Reconfiguration:
         if change.layout.segments == old.segments:
             self._end_at_once(change, old)
             return
-        needed = 0 if change.strategy == "drain" else self._room.blocks_needed()
-        hops = self._room.plan(old, change.layout, needed, keeps_cache=change.strategy == "live")
+        hops = self._plan(change, old, change.layout, self._room.blocks_needed())
         report = Report(
             id=change.id,
             strategy=change.strategy,
@@ -336,9 +335,17 @@ class Reconfiguration:
         self._keep(report)
         head.batcher.guard(change.id)
         course = Course(change, report, head.now_s if began_s is None else began_s, old, deque(hops))
-        self._set_limit(self._limit(course), report)
+        report.dropped_requests += head.set_limit(self._limit(course), spares_running=change.strategy == "drain")
         self._start_hop(course, old)
         head.note(f"transition {change.id} begins: {old.brief()} -> {change.layout.brief()} ({change.strategy})")
+
+    def _plan(
+        self, change: Change, old: Layout, new: Layout, num_used: int, *, keeps_cache: bool = True
+    ) -> list[Layout]:
+        """The hops from `old` to `new` with so many blocks in use. With `drain` what runs ends before: only what waits goes on there."""
+        keeps_cache = keeps_cache and change.strategy == "live"
+        ends_first = change.strategy == "drain"
+        return self._room.plan(old, new, 0 if ends_first else num_used, keeps_cache=keeps_cache, ends_first=ends_first)
 
     def _end_at_once(self, change: Change, present: Layout) -> None:
         """It is as it was to be: committed, with no epoch of its own."""
@@ -389,8 +396,7 @@ class Reconfiguration:
         try:
             if course.num_retries >= MAX_RETRIES:
                 raise Refused(f"tried again {MAX_RETRIES} times")
-            keeps_cache = course.change.strategy == "live"
-            hops = self._room.plan(head.layout, course.target, head.pool.num_used, keeps_cache=keeps_cache)
+            hops = self._plan(course.change, head.layout, course.target, head.pool.num_used)
         except Refused as error:
             self._stay(course, f"{why}; {error}")
             return
@@ -407,7 +413,7 @@ class Reconfiguration:
         holds, needs = self._room.capacity(layout, layout) * head.pool.block_size, head.max_context_tokens()
         if holds < needs and not course.turned_back:
             try:
-                hops = self._room.plan(layout, course.first, head.pool.num_used, keeps_cache=False)
+                hops = self._plan(course.change, layout, course.first, head.pool.num_used, keeps_cache=False)
             except Refused:
                 pass  # there is no way to keep that request
             else:
@@ -472,7 +478,7 @@ class Reconfiguration:
         """Whether the room is not there yet, or what holds it is not settled."""
         batcher, pool = self._head.batcher, self._head.pool
         if now.change.strategy == "drain":
-            return batcher.num_running > 0 or batcher.num_in_flight > 0
+            return not batcher.is_drained()
         if pool.num_blocks > pool.target:
             return True
         if now.change.strategy == "stop-copy" and not batcher.is_held:

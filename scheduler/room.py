@@ -69,18 +69,20 @@ class KvRoom:
         pool, batcher = self._head.pool, self._head.batcher
         return pool.num_used + batcher.num_running + 2
 
-    def plan(self, old: Layout, new: Layout, needed: int, *, keeps_cache: bool) -> list[Layout]:
+    def plan(
+        self, old: Layout, new: Layout, needed: int, *, keeps_cache: bool, ends_first: bool = False
+    ) -> list[Layout]:
         """The hops from `old` to `new` with `needed` blocks in use, and as much room to grow as there is; with `keeps_cache` there are more, if that
-        keeps much of what is cached. Raises `Refused` when there is no way."""
+        keeps much of what is cached. With `ends_first` what runs need not fit. Raises `Refused` when there is no way."""
         head = self._head
         for name in new.workers:
             if name not in head.members.workers:
                 raise Refused(f"there is no worker {name}; there are {', '.join(head.members.in_order())}")
         moves = moves_between(old, new)
-        tokens, block_size = head.max_context_tokens(), head.pool.block_size
+        tokens, block_size = self._most_tokens(ends_first=ends_first), head.pool.block_size
         if self.capacity(new, new) * block_size < tokens:
             raise Refused(self._too_small(old, new, needed, tokens))
-        wanted = needed + head.batcher.growth(GROWTH_BLOCKS)
+        wanted = needed if ends_first else needed + head.batcher.growth(GROWTH_BLOCKS)
         if keeps_cache and (hops := self._with_cache(old, new, moves, wanted)):
             return hops
         if self.capacity(old, new) < wanted:
@@ -88,6 +90,10 @@ class KvRoom:
         if wanted < needed or not (hops := split_into_hops(old, new, moves, self._blocks_of, wanted)):
             raise Refused(self._no_room(old, new, moves, needed, tokens))
         return hops
+
+    def _most_tokens(self, *, ends_first: bool) -> int:
+        """What a request may need that goes on in the new layout."""
+        return self._head.batcher.longest_waiting() if ends_first else self._head.max_context_tokens()
 
     def _with_cache(self, old: Layout, new: Layout, moves: tuple[Move, ...], wanted: int) -> list[Layout]:
         """The fewest hops, few altogether, through which what is cached lasts beside `wanted` blocks; else those that keep more of it, if
@@ -122,6 +128,8 @@ class KvRoom:
             f"the new layout holds {self.capacity(new, new) * size} KV tokens, and a request that was accepted may need {tokens} "
             f"(without max_tokens it may need all there are); {self._lack(tightest, num_blocks)}"
         )
+        if self._most_tokens(ends_first=True) <= self.capacity(new, new) * size:
+            text += ". With --strategy drain it ends first"
         return text + self._way_out(old, new, max(needed, num_blocks), tokens, tightest.worker)
 
     def _no_room(self, old: Layout, new: Layout, moves: tuple[Move, ...], needed: int, tokens: int) -> str:

@@ -49,9 +49,14 @@ class Sequence:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     @property
+    def most_tokens(self) -> int:
+        """What it may reach."""
+        return len(self.request.prompt) + self.request.max_tokens
+
+    @property
     def goes_on(self) -> bool:
         """Whether it needs a token after the one that is being sampled, as far as can be known before."""
-        return len(self.tokens) + 1 < len(self.request.prompt) + self.request.max_tokens
+        return len(self.tokens) + 1 < self.most_tokens
 
     @property
     def num_prompt_tokens(self) -> int:

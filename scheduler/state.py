@@ -642,9 +642,9 @@ class SchedulerState:
         self.pool.resize(num_blocks)
         self.num_blocks = num_blocks
 
-    def set_limit(self, num_blocks: int) -> int:
+    def set_limit(self, num_blocks: int, *, spares_running: bool = False) -> int:
         """How many requests have ended because they may need more."""
-        outputs = self.batcher.set_limit(num_blocks, self.cluster.spec.max_context)
+        outputs = self.batcher.set_limit(num_blocks, self.cluster.spec.max_context, spares_running=spares_running)
         self._effects.extend(Emit(sequence, output) for sequence, output in outputs)
         self.pilot.outputs(outputs, self.now_s)
         return len(outputs)

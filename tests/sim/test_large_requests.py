@@ -123,6 +123,39 @@ def test_a_request_that_comes_during_a_change_to_a_smaller_layout_fits_it(strate
     assert cluster.head.reconfiguration.reports[1].outcome == "committed"
 
 
+@pytest.mark.parametrize("num_large", [1, 2, 4])
+def test_a_drain_lets_requests_end_that_the_new_layout_cannot_hold(num_large: int) -> None:
+    """Two stages hold twice what one does. What runs needs all of that, and ends whole, also those that are preempted meanwhile; what waits
+    goes on in the new layout; what comes during the drain and would not fit there is refused. Another strategy is refused itself."""
+    batching = BatchingConfig(prefix_cache=False, block_size=BLOCK_SIZE, max_running=num_large)
+    cluster = SimCluster(1, num_stages=2, batching=batching, num_blocks=28)
+    for sequence in range(num_large):
+        large = Request("large", [5 + sequence] * 20, Sampling(temperature=0.0), max_tokens=130)
+        cluster.at(0.6, lambda s=sequence, r=large: cluster.submit(s, r))
+    small = Request("small", [9] * 8, Sampling(temperature=0.0), max_tokens=8)
+    cluster.at(0.65, lambda: cluster.submit(10, small))
+    alone = layout_of(("w0", 0, 5))
+    cluster.at(0.7, lambda: cluster.change(alone))
+    cluster.at(0.701, lambda: cluster.change(alone, "drain"))
+    late = Request("late", [5] * 20, Sampling(temperature=0.0), max_tokens=130)
+    cluster.at(0.75, lambda: cluster.submit(11, late))
+    cluster.at(0.75, lambda: cluster.submit(12, small))
+    for index in range(1, 100):
+        cluster.at(0.5 * index, cluster.tick)
+    check(cluster, until=60.0)
+    (refused,) = cluster.refused
+    assert "may need 150" in str(refused)
+    assert "With --strategy drain it ends first" in str(refused)
+    (rejected,) = cluster.rejected
+    assert (rejected.status, "at most 112 are possible here" in str(rejected)) == (400, True)
+    report = cluster.head.reconfiguration.reports[2]
+    assert (report.outcome, report.dropped_requests) == ("committed", 0)
+    assert sorted(cluster.streams) == [*range(num_large), 10, 12]
+    assert all(stream.finish_reason in ("stop", "length") for stream in cluster.streams.values())
+    counters = cluster.head.batcher.counters
+    assert bool(counters.preemptions) == (num_large > 1)
+
+
 def swap(strategy: Strategy, *, deadline_s: float = 1e9) -> SimCluster:
     """Workers change places, with more in use than both hold at once; at the first hop more requests come, one as large as may be."""
     batching = BatchingConfig(prefix_cache=False, block_size=BLOCK_SIZE)

@@ -336,6 +336,28 @@ def test_a_limit_that_falls_ends_what_would_pass_it() -> None:
     assert {row.sequence for step in drained(batcher) for row in step.rows} == {2}
 
 
+def test_who_runs_may_end_under_a_limit_that_falls() -> None:
+    """What waits then ends, what comes later is refused, and who is preempted comes back although nobody is admitted."""
+    batcher = make_batcher(num_blocks=10, num_microbatches=1, prefix_cache=False, max_step_tokens=64)
+    batcher.submit(1, make_request(16, max_tokens=16), 0.0)
+    batcher.submit(2, make_request(15, max_tokens=17, first=50), 0.0)
+    answer(batcher, step(batcher))
+    batcher.submit(3, make_request(30, max_tokens=2), 0.0)
+    batcher.submit(4, make_request(3, max_tokens=2), 0.0)
+    batcher.admits = False
+    ((sequence, output),) = batcher.set_limit(5, 1 << 20, spares_running=True)
+    assert (sequence, output.finish_reason) == (3, "error")
+    with pytest.raises(AdmissionError, match="at most 20 are possible here"):
+        batcher.submit(5, make_request(16, max_tokens=16), 0.0)
+    rows = [row.sequence for plan in drained(batcher) for row in plan.rows]
+    assert batcher.counters.preemptions, "there was room for both"
+    assert set(rows) == {1, 2}
+    assert batcher.counters.finished == {"error": 1, "length": 2}
+    assert batcher.is_drained()
+    batcher.admits = True
+    assert {row.sequence for plan in drained(batcher) for row in plan.rows} == {4}
+
+
 def drained(batcher: Batcher) -> list[StepPlan]:
     """The steps until nothing is left to do."""
     plans = []

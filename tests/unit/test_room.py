@@ -30,6 +30,11 @@ class Line:
 
     num_running: int = 0
 
+    waiting_tokens: int = 0
+
+    def longest_waiting(self) -> int:
+        return self.waiting_tokens
+
     def growth(self, max_blocks: int) -> int:
         return 0
 
@@ -100,8 +105,21 @@ def test_a_request_that_is_too_large_is_told_where_and_by_how_much() -> None:
     assert "w1 has pages for 29 blocks of 5 layers beside their weights, 35.0 MiB too few" in said
     assert "This much of it fits: w0:0-2,w1:2-6. Or wait" in said
     assert "--kv-memory" not in said
+    assert "With --strategy drain it ends first" in said
+    head.batcher.waiting_tokens = 118
+    assert "drain" not in refusal(head, BEFORE, AFTER, 2), "it would go on in the new layout"
     said = refusal(Head(pages(w0=150, w1=150), 150 << 20, 36 * BLOCK_SIZE), BEFORE, AFTER, 2)
     assert "w1 has pages for 30 blocks of 5 layers, 30.0 MiB of --kv-memory too few" in said
+
+
+def test_what_ends_before_needs_no_room() -> None:
+    head = Head(pages(w0=200, w1=200), tokens=36 * BLOCK_SIZE)
+    room = KvRoom(head)  # type: ignore[arg-type]
+    head.batcher.num_running, head.batcher.waiting_tokens = 40, 116
+    assert room.plan(BEFORE, AFTER, 0, keeps_cache=False, ends_first=True) == [AFTER]
+    head.batcher.waiting_tokens = 117
+    with pytest.raises(Refused, match="a request that was accepted may need 117"):
+        room.plan(BEFORE, AFTER, 0, keeps_cache=False, ends_first=True)
 
 
 @given(
