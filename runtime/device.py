@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import torch
 
+from runtime.cgroup import allowance
 from runtime.pace import Law, Pacer
 
 
@@ -31,13 +32,16 @@ class DeviceInfo:
         return Pacer(self.emulation, clock, time.sleep)
 
     def memory(self) -> tuple[int, int]:
-        """Bytes in all and bytes free right now."""
+        """Bytes in all and bytes free right now, of the host or of the control group that is a container's limit."""
         if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)
             cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
             return total, free + cached
         memory = psutil.virtual_memory()
-        return memory.total, memory.available
+        limit = allowance()
+        if limit is None:
+            return memory.total, memory.available
+        return min(memory.total, limit.total), min(memory.available, limit.free)
 
     def describe(self) -> dict[str, Any]:
         """The fields of `Join` that concern this process."""
