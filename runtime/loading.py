@@ -144,7 +144,7 @@ class Loader:
         What was asked for is fixed. What the memory allows, pages and weights share from then on (`fit_pool`).
 
         Raises:
-            MemoryError: when not even one block of `num_layers` layers fits.
+            MemoryError: when not even one block of `num_layers` layers fits, or what was asked for is not there.
         """
         spec = self._open(load)
         if self.queued is not None:
@@ -162,13 +162,15 @@ class Loader:
                 )
                 room = 0
             budget = room - weights if room else min(free, load.memory_bytes)
+        else:
+            self._check_pool(load, spec, keys)
         num_pages = budget // page_bytes
 
         def check(num_pages: int) -> None:
             if num_pages < max(1, num_layers):
                 raise MemoryError(
                     f"{budget:,} bytes of KV memory hold {max(0, num_pages)} pages of {page_bytes:,} bytes; one block of "
-                    f"{num_layers} layers needs {num_layers}. Raise --kv-memory or free memory on this host."
+                    f"{num_layers} layers needs {num_layers}. {'Raise' if load.kv_bytes else 'Set'} --kv-memory or free memory on this host."
                 )
 
         check(num_pages)
@@ -258,6 +260,19 @@ class Loader:
             return free - MIN_FREE_BYTES
         assert self._builder is not None
         return self.queued.budget(spec, load.block_size, self._builder.implementation)
+
+    def _check_pool(self, load: Load, spec: ModelSpec, keys: Sequence[UnitKey]) -> None:
+        """A pool of a fixed size takes its memory page by page: what is not there must be missed now. (The head has looked at all
+        workers of a host together, but by what was free when they joined.)"""
+        if self.queued is not None:
+            return  # there it takes all at once
+        missing = sum(_unit_bytes(spec, key) for key in keys if self._get(key) is None)
+        free = self._device.memory()[1] - missing - min(MIN_FREE_BYTES, load.kv_bytes)
+        if load.kv_bytes > free:
+            raise MemoryError(
+                f"--kv-memory {load.kv_bytes >> 20:,} MiB does not fit: {max(0, free) >> 20:,} MiB are free beside the weights. Start again with a "
+                f"smaller --kv-memory or without it, or free memory on this host"
+            )
 
     def _memory(self, capacity: int) -> PageMemory | None:
         """Memory for up to `capacity` bytes of pages; None when this machine has none that grows and shrinks."""

@@ -5,14 +5,18 @@ of a worker; a restarted worker joins under another name and says whom it replac
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from kvstore.ids import Epoch, WorkerName
+from runtime.layout import Layout
 from runtime.messages import MIN_FREE_BYTES, Join
+from runtime.model.spec import ModelSpec
 
 WorkerStatus: TypeAlias = Literal["idle", "loading", "ready"]
+Place: TypeAlias = tuple[str, str]
+"""A host and a device of it, whose memory some workers share."""
 
 _NEXT: dict[tuple[WorkerStatus, str], WorkerStatus] = {
     ("idle", "load"): "loading",
@@ -72,12 +76,16 @@ class Membership:
     num_lost: int = 0
     first_selves: dict[WorkerName, WorkerName] = field(default_factory=dict)
     """By the name of a restarted worker, dead or not, the name it was first started under."""
+    free_bytes: dict[Place, int] = field(default_factory=dict)
+    """The most that was free when a worker joined there, as long as any is left: the first found none of the others' weights and pages."""
 
     def join(self, info: Join, now_s: float) -> None:
         assert info.name not in self.workers, f"worker {info.name} joined twice"
         self.workers[info.name] = Worker(info, "idle", now_s)
         if info.replaces:
             self.first_selves[info.name] = self.first_self(info.replaces)
+        place = info.host, info.device
+        self.free_bytes[place] = max(self.free_bytes.get(place, 0), info.memory_available)
 
     def first_self(self, name: WorkerName) -> WorkerName:
         return self.first_selves.get(name, name)
@@ -86,6 +94,9 @@ class Membership:
         worker = self.workers.pop(name, None)
         if worker is not None:
             self.num_lost += 1
+            place = worker.info.host, worker.info.device
+            if not self._at(place):
+                del self.free_bytes[place]
         return worker
 
     def seen(self, name: WorkerName, now_s: float) -> Worker | None:
@@ -132,20 +143,60 @@ class Membership:
         """Bytes that `name` may have for KV pages when pools are made for the workers in `weights`, which will hold so many bytes of
         those: `fraction` of what is free, where it is, beside what was given before (to workers that serve or not) and these weights,
         in equal parts. What was given stays given, so that nothing is promised twice and a worker that comes back finds what it had."""
-        worker = self.workers[name]
-        place = worker.info.host, worker.info.device
-        there = {n: w for n, w in self.workers.items() if (w.info.host, w.info.device) == place}
-        free = max(w.info.memory_available for w in there.values()) - MIN_FREE_BYTES
+        place = self._place(name)
+        there = self._at(place)
+        free = self.free_bytes[place] - MIN_FREE_BYTES
         given = sum(w.claimed_bytes for n, w in there.items() if n != name)
         new = [n for n, w in there.items() if n == name or (n in weights and not w.claimed_bytes)]
         left = free - given - sum(weights.get(n, 0) for n in new)
         return max(0, int(fraction * left)) // len(new)
+
+    def shortage(self, kv_bytes: int, weights: Mapping[WorkerName, int], others: Collection[WorkerName] = ()) -> str:
+        """What is wrong when the workers in `weights`, which will hold so many bytes of those, each have pools of `kv_bytes`, and so have
+        `others` for a while; empty when all of it is there. Looked at where a worker in `weights` is that is not one of `others`.
+
+        Tiny pools need no more left free than they take themselves, so that small machines can be told to be content with those.
+        """
+        places = {self._place(name) for name in weights if name not in others}
+        for host, device in sorted(places):
+            there = self._at((host, device))
+            names = [name for name in self.in_order() if name in there and (name in weights or name in others)]
+            weight_bytes = sum(weights.get(name, 0) for name in names)
+            free = self.free_bytes[host, device] - min(MIN_FREE_BYTES, len(names) * kv_bytes)
+            if len(names) * kv_bytes + weight_bytes > free:
+                most = max(0, free - weight_bytes) // len(names)
+                return (
+                    f"--kv-memory {_mib(kv_bytes)} does not fit on {host} ({device}), where {_mib(free)} can be had: {', '.join(names)} would "
+                    f"have so much each, beside {_mib(weight_bytes)} of weights; {_mib(most)} each would fit. Start again with a smaller --kv-memory "
+                    f"or without it, or use fewer workers there"
+                )
+        return ""
+
+    def _place(self, name: WorkerName) -> Place:
+        info = self.workers[name].info
+        return info.host, info.device
+
+    def _at(self, place: Place) -> dict[WorkerName, Worker]:
+        return {name: worker for name, worker in self.workers.items() if self._place(name) == place}
 
     def same_host(self) -> dict[WorkerName, int]:
         """How many workers share the memory of each (itself included): the same host and kind of device."""
         places = {name: (worker.info.host, worker.info.device) for name, worker in self.workers.items()}
         counts = Counter(places.values())
         return {name: counts[place] for name, place in places.items()}
+
+
+def weights_of(layout: Layout, spec: ModelSpec) -> dict[WorkerName, int]:
+    """Bytes that each worker of `layout` holds of the model."""
+    embedding, lm_head = layout.embedding_worker, layout.lm_head_worker
+    return {
+        name: spec.weight_bytes(layout.layers_of(name), embedding=name == embedding, lm_head=name == lm_head)
+        for name in layout.workers
+    }
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.0f} MiB"
 
 
 def _natural(name: str) -> tuple[tuple[int, int | str], ...]:

@@ -3,6 +3,7 @@
 What workers hold is known by their pools (`scheduler.membership`) and by what weights leave; `scheduler.hops` finds the order.
 """
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,7 +16,7 @@ from runtime.model.spec import ModelSpec
 from scheduler.batching import Batcher
 from scheduler.blocks import GROWTH_BLOCKS
 from scheduler.hops import NO_LIMIT, capacity, find_course, roomiest, split_evenly, split_into_hops
-from scheduler.membership import Membership
+from scheduler.membership import Membership, weights_of
 from scheduler.transition import Refused
 
 MAX_HOPS_FOR_CACHE = 4
@@ -78,6 +79,9 @@ class KvRoom:
         for name in new.workers:
             if name not in head.members.workers:
                 raise Refused(f"there is no worker {name}; there are {', '.join(head.members.in_order())}")
+        kv_bytes = head.kv_bytes
+        if kv_bytes and (shortage := head.members.shortage(kv_bytes, weights_of(new, head.spec), old.workers)):
+            raise Refused(shortage)
         moves = moves_between(old, new)
         tokens, block_size = self._most_tokens(ends_first=ends_first), head.pool.block_size
         if self.capacity(new, new) * block_size < tokens:
@@ -162,7 +166,7 @@ class KvRoom:
         beside = " beside their weights" * bool(worker.room_bytes)
         memory = " of --kv-memory" * bool(self._head.kv_bytes)
         text = f"{share.worker} has pages for {self._blocks_beside(share)} blocks of {len(share.layers)} layers{beside}"
-        return f"{text}, {missing / 2**20:.1f} MiB{memory} too few"
+        return f"{text}, {math.ceil(missing / 2**20 * 10) / 10:.1f} MiB{memory} too few"
 
     def _missing_bytes(self, share: _Share, needed: int) -> int:
         """What `needed` blocks of this share take beyond what its worker has."""

@@ -74,7 +74,7 @@ from scheduler.events import (
     Wake,
 )
 from scheduler.lineup import Lineup
-from scheduler.membership import Membership
+from scheduler.membership import Membership, weights_of
 from scheduler.pilot import Pilot
 from scheduler.planning.autopilot import Mode, Settings
 from scheduler.planning.cost import Facts
@@ -441,6 +441,16 @@ class SchedulerState:
             waited_s = now_s - self._recovering_since_s
             if self.status != "recovering" or not names or waited_s < self.cluster.rejoin_timeout_s:
                 return
+        layout = layout_from_counts(self.epoch, names, self._counts(names))
+        kv_bytes = self.cluster.kv_bytes
+        if (
+            kv_bytes
+            and not self.served_once
+            and (shortage := self.members.shortage(kv_bytes, weights_of(layout, self.spec)))
+        ):
+            self.status, self.detail = "failed", shortage
+            effects.append(Report("error", shortage))
+            return
         self.epoch = self.new_epoch()
         self.layout = self._layout_over(names)
         self.open_layout(self.layout)
@@ -505,14 +515,6 @@ class SchedulerState:
         ends = (self.layout.embedding_worker == name) + (self.layout.lm_head_worker == name)
         return len(self.layout.layers_of(name)) + ends
 
-    def _weights(self, layout: Layout) -> dict[WorkerName, int]:
-        """Bytes that each worker of `layout` holds of the model."""
-        embedding, lm_head = layout.embedding_worker, layout.lm_head_worker
-        return {
-            name: self.spec.weight_bytes(layout.layers_of(name), embedding=name == embedding, lm_head=name == lm_head)
-            for name in layout.workers
-        }
-
     def load_message(self, layout: Layout, worker: WorkerName) -> Load:
         cluster, spec = self.cluster, self.cluster.spec
         return Load(
@@ -522,7 +524,7 @@ class SchedulerState:
             dtype=spec.dtype,
             block_size=self.batching.block_size,
             kv_bytes=cluster.kv_bytes,
-            memory_bytes=self.members.memory_for_pages(worker, self._weights(layout), cluster.memory_fraction),
+            memory_bytes=self.members.memory_for_pages(worker, weights_of(layout, spec), cluster.memory_fraction),
             max_context=spec.max_context,
             implementation=cluster.implementation,
             quantize=spec.quantize,
@@ -538,7 +540,8 @@ class SchedulerState:
         self.num_blocks = min(self._blocks_of(name, layout) for name in layout.workers)
         if self.num_blocks < 1:
             smallest = min(layout.workers, key=lambda name: self._blocks_of(name, layout))
-            self._could_not_load(smallest, "its KV memory holds not even one block; raise --kv-memory", now_s, effects)
+            error = f"its KV memory holds not even one block; {'raise' if self.cluster.kv_bytes else 'set'} --kv-memory"
+            self._could_not_load(smallest, error, now_s, effects)
             return
         self.status, self.detail, self.served_once = "serving", "", True
         self.lineup.forget()

@@ -181,7 +181,7 @@ def test_a_saturated_accelerator_changes_at_the_pace_of_its_memory() -> None:
 
 def test_a_model_that_does_not_fit_is_refused() -> None:
     trace = make_trace("poisson:rate=1", 0)
-    with pytest.raises(SimulationError, match="no room for KV pages"):
+    with pytest.raises(SimulationError, match="--kv-memory 12,288 MiB does not fit on w0"):
         run("l4:1", (32,), trace, kv_bytes=12 << 30)
     devices = name_devices([(label, speed, 10 << 30) for label, speed, _ in parse_devices("l4:2")], ())
     with pytest.raises(SimulationError, match="weights do not fit"):

@@ -94,6 +94,23 @@ def test_pages_that_were_asked_for_are_fixed(tiny: Path) -> None:
     assert pool.num_pages == (8 << 20) // pool.page_bytes
 
 
+def test_pages_that_were_asked_for_must_be_there(tiny: Path) -> None:
+    """All of them before the first is touched: the system promises more than it has."""
+    loader, spec = loader_of(), inspect_model(str(tiny), dtype="float32")
+    with pytest.raises(
+        MemoryError,
+        match=r"--kv-memory 4,096 MiB does not fit: 96 MiB are free beside the weights\. Start again with a smaller",
+    ):
+        load(loader, load_message(tiny, split(2, 2), kv_bytes=4 << 30))
+    pool = load(loader, load_message(tiny, split(2, 2), kv_bytes=300 << 20))
+    assert pool.num_pages == (300 << 20) // pool.page_bytes, "small pools may have what is kept beside large ones"
+    joining, weights = loader_of("w1"), spec.weight_bytes((1, 2, 3), embedding=False, lm_head=True)
+    joining._device.free = (200 << 20) + weights  # type: ignore[misc]
+    assert joining.make_pool(load_message(tiny, split(1, 3), kv_bytes=100 << 20), 3).num_pages
+    with pytest.raises(MemoryError, match="99 MiB are free beside"):
+        joining.make_pool(load_message(tiny, split(1, 3), kv_bytes=(100 << 20) + (1 << 19)), 3)
+
+
 def test_a_worker_that_joins_leaves_room_for_its_weights(tiny: Path) -> None:
     loader, spec = loader_of("w1"), inspect_model(str(tiny), dtype="float32")
     message = load_message(tiny, split(1, 3))

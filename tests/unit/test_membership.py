@@ -105,3 +105,52 @@ def test_a_worker_that_beats_but_does_not_get_on_is_lost(busy_with: str, busy_s:
     reason = f"it hangs, busy with one {busy_with} for {busy_s:.0f} s"
     assert [effect for effect in effects if isinstance(effect, EvictWorker)] == [EvictWorker("w0", reason)] * is_lost
     assert ("w0" in head.members.workers) is not is_lost
+
+
+def test_what_is_asked_for_must_be_there_for_all_workers_of_a_host_together() -> None:
+    members, weights = Membership(), {"w0": 100, "w1": 200}
+    for name in ("w0", "w1", "w2"):
+        join(members, name, free=0)
+        members.free_bytes["here", "cpu"] = 20_000 << 20
+    free = (20_000 << 20) - MIN_FREE_BYTES
+    assert not members.shortage((free - 300) // 2, weights)
+    said = members.shortage((free - 300) // 2 + 1, weights)
+    assert said.startswith(
+        "--kv-memory 9,744 MiB does not fit on here (cpu), where 19,488 MiB can be had: w0, w1 would have so much each"
+    )
+    assert "9,744 MiB each would fit. Start again with a smaller --kv-memory or without it" in said
+    join(members, "far", host="there")
+    assert not members.shortage((free - 100) // 1, {"w0": 100}), "a host has its own"
+    assert "on there (cpu)" in members.shortage(free // 2, {"w0": 100, "far": 200})
+
+
+def test_a_worker_that_comes_in_has_its_pool_while_the_others_have_theirs() -> None:
+    members = Membership()
+    free = 1 << 40
+    for name in ("w0", "w1", "w2"):
+        join(members, name, free=free)
+    assert not members.shortage(free // 3, {"w2": 0}, ("w0", "w1"))
+    assert members.shortage(free // 3 + 1, {"w2": 0}, ("w0", "w1"))
+    assert not members.shortage(free, {"w0": 0}, ("w0", "w1")), "these have theirs"
+
+
+def test_small_machines_may_be_content_with_tiny_pools() -> None:
+    members = Membership()
+    members.join(Join("w0", "here", 1, "cpu", "", FREE, MIN_FREE_BYTES // 2, 1, {}), 0.0)
+    assert not members.shortage(1 << 20, {"w0": 0})
+    assert members.shortage(MIN_FREE_BYTES // 4 + 1, {"w0": 0})
+
+
+def test_what_was_free_at_first_is_remembered_as_long_as_somebody_is_there() -> None:
+    """Who comes again finds less: the others have touched their pages."""
+    members = Membership()
+    join(members, "w0")
+    join(members, "w1")
+    for name in ("w0", "w1"):
+        members.lose(name)
+        join(members, f"{name}-r", free=FREE // 2)
+    assert members.memory_for_pages("w0-r", {"w0-r": 0, "w1-r": 0}, 1.0) == FREE // 2
+    for name in ("w0-r", "w1-r"):
+        members.lose(name)
+    join(members, "w2", free=FREE // 2)
+    assert members.memory_for_pages("w2", {"w2": 0}, 1.0) == FREE // 2, "the host itself may be another"
