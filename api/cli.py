@@ -107,7 +107,8 @@ def _workers(options: argparse.Namespace, environment: Mapping[str, str]) -> int
 def _change_options(options: argparse.Namespace) -> dict[str, object]:
     """What was said about how to change; the server knows the defaults."""
     names = ("strategy", "queue", "deadline_s", "bytes_per_s")
-    return {name: value for name in names if (value := getattr(options, name)) not in (None, False)}
+    said = {name: getattr(options, name) for name in names}
+    return {name: value for name, value in said.items() if value is not None and value is not False}
 
 
 def _chat(options: argparse.Namespace, environment: Mapping[str, str]) -> int:

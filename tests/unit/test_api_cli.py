@@ -254,6 +254,16 @@ async def test_a_change_is_followed_to_its_end() -> None:
         assert "1 sequence taken over" in out
 
 
+async def test_a_deadline_of_nothing_is_the_servers_to_refuse() -> None:
+    async with serve(Text(build_tokenizer()), [1]) as api:
+        api.engine.refusal = LayoutError("deadline_s: must be more than 0", "deadline_s")
+        line = ("layout", "1,3", "--deadline", "0", "--url", api.url)
+        assert await run(*line) == (1, "", "midflight: deadline_s: must be more than 0\n")
+        api.engine.refusal = None
+        assert await run(*line, "--no-wait") == (0, "transition 1 is under way\n", "")
+        assert api.engine.wishes[-1] == {"layers": [1, 3], "deadline_s": 0.0}
+
+
 @pytest.mark.parametrize("outcome", ["aborted", "refused"])
 async def test_a_change_that_came_to_nothing_is_a_failure(outcome: str) -> None:
     async with serve(Text(build_tokenizer()), [1]) as api:
