@@ -1,4 +1,4 @@
-"""The command line: `midflight serve | layout | workers | plan | simulate | pull | chat`.
+"""The command line: `midflight serve | layout | workers | plan | bench | simulate | pull | chat`.
 
 Only parsing happens here, and nothing heavy is imported before a command is known, so that `--help` is instant. This is
 the entry point: the one place that reads the environment (`MIDFLIGHT_HOME`, `MIDFLIGHT_API_KEY`, `MIDFLIGHT_ADMIN_KEY`,
@@ -33,12 +33,17 @@ from api.config import (
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[kmgt]?)(?:i?b)?", re.IGNORECASE)
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _DEFAULT_URL = "http://127.0.0.1:8000"
+_ROOT = Path(__file__).parents[1]
+"""Of the checkout, where the project is installed from one."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return the exit code."""
+    line = sys.argv[1:] if arguments is None else list(arguments)
+    if line[:1] == ["bench"]:
+        return _bench(line[1:], os.environ)  # all that follows is the script's, its --help as well
     parser = build_parser()
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(line)
     if options.command is None:
         parser.print_help()
         return 0
@@ -134,6 +139,20 @@ def _simulate(options: argparse.Namespace, environment: Mapping[str, str]) -> in
     return simulate(options)
 
 
+def _bench(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Become ``scripts/bench ARGUMENTS``, in the environment that this runs in."""
+    script = _ROOT / "scripts" / "bench"
+    if not script.is_file():
+        _fail(
+            "the benchmarks are not installed with midflight: they are scripts/bench of a checkout of its sources. Run that, "
+            "or install from there, pip install -e CHECKOUT, for `midflight bench` to find it"
+        )
+    variables = dict(environment)
+    if sys.prefix != sys.base_prefix:
+        variables.setdefault("MIDFLIGHT_VENV", sys.prefix)
+    os.execve(script, [str(script), *arguments], variables)
+
+
 _COMMANDS = {
     "simulate": _simulate,
     "serve": _serve,
@@ -185,6 +204,7 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--autopilot", choices=AUTOPILOT_MODES, default=None, help="switch it: off, advise (say), on (act)"
     )
+    commands.add_parser("bench", help="run a benchmark of the checkout, with its arguments; alone: which there are")
     _add_simulate(commands.add_parser("simulate", help="a trace on devices that are not there", formatter_class=_Help))
     chat = commands.add_parser("chat", help="talk to a running server")
     _add_url(chat, json=False)
@@ -263,7 +283,14 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         type=_size,
         default=0,
         metavar="SIZE",
-        help="KV pages per worker, as 512M or 2GiB; default: what is free",
+        help="KV pages per worker, as 512M or 2GiB; default: a share of what is free",
+    )
+    add(
+        "--memory-fraction",
+        type=_share,
+        default=0.5,
+        metavar="X",
+        help="that share, over all workers of a host; the rest is for weights that arrive and workers that join",
     )
     add("--block-size", type=_natural, default=0, metavar="TOKENS", help="of KV; default: 16, on CUDA 256")
     add(
@@ -367,6 +394,7 @@ def _serve_config(options: argparse.Namespace, environment: Mapping[str, str]) -
         implementation=options.implementation,
         quantize=options.quantize,
         kv_memory=options.kv_memory,
+        memory_fraction=options.memory_fraction,
         block_size=options.block_size,
         max_context=options.max_context,
         max_running=options.max_running,

@@ -61,6 +61,8 @@ class ServeConfig:
     """ "int8": weights of the lean CPU layers and the LM head as 8-bit integers; empty: in the dtype."""
     kv_memory: int = 0
     """Bytes of KV pages per worker; 0: follow the memory that is free."""
+    memory_fraction: float = 0.5
+    """Without `kv_memory`: of what is free once the weights are in, what pages may have; weights that arrive later need the rest."""
     block_size: int = 0
     """Positions of a KV block; 0: 16 on the CPU, 256 on CUDA, as FlashAttention 2 wants its pages."""
     max_context: int = 0

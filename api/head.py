@@ -284,6 +284,7 @@ def _make_state(config: ServeConfig, spec: ModelSpec) -> SchedulerState:
         num_stages=config.num_stages,
         layers=config.layers or None,
         kv_bytes=config.kv_memory,
+        memory_fraction=config.memory_fraction,
         implementation=config.implementation,
         autopilot=cast("Mode", config.autopilot),
         piloting=Settings(

@@ -15,6 +15,7 @@ import pytest
 
 from api import cli, layouts
 from api.config import LOOK_AHEAD, STRATEGIES, ServeConfig
+from api.head import _make_state
 from api.status import StatusReporter, Terminal, TerminalHandler, progress_line, ready_lines
 from api.text import Text
 from scheduler import transition
@@ -22,6 +23,7 @@ from scheduler.lanes import LookAhead
 from scheduler.request import Health
 from scheduler.transition import Refused
 from scheduler.wishes import LayoutError
+from tests.sim.cluster import make_spec
 from tests.tiny_models import build_tokenizer
 from tests.unit.api_harness import make_report, serve
 
@@ -65,7 +67,7 @@ def test_every_option_arrives() -> None:
     line = """
         --layers 19,11 --local-workers 1 --threads 3 --host 0.0.0.0 --port 0 --rpc-host 10.0.0.1 --rpc-port 29500
         --allow-public-rpc --dtype bfloat16 --device cuda --load-format dummy --implementation lean
-        --kv-memory 1.5GiB --block-size 32 --max-context 2048 --max-running 8 --max-queue 9 --step-tokens 64
+        --kv-memory 1.5GiB --memory-fraction 0.7 --block-size 32 --max-context 2048 --max-running 8 --max-queue 9 --step-tokens 64
         --microbatches 3 --no-prefix-cache --api-key a --admin-key b --max-body 1M --drain-timeout 5
         --log-level debug --served-model-name name --pace a100
     """
@@ -73,10 +75,16 @@ def test_every_option_arrives() -> None:
     assert config == ServeConfig(
         model="m", home=Path("/somewhere"), served_model_name="name", num_stages=2, layers=(19, 11), num_local_workers=1,
         num_threads=3, host="0.0.0.0", port=0, rpc_host="10.0.0.1", rpc_port=29500, allow_public_rpc=True, dtype="bfloat16",
-        device="cuda", load_format="dummy", implementation="lean", kv_memory=3 << 29, block_size=32, max_context=2048,
+        device="cuda", load_format="dummy", implementation="lean", kv_memory=3 << 29, memory_fraction=0.7, block_size=32, max_context=2048,
         max_running=8, max_queue=9, step_tokens=64, num_microbatches=3, prefix_cache=False, api_key="a", admin_key="b",
         max_body_bytes=1 << 20, drain_timeout_s=5.0, log_level="debug", paces=("a100",),
     )  # fmt: skip
+
+
+def test_what_memory_is_for_reaches_the_scheduler() -> None:
+    cluster = _make_state(parsed("--layers", "2,3", "--memory-fraction", "0.7"), make_spec(5)).cluster
+    assert (cluster.memory_fraction, cluster.kv_bytes) == (0.7, 0)
+    assert _make_state(parsed("--layers", "2,3", "--kv-memory", "2M"), make_spec(5)).cluster.kv_bytes == 2 << 20
 
 
 def test_weights_are_quantised_when_asked_for() -> None:
@@ -120,6 +128,7 @@ def test_sizes(text: str, size: int) -> None:
         (("serve", "m", "--no-local-workers", "--local-workers", "2"), "leave one out"),
         (("serve", "m", "--kv-memory", "lots"), "2GiB"),
         (("serve", "m", "--kv-memory", "0"), "2GiB"),
+        (("serve", "m", "--memory-fraction", "1"), "between 0 and 1"),
         (("serve", "m", "--dtype", "int4"), "bfloat16"),
         (("serve", "m", "--drain-timeout", "nan"), "seconds"),
         (("serve", "m", "--drain-timeout", "-1"), "seconds"),
@@ -184,6 +193,29 @@ async def run(*arguments: str, stdin: str = "", **environment: str) -> tuple[int
     process = await start(*arguments, **environment)
     out, err = await asyncio.wait_for(process.communicate(stdin.encode()), 60)
     return process.returncode or 0, out.decode(), err.decode()
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("no-such-benchmark", "--device", "cuda")])
+async def test_bench_is_the_script_of_the_checkout(arguments: tuple[str, ...]) -> None:
+    code, out, err = await run("bench", *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("scripts/bench NAME [ARGS]: runs scripts/benchmarks/NAME.py")
+
+
+async def test_bench_runs_in_the_same_environment() -> None:
+    code, out, _ = await run("bench", "peers", "--help")
+    assert code == 0
+    assert out.startswith("usage: scripts/bench peers")
+
+
+def test_bench_without_a_checkout_says_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "_ROOT", tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["bench", "serve"])
+    assert caught.value.code == 1
+    assert "pip install -e CHECKOUT" in capsys.readouterr().err
 
 
 async def test_layout_workers_and_chat_against_a_server() -> None:
