@@ -266,7 +266,8 @@ class Loader:
         workers of a host together, but by what was free when they joined.)"""
         if self.queued is not None:
             return  # there it takes all at once
-        missing = sum(_unit_bytes(spec, key) for key in keys if self._get(key) is None)
+        is_lent = bool(self.importer.lenders)  # what a peer on this host lends is there already
+        missing = 0 if is_lent else sum(_unit_bytes(spec, key) for key in keys if self._get(key) is None)
         free = self._device.memory()[1] - missing - min(MIN_FREE_BYTES, load.kv_bytes)
         if load.kv_bytes > free:
             raise MemoryError(
@@ -362,7 +363,7 @@ class Loader:
         """Bytes that came from peers; None, or `_CalledOff`, when the shadow was cancelled meanwhile."""
         spec, peer_bytes = self._open(load), 0
         missing = [key for key in keys if self._get(key) is None]
-        self._check_room(spec, [key for key in missing if pace.holders.get(key) not in self.importer.lenders])
+        self._check_room(load, spec, [key for key in missing if pace.holders.get(key) not in self.importer.lenders])
         sizes = [_unit_bytes(spec, key) for key in missing]
         for count, key in enumerate(missing):
             self.on_progress(transition, count, len(sizes), sum(sizes[:count]), sum(sizes))
@@ -441,13 +442,14 @@ class Loader:
             return None
         return self._build(key, parts)
 
-    def _check_room(self, spec: ModelSpec, missing: Sequence[UnitKey]) -> None:
+    def _check_room(self, load: Load, spec: ModelSpec, missing: Sequence[UnitKey]) -> None:
         needed = sum(_unit_bytes(spec, key) for key in missing)
         _, free = self._device.memory()
         if needed + MIN_FREE_BYTES > free:
             raise MemoryError(
                 f"{len(missing)} arriving units need {needed:,} bytes, {max(0, free - MIN_FREE_BYTES):,} are free "
-                f"(and {MIN_FREE_BYTES:,} are kept); move fewer layers, or restart with a smaller --kv-memory"
+                f"(and {MIN_FREE_BYTES:,} are kept); move fewer layers, or restart with a smaller "
+                f"{'--kv-memory' if load.kv_bytes else '--memory-fraction'}"
             )
 
     # -- units ----------------------------------------------------------------------------------------------
