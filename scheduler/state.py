@@ -441,19 +441,16 @@ class SchedulerState:
             waited_s = now_s - self._recovering_since_s
             if self.status != "recovering" or not names or waited_s < self.cluster.rejoin_timeout_s:
                 return
-        layout = layout_from_counts(self.epoch, names, self._counts(names))
-        kv_bytes = self.cluster.kv_bytes
-        if (
-            kv_bytes
-            and not self.served_once
-            and (shortage := self.members.shortage(kv_bytes, weights_of(layout, self.spec)))
-        ):
-            self.status, self.detail = "failed", shortage
-            effects.append(Report("error", shortage))
-            return
         self.epoch = self.new_epoch()
-        self.layout = self._layout_over(names)
-        self.open_layout(self.layout)
+        layout = self._layout_over(names)
+        if not self.served_once and self.kv_bytes:
+            shortage = self.members.shortage(self.kv_bytes, weights_of(layout, self.spec))
+            if shortage:
+                self.status, self.detail = "failed", shortage
+                effects.append(Report("error", shortage))
+                return
+        self.layout = layout
+        self.open_layout(layout)
         self.members.forget_rooms()
         if self.status == "waiting_for_workers":
             self.status = "loading"

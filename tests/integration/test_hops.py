@@ -49,8 +49,8 @@ async def test_full_workers_change_places_in_hops_or_say_what_is_missing(tiny_ll
         assert report["reached"] == report["target"]
         assert tokens(await load) == expected
 
-        expected = tokens(await server.post_all("/v1/completions", bodies(5, 60)))
-        load = asyncio.ensure_future(server.post_all("/v1/completions", bodies(5, 60)))
+        expected = tokens(await server.post_all("/v1/completions", bodies(5, 110)))
+        load = asyncio.ensure_future(server.post_all("/v1/completions", bodies(5, 110)))
         await until(lambda: blocks_in_use(server) >= 125, "five prompts in service")
         back = {"stages": [{"worker": first, "layers": [0, 2]}, {"worker": second, "layers": [2, 4]}]}
         status, body = await asyncio.to_thread(server.post, "/admin/layout", back)
