@@ -558,7 +558,12 @@ class Batcher:
     def _tokens_until_flip(self, now_s: float) -> int:
         """Of prompts, those that are through before anything is expected to flip: each stage in turn, behind as many in all other
         microbatches."""
-        left_s = self.flip_due_s - now_s if self._opening is None else 0.0
+        if self._opening is None:
+            left_s = self.flip_due_s - now_s
+        else:
+            left_s = (
+                0.0 if self._directory.sequences_in(self._epoch) else math.inf
+            )  # all have; the rest of the cache may take its time
         times = self.num_stages + self.num_microbatches + self._has_one_more - 1
         token_s = self.prices.prefill_s * times or NEAR_S / self._config.max_step_tokens
         return self._config.max_step_tokens if left_s == math.inf else int(max(0.0, left_s) / token_s)

@@ -510,9 +510,14 @@ def test_prompts_stay_out_of_the_way_of_a_flip() -> None:
     plan = step(batcher)
     assert [(row.sequence, len(row.tokens)) for row in plan.rows] == [(1, 1)], "alone: it flips with this step"
     answer(batcher, plan)
-    behind = [(row.sequence, len(row.tokens)) for row in step(batcher).rows]
-    assert behind == [(1, 1), (2, 100 - FLIP_CHUNK_TOKENS), (3, 2 * FLIP_CHUNK_TOKENS - 100)], (
-        "and prompts go on behind it"
+    plan = step(batcher)
+    behind = [(row.sequence, len(row.tokens)) for row in plan.rows]
+    left = 2 * FLIP_CHUNK_TOKENS - 100
+    assert behind == [(1, 1), (2, 100 - FLIP_CHUNK_TOKENS), (3, left)], "and prompts go on behind it"
+    answer(batcher, plan)
+    whole = [(row.sequence, len(row.tokens)) for row in step(batcher).rows]
+    assert whole == [(1, 1), (2, 1), (3, 100 - left)], (
+        "in their usual pieces once all have flipped, though cached blocks are yet to come"
     )
 
 
