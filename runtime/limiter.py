@@ -55,6 +55,7 @@ class Limiter:
         self._busy = 0.0
         self._ended_s = -1e9
         self._is_running = False
+        self._is_kept = False
 
     def begins(self) -> None:
         """A step runs from now on; it may last longer than nothing has to come for a worker to be idle."""
@@ -68,9 +69,18 @@ class Limiter:
         self._ended_s = ended_s
         self._is_running = False
 
+    def keep(self, now_s: float) -> None:
+        """Steps may go elsewhere from now on, to those that take what is sent: that none come here says nothing of how busy these are. Unless
+        nothing ran anyway, the pace stays what it is until `let_go`."""
+        self._is_kept = not self.is_idle(now_s)
+
+    def let_go(self) -> None:
+        """Nothing is sent any more to those that have the steps."""
+        self._is_kept = False
+
     def is_idle(self, now_s: float) -> bool:
         """Whether no step runs, and none came for a while."""
-        return not self._is_running and now_s - self._ended_s > IDLE_AFTER_S
+        return not self._is_running and not self._is_kept and now_s - self._ended_s > IDLE_AFTER_S
 
     def share(self, now_s: float) -> float:
         """Of the steps' time from now on, what one kind of background work may take, in (0, 1]."""

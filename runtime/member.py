@@ -273,6 +273,7 @@ class Member:
         self._stages.clear()
         self._order.clear()
         self._handover, self._retire_due, self._room_due, self.pool = None, None, None, None
+        self._limiter.let_go()
         self._early.clear()
         self._exports.clear()
 
@@ -519,6 +520,7 @@ class Member:
     def open(self, message: Open) -> None:
         if self._handover is not None and self._handover.transition == message.transition:
             self._handover.open(message.starts, self._outbox.to_peer)
+            self._limiter.keep(self._clock())
             self._unblock()
 
     def arrive(self, message: Mirror | Pages, tensors: Tensors) -> None:
@@ -565,6 +567,7 @@ class Member:
     def _end_transition(self, handover: Handover, *, committed: bool) -> None:
         gone = handover.source_epoch if committed else handover.layout.epoch
         self._handover, self._blocked_since_s, self._retire_due, self._room_due = None, None, None, None
+        self._limiter.let_go()
         self._store.cancel_shadow()
         self._exports.clear()  # nobody waits for them any more, and they hold weights that may leave now
         self._stages.pop(gone, None)

@@ -142,6 +142,7 @@ class SimWorker:
             case Open():
                 if (handover := self._under_way(message.transition)) is not None:
                     handover.open(message.starts)
+                    self._limiter.keep(self._world.now_s)
                     self._unblock()
             case Retire() | Cancel():
                 self._retire(message)
@@ -528,6 +529,7 @@ class SimWorker:
 
     def _end_transition(self, handover: SimHandover, *, gone: Epoch) -> None:
         self._handover, self._retire_due = None, None
+        self._limiter.let_go()
         self._stages.pop(gone, None)
         self._costs = {key: cost for key, cost in self._costs.items() if key[0] != gone}
         self._next = {key: ordinal for key, ordinal in self._next.items() if key[0] != gone}

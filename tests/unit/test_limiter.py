@@ -36,6 +36,19 @@ def test_a_worker_is_not_idle_while_a_step_lasts() -> None:
     assert limiter.is_idle(later_s + 2 * IDLE_AFTER_S)
 
 
+def test_the_pace_stays_when_steps_go_elsewhere() -> None:
+    limiter, now_s = after_steps(0.75)
+    share = limiter.share(now_s)
+    limiter.keep(now_s)
+    later_s = now_s + 10 * IDLE_AFTER_S
+    assert limiter.share(later_s) == share < 0.1
+    assert limiter.rest_s(later_s, 0.002) > 0.02
+    limiter.let_go()
+    assert limiter.share(later_s) == 1.0
+    limiter.keep(later_s)
+    assert limiter.is_idle(later_s), "where nothing ran nobody needs to be spared"
+
+
 def test_the_share_falls_with_the_load() -> None:
     shares = []
     for busy in (0.2, 0.5, 0.7, 0.9, 0.999):
