@@ -28,7 +28,7 @@ import torch
 from kvstore.ids import WorkerName
 from runtime.device import DeviceInfo
 from runtime.exchange import lent
-from runtime.inbox import Inbox
+from runtime.inbox import Inbox, Kind
 from runtime.loading import Loader
 from runtime.member import COMPUTE, Member, StepError, transition_of
 from runtime.messages import (
@@ -233,7 +233,8 @@ class Worker:
     def _put(
         self, message: _Message, tensors: Sequence[torch.Tensor] = (), reply: "Future[bytes] | None" = None
     ) -> None:
-        self._inbox.put(_Arrival(message, tensors, time.perf_counter(), reply), is_step=isinstance(message, Step))
+        kind: Kind = "step" if isinstance(message, Step) else "piece" if isinstance(message, Pages) else "short"
+        self._inbox.put(_Arrival(message, tensors, time.perf_counter(), reply), kind)
 
     def _trace(self, message: Trace) -> Traced:
         spans, num_lost = self._tracer.stop()
