@@ -455,7 +455,7 @@ class Batcher:
 
     @property
     def _looks_ahead(self) -> bool:
-        return self._config.look_ahead != "never" and self._opening is None
+        return self._config.look_ahead != "never" and (self._opening is None or self.is_vacated())
 
     @property
     def _has_one_more(self) -> bool:
@@ -481,7 +481,7 @@ class Batcher:
 
     def _about_to_be_ready(self) -> ListOf[Sequence]:
         """Those for which the oldest step in flight samples a token that is not their last."""
-        lane = self._lanes[self._epoch]
+        lane = self._lanes[self._epoch if self._opening is None else self._opening.epoch]
         flight = lane.in_flight.get(lane.oldest)
         if flight is None or not flight.is_followed:
             return ()
@@ -561,9 +561,7 @@ class Batcher:
         if self._opening is None:
             left_s = self.flip_due_s - now_s
         else:
-            left_s = (
-                0.0 if self._directory.sequences_in(self._epoch) else math.inf
-            )  # all have; the rest of the cache may take its time
+            left_s = math.inf if self.is_vacated() else 0.0  # then only the rest of the cache is copied
         times = self.num_stages + self.num_microbatches + self._has_one_more - 1
         token_s = self.prices.prefill_s * times or NEAR_S / self._config.max_step_tokens
         return self._config.max_step_tokens if left_s == math.inf else int(max(0.0, left_s) / token_s)
