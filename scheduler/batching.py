@@ -113,8 +113,11 @@ class Batcher:
 
     @property
     def num_microbatches(self) -> int:
-        """Steps that may be in flight."""
-        return self._config.num_microbatches or self.num_stages
+        """Steps that may be in flight. While one layout follows another, as many as the longer one has stages, until all have gone over."""
+        if self._config.num_microbatches:
+            return self._config.num_microbatches
+        opening = self._opening
+        return opening.num_stages if opening is not None and self.is_vacated() else self.num_stages
 
     # -- what is there ------------------------------------------------------------------------------------
 

@@ -188,6 +188,8 @@ class Opening:
 
     epoch: Epoch
     arrived: Arrived
+    num_stages: int = 1
+    """Of its layout."""
     num_flipped: int = 0
 
 

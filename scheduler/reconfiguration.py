@@ -543,7 +543,7 @@ class Reconfiguration:
         head, batcher = self._head, self._head.batcher
         now.enter("flip", head.now_s)
         assert now.snapshot is not None
-        now.opening = Opening(now.new.epoch, now.snapshot)
+        now.opening = Opening(now.new.epoch, now.snapshot, len(now.new.workers))
         starts = [now.starts.get(index, 0) for index in range(len(now.moves))]
         for name in now.workers:
             head.send(name, Open(now.new.epoch, starts))

@@ -145,6 +145,15 @@ PHASES = {"before": (), "weights": ("reserve", "prepare", "shadow"), "copy": ("c
 """Stretches of a change, each of the report's phases; the second before the trigger is the control."""
 
 
+def went_over_s(trigger_s: float, commit_s: float, phases_s: Mapping[str, float]) -> float:
+    """When streams went over to the other layout: as the flip began, which lasts until all of the cache is copied; where nothing is known of
+    phases, at the commit."""
+    if "flip" not in phases_s:
+        return commit_s
+    before = (phase for name in ("weights", "copy") for phase in PHASES[name])
+    return trigger_s + sum(phases_s.get(phase, 0.0) for phase in before)
+
+
 def stretches(trigger_s: float, commit_s: float, phases_s: Mapping[str, float]) -> dict[str, Window]:
     """When the stretches of a change were, and the second ``"after"`` it."""
     found, at_s = {"before": Window(trigger_s - AFTER_COMMIT_S, trigger_s)}, trigger_s

@@ -30,6 +30,7 @@ from shift_metrics import (
     stalls_s,
     stretches,
     usual_gaps_s,
+    went_over_s,
 )
 
 SETTLE_S = 1.0
@@ -80,7 +81,8 @@ def figures(sample: Sample) -> dict[str, Any]:
     ttft_plain, _ = latencies(plain.streams, arriving(changed.streams, window) & whole)
     touched = overlapping(changed.streams, window) & whole
     around, around_plain, around_target = (latencies(run.streams, touched) for run in (changed, plain, target))
-    before = shares_before(changed.streams, touched, sample.change.commit_s)
+    over_s = went_over_s(window.start_s, sample.change.commit_s, report.get("phases_s", {}))
+    before = shares_before(changed.streams, touched, over_s)
     gap = service_gap_s(changed.streams, window)
     usual = [usual_gaps_s(run.streams, window.length_s, steady) for run in (plain, target)]
     usual_s = mean_of(usual) or 0.0
@@ -113,14 +115,13 @@ def figures(sample: Sample) -> dict[str, Any]:
 
 
 def _gaps(sample: Sample) -> dict[str, list[list[float]]]:
-    """By stretch of the change: the times between tokens with it, and at the same time without it: on the layout that serves then, on
-    both while sequences flip."""
+    """By stretch of the change: the times between tokens with it, and at the same time without it, on the layout that serves then."""
     changed, source, target = sample.changed, sample.on_source, sample.on_target
     phases_s = sample.change.report.get("phases_s", {})
     found = {}
     for name, window in stretches(sample.change.window.start_s, sample.change.commit_s, phases_s).items():
-        beside = {"flip": (source, target), "after": (target,)}.get(name, (source,))
-        found[name] = [gaps_s(changed.streams, window), [gap for run in beside for gap in gaps_s(run.streams, window)]]
+        beside = target if name in ("flip", "after") else source
+        found[name] = [gaps_s(changed.streams, window), gaps_s(beside.streams, window)]
     return found
 
 

@@ -264,6 +264,27 @@ def test_nothing_is_formed_ahead_while_sequences_flip() -> None:
     assert [step(batcher).is_ahead, step(batcher).is_ahead] == [False, True]
 
 
+def test_once_all_have_gone_over_there_are_as_many_microbatches_as_the_next_layout_has_stages() -> None:
+    """However long the rest of the cache is copied: on two stages three would only be smaller."""
+    batcher = make_batcher(num_microbatches=0, look_ahead="never")
+    batcher.num_stages = 3
+    for index in range(6):
+        batcher.submit(1 + index, make_request(2, max_tokens=30, first=10 * index), 0.0)
+    plans = [step(batcher), *filter(None, [batcher.next_step(0.0)])]
+    batcher.guard(1)
+    batcher._directory.open_epoch(2, (("w1", LayerRange(0, 2)),))
+    batcher.open_next(Opening(2, Snapshot([], 0), num_stages=2))
+    assert batcher.num_microbatches == 3
+    for plan in plans:
+        answer(batcher, plan)
+    flying = [step(batcher), step(batcher)]
+    while any(sequence.epoch == 1 for sequence in batcher._sequences.values()):
+        answer(batcher, flying.pop(0))
+        flying.append(step(batcher))
+    assert batcher.num_microbatches == 2
+    assert {plan.epoch for plan in flying} == {2}
+
+
 def test_first_come_first_served_even_when_a_later_one_would_fit() -> None:
     batcher = make_batcher(num_blocks=5, num_microbatches=1)
     batcher.submit(1, make_request(12, max_tokens=2), 0.0)

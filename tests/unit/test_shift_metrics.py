@@ -30,6 +30,7 @@ from shift_metrics import (
     stalls_s,
     stretches,
     usual_gaps_s,
+    went_over_s,
 )
 
 
@@ -228,6 +229,8 @@ def test_gaps_belong_to_the_stretch_in_which_they_end() -> None:
     lengths = [window.length_s for window in found.values()]
     assert lengths == pytest.approx([1.0, 0.6, 0.3, 0.5, 1.0])
     assert (found["weights"].start_s, found["flip"].start_s) == (10.0, pytest.approx(10.9))
+    assert went_over_s(10.0, 11.5, {"shadow": 0.6, "copy": 0.3, "flip": 0.5}) == pytest.approx(10.9)
+    assert went_over_s(10.0, 11.5, {}) == 11.5
     assert found["after"].start_s == 11.5
     streams = [stream(0, 0.0, 9.4, 9.5, 10.55, 10.7, 12.0), stream(1, 0.0, 10.0, 10.55, error="lost")]
     by_stretch = {name: gaps_s(streams, window) for name, window in found.items()}
