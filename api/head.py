@@ -146,7 +146,7 @@ class _Head:
             loop.call_soon_threadsafe(self._local_ended, driver, name, code)
 
     def _local_ended(self, driver: Driver, name: str, code: int) -> None:
-        """A local worker has no restart left. Without having served once, or without any worker, that is the end of the server."""
+        """A local worker has no restart left, or was told to end. Without any other, or before anything has served, that is the end of the server."""
         if self._is_ending:
             return
         how = f"ended with code {code}" if code else "was told to end"
