@@ -13,6 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,21 @@ class _CalledOff(Exception):
     """The shadow that is loaded was cancelled. It never leaves the shadow's thread."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Shadow:
+    """What a shadow's thread was asked for."""
+
+    load: Load
+    keys: Sequence[UnitKey]
+    transition: int
+    pace: Pace
+    called_off: threading.Event
+    """Set when it is cancelled."""
+
+    def rests(self, *shares: Callable[[], float]) -> list[Callable[[], None]]:
+        return _rests(self.called_off, *shares)
+
+
 def _tell_nobody(*what: object) -> None:
     pass
 
@@ -88,7 +104,6 @@ class Loader:
         self._spec: ModelSpec | None = None
         self._lock = threading.Lock()
         self._shadow: threading.Thread | None = None
-        self._shadow_token = 0
         self._called_off = threading.Event()
         """Of the last shadow: set when it is cancelled."""
         self._sources = Sources()
@@ -292,14 +307,9 @@ class Loader:
 
     def shadow(self, load: Load, keys: Sequence[UnitKey], transition: int, pace: Pace) -> None:
         self.cancel_shadow()
-        before, token = self._shadow, self._shadow_token
-        self._called_off = called_off = threading.Event()
-        self._shadow = threading.Thread(
-            target=self._load_shadow,
-            args=(load, keys, transition, pace, token, called_off, before),
-            name="shadow",
-            daemon=True,
-        )
+        before, self._called_off = self._shadow, threading.Event()
+        asked = _Shadow(load, keys, transition, pace, self._called_off)
+        self._shadow = threading.Thread(target=self._load_shadow, args=(asked, before), name="shadow", daemon=True)
         self._shadow.start()
 
     def cancel_shadow(self) -> None:
@@ -307,8 +317,7 @@ class Loader:
         work; nobody waits for that here, as a disk that hangs must not hold up steps, but whoever builds next does. (Where graphs are
         captured, they are waited for.)"""
         with self._lock:
-            self._shadow_token += 1
-        self._called_off.set()
+            self._called_off.set()
         if self.queued is not None:
             self._wait_for(self._shadow)
 
@@ -321,88 +330,68 @@ class Loader:
                     f"reading weights for a change that was called off still hangs after {limit_s:g} s; look at the disk of the model"
                 )
 
-    def _load_shadow(
-        self,
-        load: Load,
-        keys: Sequence[UnitKey],
-        transition: int,
-        pace: Pace,
-        token: int,
-        called_off: threading.Event,
-        before: threading.Thread | None,
-    ) -> None:
+    def _load_shadow(self, asked: _Shadow, before: threading.Thread | None) -> None:
         self._wait_for(before)
-        if token != self._shadow_token:
+        if asked.called_off.is_set():
             return
         started_s = time.perf_counter()
-        if pace.is_idle:
+        if asked.pace.is_idle:
             thread_gives_way()
         error: Exception | None = None
-        peer_bytes: int | None = 0
+        peer_bytes = 0
         try:
             with self.queued.loading() if self.queued is not None else contextlib.nullcontext():
-                peer_bytes = self._load_units(load, keys, transition, pace, token, called_off)
+                peer_bytes = self._load_units(asked)
         except _CalledOff:
             return
         except Exception as problem:
-            if token == self._shadow_token:
-                log.exception("loading the shadow of transition %d failed", transition)
+            if not asked.called_off.is_set():
+                log.exception("loading the shadow of transition %d failed", asked.transition)
             error = problem
-        if token == self._shadow_token and peer_bytes is not None:
-            self.on_shadow(transition, time.perf_counter() - started_s, peer_bytes, error)
+        if not asked.called_off.is_set():
+            self.on_shadow(asked.transition, time.perf_counter() - started_s, peer_bytes, error)
 
-    def _load_units(
-        self,
-        load: Load,
-        keys: Sequence[UnitKey],
-        transition: int,
-        pace: Pace,
-        token: int,
-        called_off: threading.Event,
-    ) -> int | None:
-        """Bytes that came from peers; None, or `_CalledOff`, when the shadow was cancelled meanwhile."""
+    def _load_units(self, asked: _Shadow) -> int:
+        """Bytes that came from peers. Raises `_CalledOff` when the shadow was cancelled meanwhile."""
+        load, pace, on_progress = asked.load, asked.pace, functools.partial(self.on_progress, asked.transition)
         spec, peer_bytes = self._open(load), 0
-        missing = [key for key in keys if self._get(key) is None]
+        missing = [key for key in asked.keys if self._get(key) is None]
         self._check_room(load, spec, [key for key in missing if pace.holders.get(key) not in self.importer.lenders])
         sizes = [_unit_bytes(spec, key) for key in missing]
         for count, key in enumerate(missing):
-            self.on_progress(transition, count, len(sizes), sum(sizes[:count]), sum(sizes))
-            from_peer = self._add_to_shadow(key, load, spec, pace, token, called_off)
-            if from_peer is None:
-                return None
-            peer_bytes += from_peer
+            on_progress(count, len(sizes), sum(sizes[:count]), sum(sizes))
+            peer_bytes += self._add_to_shadow(key, asked, spec)
         if missing:
-            self.on_progress(transition, len(sizes), len(sizes), sum(sizes), sum(sizes))
+            on_progress(len(sizes), len(sizes), sum(sizes), sum(sizes))
         self._count_bytes()
         if pace.is_idle:
             self._compile(spec)
-            self._warm_shadow(load, keys, spec, _WARM_UP_ROWS, _rests(called_off, pace.share)[0])
+            self._warm_shadow(load, asked.keys, spec, _WARM_UP_ROWS, asked.rests(pace.share)[0])
         if self.queued is not None:
-            segments, (rest,) = self._segments(load), _rests(called_off, pace.share)
-            self.queued.capture(self.units.layers, segments, rest, lambda: token != self._shadow_token)
+            segments, (rest,) = self._segments(load), asked.rests(pace.share)
+            self.queued.capture(self.units.layers, segments, rest, asked.called_off.is_set)
         return peer_bytes
 
-    def _add_to_shadow(
-        self, key: UnitKey, load: Load, spec: ModelSpec, pace: Pace, token: int, called_off: threading.Event
-    ) -> int | None:
-        """Bytes of the unit that came from a peer; None when the shadow was cancelled meanwhile."""
+    def _add_to_shadow(self, key: UnitKey, asked: _Shadow, spec: ModelSpec) -> int:
+        """Bytes of the unit that came from a peer. Raises `_CalledOff` when the shadow was cancelled meanwhile."""
         assert self._builder is not None
-        self._builder.rest, rest = _rests(called_off, pace.loading_share, pace.share)
+        pace = asked.pace
+        self._builder.rest, rest = asked.rests(pace.loading_share, pace.share)
         began_s = time.perf_counter()
         holder = pace.holders.get(key)
-        unit = self._import(key, holder, token)
+        unit = self._import(key, holder, asked.called_off)
         if unit is None:
             holder, unit = None, self._build(key)
         if self.tracer.is_on:
             way = "load" if holder is None else "fetch"
             self.tracer.span("shadow", f"{way} {key}", began_s, time.perf_counter())
         with self._lock:
-            if token != self._shadow_token:
-                return None
+            if asked.called_off.is_set():
+                raise _CalledOff
             self._set(key, unit)
         self._sources.measured(holder, unit.nbytes, time.perf_counter() - began_s)
         if not pace.is_idle:
-            self._warm_shadow(load, [key], spec, (1, 4), rest)
+            self._warm_shadow(asked.load, [key], spec, (1, 4), rest)
         return unit.nbytes if holder is not None else 0
 
     def _warm_shadow(
@@ -424,7 +413,7 @@ class Loader:
         """Libraries for attention care for the size of a page; our own kernels do not, and a small one is cheaper."""
         return load.block_size if self.queued is not None else WARM_UP_BLOCK_SIZE
 
-    def _import(self, key: UnitKey, holder: WorkerName | None, token: int) -> Any:
+    def _import(self, key: UnitKey, holder: WorkerName | None, called_off: threading.Event) -> Any:
         """The unit from the peer that holds it, when that is the faster way; else None."""
         builder = self._builder
         assert builder is not None
@@ -433,9 +422,7 @@ class Loader:
         if holder not in self.importer.lenders and not self._sources.prefers(holder):
             return None
         try:
-            parts = self.importer.fetch(
-                holder, key, self._own_form(), lambda: token != self._shadow_token, builder.rest
-            )
+            parts = self.importer.fetch(holder, key, self._own_form(), called_off.is_set, builder.rest)
         except FetchFailed as error:
             log.info("%s: %s; it comes from the checkpoint", key, error)
             self._sources.failed(holder)

@@ -50,7 +50,7 @@ class SequenceBlocks:
 
     def growth_of(self, sequence: Sequence, num_blocks: int, max_blocks: int) -> int:
         """Blocks beyond `num_blocks` that the sequence may still need, counting at most `max_blocks`."""
-        end = self.num_for(sequence.num_prompt_tokens + sequence.request.max_tokens)
+        end = self.num_for(sequence.most_tokens)
         return min(max(0, end - num_blocks), max_blocks)
 
     def has_room(self, sequence: Sequence) -> bool:

@@ -56,6 +56,10 @@ class Worker:
     """An operator has taken everything off it; it gets layers again when one says so, or when there is no other worker."""
 
     @property
+    def place(self) -> Place:
+        return self.info.host, self.info.device
+
+    @property
     def claimed_bytes(self) -> int:
         """What its weights and pages may come to, by what it was given; 0 before it was given anything."""
         return self.room_bytes or self.num_pages * self.page_bytes + self.weight_bytes * bool(self.num_pages)
@@ -81,11 +85,10 @@ class Membership:
 
     def join(self, info: Join, now_s: float) -> None:
         assert info.name not in self.workers, f"worker {info.name} joined twice"
-        self.workers[info.name] = Worker(info, "idle", now_s)
+        self.workers[info.name] = worker = Worker(info, "idle", now_s)
         if info.replaces:
             self.first_selves[info.name] = self.first_self(info.replaces)
-        place = info.host, info.device
-        self.free_bytes[place] = max(self.free_bytes.get(place, 0), info.memory_available)
+        self.free_bytes[worker.place] = max(self.free_bytes.get(worker.place, 0), info.memory_available)
 
     def first_self(self, name: WorkerName) -> WorkerName:
         return self.first_selves.get(name, name)
@@ -94,9 +97,8 @@ class Membership:
         worker = self.workers.pop(name, None)
         if worker is not None:
             self.num_lost += 1
-            place = worker.info.host, worker.info.device
-            if not self._at(place):
-                del self.free_bytes[place]
+            if not self._at(worker.place):
+                del self.free_bytes[worker.place]
         return worker
 
     def seen(self, name: WorkerName, now_s: float) -> Worker | None:
@@ -143,7 +145,7 @@ class Membership:
         """Bytes that `name` may have for KV pages when pools are made for the workers in `weights`, which will hold so many bytes of
         those: `fraction` of what is free, where it is, beside what was given before (to workers that serve or not) and these weights,
         in equal parts. What was given stays given, so that nothing is promised twice and a worker that comes back finds what it had."""
-        place = self._place(name)
+        place = self.workers[name].place
         there = self._at(place)
         free = self.free_bytes[place] - MIN_FREE_BYTES
         given = sum(w.claimed_bytes for n, w in there.items() if n != name)
@@ -157,7 +159,7 @@ class Membership:
 
         Tiny pools need no more left free than they take themselves, so that small machines can be told to be content with those.
         """
-        places = {self._place(name) for name in weights if name not in others}
+        places = {self.workers[name].place for name in weights if name not in others}
         for host, device in sorted(places):
             there = self._at((host, device))
             names = [name for name in self.in_order() if name in there and (name in weights or name in others)]
@@ -172,16 +174,12 @@ class Membership:
                 )
         return ""
 
-    def _place(self, name: WorkerName) -> Place:
-        info = self.workers[name].info
-        return info.host, info.device
-
     def _at(self, place: Place) -> dict[WorkerName, Worker]:
-        return {name: worker for name, worker in self.workers.items() if self._place(name) == place}
+        return {name: worker for name, worker in self.workers.items() if worker.place == place}
 
     def same_host(self) -> dict[WorkerName, int]:
         """How many workers share the memory of each (itself included): the same host and kind of device."""
-        places = {name: (worker.info.host, worker.info.device) for name, worker in self.workers.items()}
+        places = {name: worker.place for name, worker in self.workers.items()}
         counts = Counter(places.values())
         return {name: counts[place] for name, place in places.items()}
 

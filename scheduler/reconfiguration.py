@@ -308,8 +308,8 @@ class Reconfiguration:
                 return False
         return True
 
-    def _begin(self, change: Change, before: Report | None = None, began_s: float | None = None) -> None:
-        """`before` is the report of a first try, which began at `began_s`, and found less room than was thought."""
+    def _begin(self, change: Change, before: Course | None = None) -> None:
+        """`before` is a first try, which found less room than was thought."""
         head = self._head
         old = head.layout
         assert old is not None, "the state asks only while it serves"
@@ -331,10 +331,10 @@ class Reconfiguration:
             sequences_at_start=head.batcher.num_running,
         )
         if before is not None:
-            report.phases_s, report.cached_blocks_dropped = before.phases_s, before.cached_blocks_dropped
+            report.phases_s, report.cached_blocks_dropped = before.report.phases_s, before.report.cached_blocks_dropped
         self._keep(report)
         head.batcher.guard(change.id)
-        course = Course(change, report, head.now_s if began_s is None else began_s, old, deque(hops))
+        course = Course(change, report, head.now_s if before is None else before.began_s, old, deque(hops))
         report.dropped_requests += head.set_limit(self._limit(course), spares_running=change.strategy == "drain")
         self._start_hop(course, old)
         head.note(f"transition {change.id} begins: {old.brief()} -> {change.layout.brief()} ({change.strategy})")
@@ -610,7 +610,7 @@ class Reconfiguration:
             self._let_go(now.old, now.report)
             now.report.total_s = head.now_s - course.began_s
             try:
-                self._begin(now.change, now.report, course.began_s)
+                self._begin(now.change, course)
             except Refused as error:
                 self._end_report(now.report, "refused", str(error))
         else:

@@ -148,10 +148,7 @@ PHASES = {"before": (), "weights": ("reserve", "prepare", "shadow"), "copy": ("c
 def went_over_s(trigger_s: float, commit_s: float, phases_s: Mapping[str, float]) -> float:
     """When streams went over to the other layout: as the flip began, which lasts until all of the cache is copied; where nothing is known of
     phases, at the commit."""
-    if "flip" not in phases_s:
-        return commit_s
-    before = (phase for name in ("weights", "copy") for phase in PHASES[name])
-    return trigger_s + sum(phases_s.get(phase, 0.0) for phase in before)
+    return stretches(trigger_s, commit_s, phases_s)["flip"].start_s if "flip" in phases_s else commit_s
 
 
 def stretches(trigger_s: float, commit_s: float, phases_s: Mapping[str, float]) -> dict[str, Window]:

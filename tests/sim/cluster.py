@@ -594,6 +594,11 @@ class SimCluster:
         audit(self)
 
 
+def layout_of(*segments: tuple[str, int, int]) -> Layout:
+    """By worker, the first layer and the one after the last."""
+    return Layout(0, NUM_LAYERS, tuple(Segment(name, LayerRange(start, stop)) for name, start, stop in segments))
+
+
 def submit_long(cluster: SimCluster, num_streams: int, max_tokens: int) -> None:
     """Streams that are long enough for whatever happens, from 0.5 s on, and time that goes on."""
     for sequence in range(num_streams):

@@ -6,25 +6,19 @@ from typing import Any
 
 import pytest
 
-from kvstore.ids import LayerRange
-from runtime.layout import Layout, Segment
 from runtime.messages import Prepare, Sampling, ToWorker
 from scheduler import reconfiguration
 from scheduler.batching import BatchingConfig
 from scheduler.events import PeerDown
 from scheduler.request import Request
 from scheduler.transition import STRATEGIES, Report, Strategy, describe
-from tests.sim.cluster import NUM_LAYERS, VOCAB, SimCluster, SimWorker, reference
+from tests.sim.cluster import NUM_LAYERS, VOCAB, SimCluster, SimWorker, layout_of, reference
 
 NUM_BLOCKS = 28
 
 
-def layout(*segments: tuple[str, int, int]) -> Layout:
-    return Layout(0, NUM_LAYERS, tuple(Segment(worker, LayerRange(start, stop)) for worker, start, stop in segments))
-
-
-START = layout(("w0", 0, 1), ("w1", 1, 3), ("w2", 3, 5))
-TARGET = layout(("w0", 0, 2), ("w1", 2, 4), ("w3", 4, 5))
+START = layout_of(("w0", 0, 1), ("w1", 1, 3), ("w2", 3, 5))
+TARGET = layout_of(("w0", 0, 2), ("w1", 2, 4), ("w3", 4, 5))
 
 Act = Callable[[SimCluster], None]
 
@@ -202,7 +196,7 @@ def test_a_prepare_from_before_the_pipeline_was_rebuilt_is_not_heard(monkeypatch
     for sequence in range(2):
         request = Request("sim", [sequence + 1] * 30, Sampling(temperature=0.0), max_tokens=70)
         cluster.at(0.6, lambda s=sequence, r=request: cluster.submit(s, r))
-    cluster.at(0.66, lambda: cluster.change(layout(("w0", 0, 5))))
+    cluster.at(0.66, lambda: cluster.change(layout_of(("w0", 0, 5))))
     cluster.at(0.71, lambda: kill("w1")(cluster))
     told: list[int] = []
 
@@ -231,11 +225,11 @@ def test_more_hops_than_it_takes_keep_what_is_cached(strategy: Strategy) -> None
     there is room for 35. Only `live` goes so far: the others have streams wait in each hop, and two of them forget the cache anyhow."""
     batching = BatchingConfig(block_size=4)
     cluster = SimCluster(5, num_stages=2, batching=batching, num_blocks=NUM_BLOCKS)
-    cluster.at(0.45, lambda: cluster.change(layout(("w0", 0, 2), ("w1", 2, 5))))
+    cluster.at(0.45, lambda: cluster.change(layout_of(("w0", 0, 2), ("w1", 2, 5))))
     requests = [Request("sim", [sequence + 1] * 33, Sampling(temperature=0.0), max_tokens=3) for sequence in range(5)]
     for sequence, request in enumerate(requests):
         cluster.at(1.0 + 0.2 * sequence, lambda s=sequence, r=request: cluster.submit(s, r))
-    cluster.at(3.0, lambda: cluster.change(layout(("w1", 0, 2), ("w0", 2, 5)), strategy))
+    cluster.at(3.0, lambda: cluster.change(layout_of(("w1", 0, 2), ("w0", 2, 5)), strategy))
     for sequence, request in enumerate(requests):
         cluster.at(6.0 + 0.2 * sequence, lambda s=5 + sequence, r=request: cluster.submit(s, r))
     for index in range(1, 90):

@@ -9,21 +9,15 @@ from collections import Counter
 
 import pytest
 
-from kvstore.ids import LayerRange
-from runtime.layout import Layout, Segment
 from runtime.messages import Sampling
 from scheduler.batching import BatchingConfig
 from scheduler.request import Request
 from scheduler.transition import STRATEGIES, Strategy
 from tests.sim import of_seeds
-from tests.sim.cluster import NUM_LAYERS, VOCAB, SimCluster, random_layout
+from tests.sim.cluster import VOCAB, SimCluster, layout_of, random_layout
 from tests.sim.test_cluster import check, seeds_of
 
 BLOCK_SIZE = 4
-
-
-def layout_of(*segments: tuple[str, int, int]) -> Layout:
-    return Layout(0, NUM_LAYERS, tuple(Segment(w, LayerRange(first, stop)) for w, first, stop in segments))
 
 
 def large(seed: int) -> SimCluster:

@@ -6,7 +6,7 @@ from kvstore.ids import LayerRange
 from runtime.layout import Layout, Segment
 from scheduler.batching import BatchingConfig
 from scheduler.events import EvictWorker, NotComing, PeerDown, Tick
-from tests.sim.cluster import NUM_LAYERS, SimCluster, end_long, serving_at_the_end, submit_long
+from tests.sim.cluster import NUM_LAYERS, SimCluster, end_long, layout_of, serving_at_the_end, submit_long
 
 
 def serve(seed: int, *, num_spares: int) -> SimCluster:
@@ -107,10 +107,6 @@ def test_the_report_of_a_change_that_a_crash_ends_says_how_far_it_was(seed: int)
     assert report.sequences_flipped >= gone_over[0] > 0
     assert report.phases_s["flip"] > 0.0
     assert report.reached == []
-
-
-def layout_of(*segments: tuple[str, int, int]) -> Layout:
-    return Layout(0, NUM_LAYERS, tuple(Segment(name, LayerRange(start, stop)) for name, start, stop in segments))
 
 
 @pytest.mark.parametrize("seed", range(6))

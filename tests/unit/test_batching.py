@@ -55,6 +55,11 @@ def answer(batcher: Batcher, plan: StepPlan, token: int = 7) -> list[Output]:
     return outputs
 
 
+def open_second(batcher: Batcher, snapshot: Snapshot, num_stages: int = 1) -> None:
+    batcher._directory.open_epoch(2, (("w1", LayerRange(0, 2)),))
+    batcher.open_next(Opening(2, snapshot, num_stages))
+
+
 def test_a_prompt_is_read_in_chunks_that_follow_each_other_without_waiting() -> None:
     batcher = make_batcher(num_microbatches=3)
     batcher.submit(1, make_request(40), 0.0)
@@ -249,8 +254,7 @@ def test_nothing_is_formed_ahead_while_sequences_flip() -> None:
     batcher.submit(1, make_request(6, max_tokens=30), 0.0)
     first, second = step(batcher), step(batcher)
     batcher.guard(1)
-    batcher._directory.open_epoch(2, (("w1", LayerRange(0, 2)),))
-    batcher.open_next(Opening(2, Snapshot([], 0)))
+    open_second(batcher, Snapshot([], 0))
     answer(batcher, first)
     assert batcher.next_step(0.0) is None
     answer(batcher, second)
@@ -272,8 +276,7 @@ def test_once_all_have_gone_over_there_are_as_many_microbatches_as_the_next_layo
         batcher.submit(1 + index, make_request(2, max_tokens=30, first=10 * index), 0.0)
     plans = [step(batcher), *filter(None, [batcher.next_step(0.0)])]
     batcher.guard(1)
-    batcher._directory.open_epoch(2, (("w1", LayerRange(0, 2)),))
-    batcher.open_next(Opening(2, Snapshot([], 0), num_stages=2))
+    open_second(batcher, Snapshot([], 0), num_stages=2)
     assert batcher.num_microbatches == 3
     for plan in plans:
         answer(batcher, plan)
@@ -505,8 +508,7 @@ def test_steps_after_the_old_epoch_wait_for_all_of_its_rows() -> None:
     batcher.submit(2, make_request(3, max_tokens=1), 0.0)
     last_old = step(batcher)
     batcher.guard(1)
-    batcher._directory.open_epoch(2, (("w1", LayerRange(0, 2)),))
-    batcher.open_next(Opening(2, Snapshot([], 0)))
+    open_second(batcher, Snapshot([], 0))
     batcher.submit(3, make_request(3), 0.0)
     early = step(batcher)
     assert (early.epoch, early.fence) == (2, last_old.ordinal - 1)
@@ -527,8 +529,7 @@ def test_prompts_stay_out_of_the_way_of_a_flip() -> None:
     assert [len(row.tokens) for row in plan.rows] == [1, FLIP_CHUNK_TOKENS], "a small piece beside what decodes"
     answer(batcher, plan)
     batcher.guard(1)
-    batcher._directory.open_epoch(2, (("w1", LayerRange(0, 2)),))
-    batcher.open_next(Opening(2, Snapshot([], 0)))
+    open_second(batcher, Snapshot([], 0))
     batcher.submit(3, make_request(100, first=900), 0.0)
     plan = step(batcher)
     assert [(row.sequence, len(row.tokens)) for row in plan.rows] == [(1, 1)], "alone: it flips with this step"
@@ -629,11 +630,6 @@ def pump(batcher: Batcher, count: int) -> None:
             answer(batcher, flying.pop(0))
     for plan in flying:
         answer(batcher, plan)
-
-
-def open_second(batcher: Batcher, snapshot: Snapshot) -> None:
-    batcher._directory.open_epoch(2, (("w1", LayerRange(0, 2)),))
-    batcher.open_next(Opening(2, snapshot))
 
 
 def copied_but_for_the_cached(batcher: Batcher) -> Snapshot:
@@ -745,11 +741,9 @@ def test_what_was_cached_during_one_hop_is_a_hit_in_the_next() -> None:
     batcher._directory.open_epoch(3, (("w0", LayerRange(0, 2)),))
     batcher.open_next(Opening(3, Snapshot([], 0)))
     batcher.submit(3, make_request(40, max_tokens=1), 0.0)
-    rows = [row for _ in range(3) for row in _answered(batcher).rows if row.sequence == 3]
+    rows = []
+    for _ in range(3):
+        plan = step(batcher)
+        rows += [row for row in plan.rows if row.sequence == 3]
+        answer(batcher, plan)
     assert rows[0].start == 36, "all full blocks but the last token's were written in the first hop"
-
-
-def _answered(batcher: Batcher) -> StepPlan:
-    plan = step(batcher)
-    answer(batcher, plan)
-    return plan
