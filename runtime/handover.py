@@ -1,7 +1,8 @@
 """A worker's part in one transition: what it sends away, what it receives, and when a step must wait.
 
 All of it is driven by `runtime.member.Member` on one thread. The snapshot is read in slices between steps, each of about a
-millisecond; the member asks for them at its limiter's pace. While more of it is to come than the flip waits for, the rows that steps
+millisecond, and put in place between steps as well; at either end the member's limiter sets the pace. A source is ahead of its
+target by a few slices at most, so the slower of the two sets it for both, and little waits in the target's memory. While more of it is to come than the flip waits for, the rows that steps
 write are collected and mirrored many steps at a time, since a message costs as much as the rows of several steps; then those of
 each step as it ends, so that the flip finds them there. On CUDA what is sent is gathered between steps too, and then
 copied to the host, checked and sent beside them (`runtime.cuda.copies`).
@@ -19,10 +20,12 @@ from kvstore.page_pool import PagePool, checksum
 from kvstore.transfers import Incoming, Outgoing
 from runtime.cuda.copies import Copies
 from runtime.layout import Layout, Move
-from runtime.messages import Copy, Mirror, Pages, Prepare, StepPlan
+from runtime.messages import Copy, Mirror, Pages, Prepare, StepPlan, Taken
 from runtime.stage_state import PlannedBatch
 
 SLICE_BYTES = 1 << 20
+MOST_UNTAKEN = 8
+"""Slices of a move that may be on their way, or wait at their target."""
 BOUND_SLICE_S = 0.1
 """Under a bound, what a slice may carry, in seconds of that rate; but at least a block."""
 MAX_PAUSES = 4096
@@ -55,6 +58,8 @@ class _CopyJob:
     blocks: np.ndarray
     blocks_per_slice: int
     next: int = 0
+    num_taken: int = 0
+    """Blocks that are in place at the target, from the first on."""
 
 
 @dataclass(slots=True)
@@ -86,6 +91,8 @@ class Handover:
     """What carries tensors between the device and the host; None on the CPU."""
     sources: list[_Source] = field(default_factory=list)
     incoming: dict[int, Incoming] = field(default_factory=dict)
+    source_of: dict[int, WorkerName] = field(default_factory=dict)
+    """Who sends what comes, by move."""
     is_open: bool = False
     fence_waits: int = 0
     fence_wait_s: float = 0.0
@@ -119,6 +126,7 @@ class Handover:
             arriving = [(i, move) for i, move in enumerate(prepare.moves) if move.target == worker]
             to_device = self.copies.to_device if self.copies is not None else None
             self.incoming = {index: Incoming(pool, tuple(move.layers), to_device) for index, move in arriving}
+            self.source_of = {index: move.source for index, move in arriving}
 
     def start_mirror(self, pool: PagePool, old: Layout, starts: dict[int, int]) -> list[tuple[int, int]]:
         """Mirror what leaves, from the steps that are due now at each hop of `old`; each such move with its first step."""
@@ -254,8 +262,17 @@ class Handover:
 
     @property
     def has_slices(self) -> bool:
-        """Whether some of the snapshot remains to be sent."""
-        return bool(self._jobs)
+        """Whether some of the snapshot remains to be sent, and its target has taken enough of what was."""
+        if not self._jobs:
+            return False
+        job = self._next_job()
+        return job.next - job.num_taken < MOST_UNTAKEN * job.blocks_per_slice
+
+    def taken(self, message: Taken) -> None:
+        """A target has put in place what was sent."""
+        for job in self._jobs:
+            if job.source.index == message.move:
+                job.num_taken = max(job.num_taken, message.count)
 
     def copy(self, message: Copy, now_s: float, send: SendPeer) -> None:
         """Begin to send the snapshot for every move away from here."""
@@ -271,7 +288,8 @@ class Handover:
 
     def send_slice(self, now_s: float, send: SendPeer) -> int:
         """Send the next slice of the snapshot, of what the flip waits for first; its bytes."""
-        job, blocks = self._next_slice()
+        job = self._next_job()
+        blocks = job.blocks[job.next : job.next + job.blocks_per_slice]
         pages = job.source.outgoing.pages(blocks)
         head = (self.transition, job.source.index, job.next, blocks.astype(np.int32).tobytes())
         self._send(job.source, pages, lambda check: Pages(*head, check), send)
@@ -283,16 +301,16 @@ class Handover:
         self._flush(send)
         return pages.nbytes
 
-    def _next_slice(self) -> tuple[_CopyJob, np.ndarray]:
+    def _next_job(self) -> _CopyJob:
         awaited = self._num_awaited or 0
-        job = next((job for job in self._jobs if job.next < awaited), self._jobs[0])
-        return job, job.blocks[job.next : job.next + job.blocks_per_slice]
+        return next((job for job in self._jobs if job.next < awaited), self._jobs[0])
 
     def _await_rate(self, now_s: float) -> None:
         """Under a bound the next slice is sent when there has been time for it."""
         if self.is_bound and self._jobs:
-            job, blocks = self._next_slice()
-            num_bytes = len(blocks) * job.source.outgoing.bytes_per_block
+            job = self._next_job()
+            num_blocks = min(job.blocks_per_slice, len(job.blocks) - job.next)
+            num_bytes = num_blocks * job.source.outgoing.bytes_per_block
             self.slice_due_s = max(self.slice_due_s, now_s) + num_bytes / self.bytes_per_s
 
     def totals(self) -> tuple[int, int]:

@@ -12,7 +12,8 @@ accelerator bytes move by copy engines and on streams of their own; steps lose w
 bandwidth of the memory that the bytes pass through, `PASSES` times. That is a percent or two of what the link takes to bring them, so
 there it is mostly the link that sets the pace: (share * memory bandwidth / `PASSES`) bytes/s at most.
 
-A slice that had to wait for a long step is not followed by a full rest there: what it is late by is made up for, up to `CREDIT_S`.
+A slice that had to wait for a long step is not followed by a full rest: what it is late by is made up for, up to `CREDIT_S`. (Else a
+worker whose steps take a third of a second would do three slices a second.)
 
 Assumed, not measured: that steps are bound by memory bandwidth, that it is divided fairly, and that a loader's thread takes nothing
 else from steps.
@@ -30,7 +31,7 @@ copied twice: what arrives meanwhile is mirrored."""
 MEMORY_S = 0.5
 """Time constant of the average of how busy the worker is."""
 IDLE_AFTER_S = 0.1
-CREDIT_S = 0.25
+CREDIT_S = 0.1
 PASSES = 3
 """How often a byte passes through an accelerator's memory: gathered from pages (read, written), then sent (read); or the same the
 other way round. Weights pass it once, or thrice when they are put into another form."""
@@ -55,7 +56,6 @@ class Limiter:
         self._busy = 0.0
         self._ended_s = -1e9
         self._is_running = False
-        self._is_kept = False
 
     def begins(self) -> None:
         """A step runs from now on; it may last longer than nothing has to come for a worker to be idle."""
@@ -69,18 +69,9 @@ class Limiter:
         self._ended_s = ended_s
         self._is_running = False
 
-    def keep(self, now_s: float) -> None:
-        """Steps may go elsewhere from now on, to those that take what is sent: that none come here says nothing of how busy these are. Unless
-        nothing ran anyway, the pace stays what it is until `let_go`."""
-        self._is_kept = not self.is_idle(now_s)
-
-    def let_go(self) -> None:
-        """Nothing is sent any more to those that have the steps."""
-        self._is_kept = False
-
     def is_idle(self, now_s: float) -> bool:
         """Whether no step runs, and none came for a while."""
-        return not self._is_running and not self._is_kept and now_s - self._ended_s > IDLE_AFTER_S
+        return not self._is_running and now_s - self._ended_s > IDLE_AFTER_S
 
     def share(self, now_s: float) -> float:
         """Of the steps' time from now on, what one kind of background work may take, in (0, 1]."""
@@ -113,6 +104,4 @@ class Limiter:
     ) -> float:
         """When the next slice may begin, after one that was due at `was_due_s` and ended now."""
         rest_s = self.rest_s(now_s, worked_s, num_bytes, bytes_per_s)
-        if self._accelerator is None:
-            return now_s + rest_s
         return max(was_due_s, now_s - worked_s - CREDIT_S) + worked_s + rest_s

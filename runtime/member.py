@@ -55,6 +55,7 @@ from runtime.messages import (
     Step,
     StepPlan,
     StepResult,
+    Taken,
     ToHead,
     Tokens,
     TransitionFailed,
@@ -137,7 +138,7 @@ class Outbox(Protocol):
     def to_head(self, message: ToHead) -> None: ...
 
     def to_peer(
-        self, worker: WorkerName, message: Step | Tokens | Mirror | Pages | Fetch | Weights, tensors: Tensors
+        self, worker: WorkerName, message: Step | Tokens | Mirror | Pages | Taken | Fetch | Weights, tensors: Tensors
     ) -> None: ...
 
 
@@ -194,6 +195,8 @@ class Member:
         self._idle_since_s = clock()
         self._limiter = Limiter(copies.measure() if copies is not None else None)
         self._exports: deque[Export] = deque()
+        self._pieces: deque[tuple[Pages, Tensors]] = deque()
+        """Of a snapshot, what has arrived and is not in place."""
         self._background_due_s = 0.0
         self.num_stale = 0
 
@@ -273,9 +276,9 @@ class Member:
         self._stages.clear()
         self._order.clear()
         self._handover, self._retire_due, self._room_due, self.pool = None, None, None, None
-        self._limiter.let_go()
         self._early.clear()
         self._exports.clear()
+        self._pieces.clear()
 
     # -- steps ----------------------------------------------------------------------------------------------
 
@@ -520,11 +523,11 @@ class Member:
     def open(self, message: Open) -> None:
         if self._handover is not None and self._handover.transition == message.transition:
             self._handover.open(message.starts, self._outbox.to_peer)
-            self._limiter.keep(self._clock())
             self._unblock()
 
     def arrive(self, message: Mirror | Pages, tensors: Tensors) -> None:
-        """KV from a peer. What comes before its `Prepare` is kept until then; what comes too late is dropped."""
+        """KV from a peer: rows are put in place at once, pieces of a snapshot in the background. What comes before its `Prepare` is kept
+        until then; what comes too late is dropped."""
         handover = self._handover
         if message.transition > max(self._newest_told, self._called_off):
             assert len(self._early) < MAX_EARLY_MESSAGES, "peers send KV for a transition that the head never prepared"
@@ -533,20 +536,22 @@ class Member:
         if handover is None or handover.transition != message.transition or message.move not in handover.incoming:
             self.num_stale += 1
             return
+        if isinstance(message, Pages):
+            self._pieces.append((message, tensors))
+            return
         begun_s = self._clock()
         try:
-            if isinstance(message, Mirror):
-                handover.mirror(message, list(tensors))
-                self._trace_kv("rows applied", begun_s, _num_bytes(tensors))
-                self._unblock()
-            else:
-                count = handover.pages(message, list(tensors))
-                _, num_bytes = handover.totals()
-                self._trace_kv("pages applied", begun_s, _num_bytes(tensors))
-                copied = Copied(self._name, message.transition, message.move, count, num_bytes)
-                self._outbox.to_head(copied)
+            handover.mirror(message, list(tensors))
         except (TransferError, PoolExhausted) as error:
             self._outbox.to_head(TransitionFailed(self._name, message.transition, str(error)))
+            return
+        self._trace_kv("rows applied", begun_s, _num_bytes(tensors))
+        self._unblock()
+
+    def taken(self, message: Taken) -> None:
+        """A target has put in place what was sent to it."""
+        if self._handover is not None and self._handover.transition == message.transition:
+            self._handover.taken(message)
 
     def retire(self, message: Retire | Cancel) -> None:
         """The transition has ended: keep what its outcome needs, and report; committed, once all rows are here."""
@@ -567,8 +572,8 @@ class Member:
     def _end_transition(self, handover: Handover, *, committed: bool) -> None:
         gone = handover.source_epoch if committed else handover.layout.epoch
         self._handover, self._blocked_since_s, self._retire_due, self._room_due = None, None, None, None
-        self._limiter.let_go()
         self._store.cancel_shadow()
+        self._pieces.clear()
         self._exports.clear()  # nobody waits for them any more, and they hold weights that may leave now
         self._stages.pop(gone, None)
         for key in [key for key in self._order if key[0] == gone]:
@@ -620,14 +625,15 @@ class Member:
     def background_wait_s(self) -> float | None:
         """Seconds until `background` has something to do, negative when it is overdue; None when it has nothing."""
         due_s, handover = self._background_due_s, self._handover
-        if self._exports or self._room_due is not None:
+        if self._exports or self._pieces or self._room_due is not None:
             return due_s - self._clock()
         if handover is not None and handover.has_slices:
             return max(due_s, handover.slice_due_s) - self._clock()
         return None
 
     def background(self) -> None:
-        """Do one slice of what can be done between steps: room for units, weights that a peer asked for, then the snapshot."""
+        """Do one slice of what can be done between steps: room for units, weights that a peer asked for, what came of a snapshot, then what
+        goes."""
         began_s, bytes_per_s, handover = self._clock(), math.inf, self._handover
         if began_s < self._background_due_s:
             return
@@ -638,6 +644,8 @@ class Member:
             what, num_bytes = "room made", self._make_room(*self._room_due)
         elif self._exports:
             what, num_bytes = "weights sent", self._send_weights()
+        elif self._pieces:
+            what, num_bytes = "pages applied", self._apply_pages(*self._pieces.popleft())
         elif handover is not None and handover.has_slices and began_s >= handover.slice_due_s:
             what, num_bytes = "snapshot slice", handover.send_slice(began_s, self._outbox.to_peer)
             bytes_per_s = handover.bytes_per_s if not handover.is_bound else math.inf
@@ -664,6 +672,20 @@ class Member:
             self._exports.popleft()
         self._outbox.to_peer(export.target, message, tensors)
         return _num_bytes(tensors)
+
+    def _apply_pages(self, message: Pages, tensors: Tensors) -> int:
+        """Put a piece of a snapshot in place, and say so to the head and to its source; its bytes."""
+        handover, num_bytes = self._handover, _num_bytes(tensors)
+        assert handover is not None, "pieces are of the transition that goes on"
+        try:
+            count = handover.pages(message, list(tensors))
+        except (TransferError, PoolExhausted) as error:
+            self._outbox.to_head(TransitionFailed(self._name, message.transition, str(error)))
+            return num_bytes
+        _, received = handover.totals()
+        self._outbox.to_head(Copied(self._name, message.transition, message.move, count, received))
+        self._outbox.to_peer(handover.source_of[message.move], Taken(message.transition, message.move, count), ())
+        return num_bytes
 
     def _trace_kv(self, name: str, begun_s: float, num_bytes: int) -> None:
         if self._tracer.is_on:
@@ -703,13 +725,13 @@ class StepError(Exception):
         self.ordinal = ordinal
 
 
-def transition_of(message: Step | Tokens | Mirror | Pages | Fetch | Weights | Lent) -> int | None:
+def transition_of(message: Step | Tokens | Mirror | Pages | Taken | Fetch | Weights | Lent) -> int | None:
     """What waits for a message to a peer: a transition, by its number, or the pipeline (-1). None when nothing does: who asks a
     peer for weights gives up and reads the checkpoint."""
     match message:
         case Step() | Tokens():
             return -1
-        case Mirror() | Pages():
+        case Mirror() | Pages() | Taken():
             return message.transition
         case Fetch() | Weights() | Lent():
             return None

@@ -272,6 +272,14 @@ class Pages(msgspec.Struct, frozen=True, array_like=True, tag=12):
     checksum: int
 
 
+class Taken(msgspec.Struct, frozen=True, array_like=True, tag=17):
+    """From target to source: the first `count` blocks of the snapshot of move `move` are in place. So much more may be sent."""
+
+    transition: int
+    move: int
+    count: int
+
+
 class Fetch(msgspec.Struct, frozen=True, array_like=True, tag=13):
     """From a worker to a peer that holds `unit`: lend its tensors to `worker` (`Lent`), or send them (`Weights`).
 
@@ -351,6 +359,7 @@ ToWorker: TypeAlias = (
     | Cancel
     | Mirror
     | Pages
+    | Taken
     | Fetch
     | Weights
     | Lent

@@ -28,7 +28,7 @@ import torch
 from kvstore.ids import WorkerName
 from runtime.device import DeviceInfo
 from runtime.exchange import lent
-from runtime.inbox import Inbox, Kind
+from runtime.inbox import Inbox
 from runtime.loading import Loader
 from runtime.member import COMPUTE, Member, StepError, transition_of
 from runtime.messages import (
@@ -51,6 +51,7 @@ from runtime.messages import (
     StartMirror,
     Step,
     StepFailed,
+    Taken,
     ToHead,
     Tokens,
     Trace,
@@ -107,6 +108,7 @@ _Message = (
     | Cancel
     | Mirror
     | Pages
+    | Taken
     | Fetch
     | StartMirror
     | Audit
@@ -197,7 +199,7 @@ class Worker:
     def to_peer(
         self,
         worker: WorkerName,
-        message: Step | Tokens | Mirror | Pages | Fetch | Weights | Lent,
+        message: Step | Tokens | Mirror | Pages | Taken | Fetch | Weights | Lent,
         tensors: Sequence[torch.Tensor],
     ) -> None:
         if worker == self._name:
@@ -233,8 +235,7 @@ class Worker:
     def _put(
         self, message: _Message, tensors: Sequence[torch.Tensor] = (), reply: "Future[bytes] | None" = None
     ) -> None:
-        kind: Kind = "step" if isinstance(message, Step) else "piece" if isinstance(message, Pages) else "short"
-        self._inbox.put(_Arrival(message, tensors, time.perf_counter(), reply), kind)
+        self._inbox.put(_Arrival(message, tensors, time.perf_counter(), reply), is_step=isinstance(message, Step))
 
     def _trace(self, message: Trace) -> Traced:
         spans, num_lost = self._tracer.stop()
@@ -323,6 +324,8 @@ class Worker:
                 member.sampled(message, arrival.arrived_s)
             case Mirror() | Pages():
                 member.arrive(message, arrival.tensors)
+            case Taken():
+                member.taken(message)
             case Load():
                 member.load(message)
             case Prepare():

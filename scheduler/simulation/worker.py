@@ -142,7 +142,6 @@ class SimWorker:
             case Open():
                 if (handover := self._under_way(message.transition)) is not None:
                     handover.open(message.starts)
-                    self._limiter.keep(self._world.now_s)
                     self._unblock()
             case Retire() | Cancel():
                 self._retire(message)
@@ -409,7 +408,10 @@ class SimWorker:
         handover.copy_s = sent_s - handover.copy_began_s
         rate = math.inf if world.rates.free_changes else handover.bytes_per_s
         limiter, due_s = self._limiter, handover.due_s
-        handover.due_s = limiter.due_s(self.free_at_s, due_s, worked_s, num_bytes, rate)
+        handover.due_s = max(
+            limiter.due_s(self.free_at_s, due_s, worked_s, num_bytes, rate),
+            target._limiter.due_s(max(world.now_s, target.free_at_s), due_s, worked_s, num_bytes),
+        )
         following_s = sent_s if limiter.is_idle(world.now_s) else world.now_s
         if handover.is_bound:
             following_s = max(following_s, world.now_s + num_bytes / rate)
@@ -529,7 +531,6 @@ class SimWorker:
 
     def _end_transition(self, handover: SimHandover, *, gone: Epoch) -> None:
         self._handover, self._retire_due = None, None
-        self._limiter.let_go()
         self._stages.pop(gone, None)
         self._costs = {key: cost for key, cost in self._costs.items() if key[0] != gone}
         self._next = {key: ordinal for key, ordinal in self._next.items() if key[0] != gone}

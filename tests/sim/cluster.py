@@ -39,6 +39,7 @@ from runtime.messages import (
     Sampling,
     StartMirror,
     Step,
+    Taken,
     ToHead,
     Tokens,
     ToWorker,
@@ -306,7 +307,10 @@ class SimWorker:
         self._cluster.transmit_to_head(self, encode(message))
 
     def to_peer(
-        self, worker: str, message: Step | Tokens | Mirror | Pages | Fetch | Weights, tensors: Sequence[torch.Tensor]
+        self,
+        worker: str,
+        message: Step | Tokens | Mirror | Pages | Taken | Fetch | Weights,
+        tensors: Sequence[torch.Tensor],
     ) -> None:
         transition = transition_of(message)
 
@@ -325,6 +329,8 @@ class SimWorker:
                 member.sampled(message, self._cluster.now)
             case Mirror() | Pages():
                 member.arrive(message, tensors)
+            case Taken():
+                member.taken(message)
             case Load():
                 member.load(message)
             case Prepare():

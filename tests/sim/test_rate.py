@@ -1,4 +1,5 @@
-"""The rate that an operator gives is for the change, whatever its sources do; without one an idle worker copies as it can."""
+"""The rate that an operator gives is for the change, whatever its sources do; without one an idle worker copies as it can. Whatever the
+rate, a source is little ahead of its target."""
 
 import random
 
@@ -6,11 +7,12 @@ import pytest
 import torch
 
 from kvstore.ids import LayerRange
+from runtime import handover
 from runtime.layout import Layout, Segment
-from runtime.messages import Copy, Pages, Sampling, ToWorker
+from runtime.messages import Copied, Copy, Pages, Sampling, ToWorker, decode_to_head
 from scheduler.batching import BatchingConfig
 from scheduler.request import Request
-from tests.sim.cluster import NUM_LAYERS, VOCAB, SimCluster
+from tests.sim.cluster import NUM_LAYERS, VOCAB, SimCluster, layout_of
 
 RATE = 2000
 TARGET = Layout(
@@ -68,3 +70,39 @@ def test_a_given_rate_is_a_bound_over_all_sources(max_tokens: int, strategy: str
 def test_without_one_an_idle_worker_copies_as_it_can() -> None:
     sent = copied(None, 2)
     assert sent[-1][0] < 0.5
+
+
+def test_little_waits_at_a_target_that_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handover, "SLICE_BYTES", 1)
+    cluster = SimCluster(1, num_stages=2, batching=BatchingConfig(block_size=4), num_blocks=300)
+    draw, waiting, most = random.Random(1), set[tuple[int, int]](), 0
+    transmit, to_head = cluster.transmit, cluster.transmit_to_head
+
+    def watch(sender: str, to: str, message: ToWorker, tensors: list[torch.Tensor], *rest: object) -> None:
+        nonlocal most
+        if isinstance(message, Pages):
+            waiting.add((message.move, message.first))
+            most = max(most, len(waiting))
+        transmit(sender, to, message, tensors, *rest)  # type: ignore[arg-type]
+
+    def told(worker: object, raw: bytes, **rest: float) -> None:
+        message = decode_to_head(raw)
+        if isinstance(message, Copied):
+            waiting.difference_update([piece for piece in waiting if piece[1] < message.count])
+        to_head(worker, raw, **rest)  # type: ignore[arg-type]
+
+    cluster.transmit, cluster.transmit_to_head = watch, told  # type: ignore[method-assign]
+    for sequence in range(5):
+        request = Request("sim", [draw.randrange(VOCAB) for _ in range(40)], Sampling(temperature=0.0), max_tokens=150)
+        cluster.at(0.5, lambda s=sequence, r=request: cluster.submit(s, r))
+    for index in range(1, 100):
+        cluster.at(0.2 * index, cluster.tick)
+    cluster.at(0.7, lambda: cluster.change(layout_of(("w0", 0, 1), ("w1", 1, NUM_LAYERS)), "live"))
+    target = cluster.workers
+    cluster.at(0.69, lambda: monkeypatch.setattr(target["w1"], "work", lambda: None))
+    cluster.at(2.0, lambda: (monkeypatch.undo(), target["w1"].work()))
+    cluster.run(until=30.0)
+    (report,) = cluster.head.reconfiguration.reports.values()
+    assert report.outcome == "committed", report.why
+    assert most == handover.MOST_UNTAKEN
+    cluster.audit()

@@ -5,9 +5,9 @@ import torch
 
 from kvstore.ids import LayerRange
 from kvstore.page_pool import PagePool
-from runtime.handover import SLICE_BYTES, Handover
+from runtime.handover import MOST_UNTAKEN, SLICE_BYTES, Handover
 from runtime.layout import Move, layout_from_counts
-from runtime.messages import Copy, Load, Mirror, Pages, Prepare, Row, StepPlan
+from runtime.messages import Copy, Load, Mirror, Pages, Prepare, Row, StepPlan, Taken
 from runtime.stage_state import PlannedBatch
 
 OLD, NEW, BLOCK_SIZE = 4, 5, 4
@@ -20,7 +20,7 @@ class Ends:
     def __init__(self, head_dim: int = 2) -> None:
         self.old = layout_from_counts(OLD, ["a"], [4])
         new = layout_from_counts(NEW, ["a", "b"], [2, 2])
-        self.pools = [PagePool(64, BLOCK_SIZE, 1, head_dim, torch.float32, "cpu") for _ in range(2)]
+        self.pools = [PagePool(128, BLOCK_SIZE, 1, head_dim, torch.float32, "cpu") for _ in range(2)]
         self.pools[0].hold(range(4))
         self.pools[1].hold([0, 1, 3])
         prepare = Prepare(NEW, OLD, Load(new, "", "", "", BLOCK_SIZE, 0, 0, 0), MOVES, [], True, ("a", "a"))
@@ -42,7 +42,7 @@ class Ends:
             self.pools[0].read_page(layer, block)[:, offset] = 100 * layer + position + 1
         plan = StepPlan(OLD, self.ordinal, 0, [Row(1, position, [7], [], True, None)], [])
         one = np.array([position], dtype=np.int64)
-        table = np.arange(16, dtype=np.int32)[None]
+        table = np.arange(32, dtype=np.int32)[None]
         batch = PlannedBatch(plan, one, np.array([0, 1]), np.array([position + 1]), table, one, one, [])
         self.source.ran(plan, batch, 0, 0.0, 0.0, self.send)
         self.ordinal += 1
@@ -55,7 +55,8 @@ class Ends:
             if isinstance(message, Mirror):
                 self.target.mirror(message, [tensor])
             else:
-                self.target.pages(message, [tensor])
+                count = self.target.pages(message, [tensor])
+                self.source.taken(Taken(NEW, message.move, count))
         self.sent.clear()
 
     def check(self, num_positions: int) -> None:
@@ -101,6 +102,32 @@ def test_what_is_awaited_of_every_move_goes_before_what_is_only_cached() -> None
     assert order[:2] == [(0, 0), (1, 0)]
     ends.deliver()
     ends.check(12)
+
+
+def test_a_source_waits_for_a_target_that_is_slow() -> None:
+    ends, num_blocks = (
+        Ends(head_dim=SLICE_BYTES // (2 * 2 * BLOCK_SIZE * 4)),
+        2 * MOST_UNTAKEN + 1,
+    )  # a slice is one block
+    for position in range(num_blocks * BLOCK_SIZE):
+        ends.write(position)
+    ends.source.start_mirror(ends.pools[0], ends.old, {0: ends.ordinal})
+    ends.source.copy(Copy(NEW, list(range(num_blocks)), 1 << 30, num_blocks), 0.0, ends.send)
+    while ends.source.has_slices:
+        ends.source.send_slice(0.0, ends.send)
+    assert [(m.move, m.first) for m, _ in ends.sent if isinstance(m, Pages)] == [(0, b) for b in range(MOST_UNTAKEN)]
+    ends.source.taken(Taken(NEW, 1, 3))
+    assert not ends.source.has_slices, "that was the other move"
+    ends.source.taken(Taken(NEW, 0, 1))
+    ends.source.taken(Taken(NEW, 0, 0))  # it came late
+    ends.source.send_slice(0.0, ends.send)
+    assert not ends.source.has_slices
+    while ends.sent:
+        ends.deliver()
+        while ends.source.has_slices:
+            ends.source.send_slice(0.0, ends.send)
+    assert not ends.mirrors()
+    ends.check(num_blocks * BLOCK_SIZE)
 
 
 def test_the_flip_sends_what_was_collected() -> None:
