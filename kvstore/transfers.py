@@ -41,7 +41,7 @@ class Outgoing:
     def rows(self, blocks: np.ndarray, offsets: np.ndarray) -> torch.Tensor:
         """The KV rows at (``blocks[i]``, ``offsets[i]``): ``[num_layers, T, 2, num_kv_heads, head_dim]``, a copy."""
         data = self._pool.data
-        rows = _as_rows(data).index_select(0, _row_numbers(self._pool, self._layers, blocks, offsets))
+        rows = _take(_as_rows(data), _row_numbers(self._pool, self._layers, blocks, offsets))
         return rows.view(len(self._layers), len(blocks), 2, *data.shape[3:])
 
     def pages(self, blocks: np.ndarray) -> torch.Tensor:
@@ -49,16 +49,15 @@ class Outgoing:
 
         A block that never got a page here (nothing was ever written to it) reads as zeros.
         """
-        device = self._pool.data.device
+        data = self._pool.data
         pages = np.full((len(self._layers), len(blocks)), NO_PAGE, dtype=np.int32)
         for row, layer in zip(pages, self._layers, strict=True):
             table = self._pool.page_of(layer)
             known = blocks < len(table)
             row[known] = table[blocks[known]]
-        result = self._pool.data.index_select(0, _index(np.maximum(pages, 0).ravel(), device))
-        result = result.view(*pages.shape, *result.shape[1:])
+        result = _take(data.flatten(1), np.maximum(pages, 0).ravel()).view(*pages.shape, *data.shape[1:])
         if (missing := pages == NO_PAGE).any():
-            result[torch.from_numpy(missing).to(device)] = 0
+            result[torch.from_numpy(missing).to(data.device)] = 0
         return result
 
 
@@ -153,7 +152,7 @@ class Incoming:
         pages = self._to_device(pages)
         mine = self._pool.pages_of(self._layers, blocks)
         if not touched.any():
-            self._pool.data.index_copy_(0, _index(mine.ravel(), device), pages.flatten(0, 1))
+            _place(self._pool.data.flatten(1), mine.ravel(), pages)
         else:
             self._pool.data[_index(mine[:, ~touched], device)] = pages[:, _index(np.flatnonzero(~touched), device)]
             for position in np.flatnonzero(touched):
@@ -174,19 +173,29 @@ def _as_rows(data: torch.Tensor) -> torch.Tensor:
     return data.view(-1, data.shape[3] * data.shape[4])
 
 
-def _row_numbers(pool: PagePool, layers: Sequence[int], blocks: np.ndarray, offsets: np.ndarray) -> torch.Tensor:
-    """Which of `_as_rows` the slots (``blocks[i]``, ``offsets[i]``) are, ``[num_layers * T * 2]``."""
+def _row_numbers(pool: PagePool, layers: Sequence[int], blocks: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Which of `_as_rows` the slots (``blocks[i]``, ``offsets[i]``) are, int64 ``[num_layers * T * 2]``."""
     pages = pool.pages_of(layers, blocks).astype(np.int64)
     first = pages * (2 * pool.block_size) + offsets
-    return _index(np.stack((first, first + pool.block_size), axis=-1).ravel(), pool.data.device)
+    return np.stack((first, first + pool.block_size), axis=-1).ravel()
 
 
-def _place(there: torch.Tensor, numbers: torch.Tensor, rows: torch.Tensor) -> None:
-    """Rows into their places, in the largest elements that they are made of: it goes by element."""
+def _take(there: torch.Tensor, numbers: np.ndarray) -> torch.Tensor:
+    """A copy of the rows of ``there[n, elements]`` with these numbers."""
+    if there.device.type == "cpu":
+        return torch.from_numpy(there.view(torch.uint8).numpy()[numbers]).view(there.dtype)
+    return there.index_select(0, _index(numbers, there.device))
+
+
+def _place(there: torch.Tensor, numbers: np.ndarray, rows: torch.Tensor) -> None:
+    """Rows into their places. On the host by NumPy, which copies rows where torch copies elements."""
     rows = rows.view(len(numbers), there.shape[1])
+    if there.device.type == "cpu":
+        there.view(torch.uint8).numpy()[numbers] = rows.view(torch.uint8).numpy()
+        return
     if all(size * there.itemsize % 8 == 0 for size in (there.shape[1], there.storage_offset(), rows.storage_offset())):
         there, rows = there.view(torch.int64), rows.view(torch.int64)
-    there.index_copy_(0, numbers, rows)
+    there.index_copy_(0, _index(numbers, there.device), rows)
 
 
 def _index(values: np.ndarray, device: torch.device) -> torch.Tensor:
