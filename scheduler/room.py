@@ -86,6 +86,8 @@ class KvRoom:
         tokens, block_size = self._most_tokens(ends_first=ends_first), head.pool.block_size
         if self.capacity(new, new) * block_size < tokens:
             raise Refused(self._too_small(old, new, needed, tokens))
+        if not self.capacity(new, new):
+            raise Refused(self._no_room(old, new, moves, max(1, needed), tokens))  # also when nothing runs there yet
         wanted = needed if ends_first else needed + head.batcher.growth(GROWTH_BLOCKS)
         if keeps_cache and (hops := self._with_cache(old, new, moves, wanted)):
             return hops

@@ -137,6 +137,13 @@ def test_what_ends_before_needs_no_room() -> None:
         room.plan(BEFORE, AFTER, 0, keeps_cache=False, ends_first=True)
 
 
+def test_a_layout_without_room_for_a_block_is_refused_though_nothing_runs() -> None:
+    """As `drain` finds it once all has ended: five layers and the LM head take 55 pages of w1, and a block five more."""
+    with pytest.raises(Refused, match=r"w1 has pages for 0 blocks of 5 layers beside their weights, 2\.0 MiB too few"):
+        KvRoom(Head(pages(w0=200, w1=58))).plan(BEFORE, AFTER, 0, keeps_cache=False, ends_first=True)  # type: ignore[arg-type]
+    assert KvRoom(Head(pages(w0=200, w1=60))).plan(BEFORE, AFTER, 0, keeps_cache=False, ends_first=True)  # type: ignore[arg-type]
+
+
 @given(
     owners=st.tuples(*[st.lists(st.sampled_from(WORKERS), min_size=NUM_LAYERS, max_size=NUM_LAYERS)] * 2),
     num_pages=st.lists(st.integers(20, 250), min_size=3, max_size=3),
