@@ -224,6 +224,15 @@ class Reconfiguration:
             self._abort(now, f"worker {name} was lost" + " before anything had flipped" * (course.hop == 1))
         return True
 
+    def way_forward(self) -> Layout | None:
+        """Once something has flipped, where the change leads, if all workers that it takes are there: nobody need wait for a lost one that it
+        leaves."""
+        now = self._now
+        if now is None or (now.course.hop == 1 and now.phase != "flip"):
+            return None
+        target = now.course.target
+        return target if all(name in self._head.members.workers for name in target.workers) else None
+
     def broken(self, why: str) -> None:
         """The pipeline is being rebuilt from nothing, and no layout serves; whatever was under way is over."""
         now, self._now = self._now, None

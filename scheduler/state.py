@@ -153,7 +153,8 @@ class SchedulerState:
     _last_epoch: int = 0
     _recovering_since_s: float = 0.0
     _served: Layout | None = None
-    """The last layout that served, once a worker of it is lost: another over as many workers is to be like it."""
+    """The last layout that served, or the one that it had begun to flip to, once a worker is lost: another over as many workers is to be
+    like it."""
     _is_like_served: bool = False
     """Whether the layout that comes up is that one, with others in the place of the lost."""
     _ticked_s: float = math.inf
@@ -344,7 +345,7 @@ class SchedulerState:
         if self.status != "serving" and name not in self.layout.workers:
             return
         if self.status == "serving":
-            self._served, self._is_like_served = self.layout, True
+            self._served, self._is_like_served = self.reconfiguration.way_forward() or self.layout, True
             self.batcher.close_epoch()
             for epoch in self.directory.epochs:
                 self.directory.close_epoch(epoch)

@@ -131,6 +131,34 @@ def test_after_a_loss_the_layout_is_the_one_that_was_asked_for(seed: int) -> Non
     assert layout.segments == layout_of(("w2", 0, 1), ("w1-r1", 1, 3), ("w2", 3, 4), ("w0", 4, 5)).segments
 
 
+@pytest.mark.parametrize("seed", [0, 1, 3, 4])
+def test_once_something_has_flipped_nobody_waits_for_a_worker_that_the_change_leaves(seed: int) -> None:
+    """The target's workers hold all that it takes."""
+    batching = BatchingConfig(max_step_tokens=8, block_size=4)
+    cluster = SimCluster(seed, num_stages=2, batching=batching, num_blocks=128)
+    submit_long(cluster, 6, max_tokens=120)
+    alone = layout_of(("w0", 0, NUM_LAYERS))
+    cluster.at(0.7, lambda: cluster.change(alone))
+    lost: list[float] = []
+
+    def look() -> None:
+        view = cluster.head.reconfiguration.view()
+        if not lost and view is not None and view["phase"] == "flip" and view["sequences_flipped"]:
+            lost.append(cluster.now)
+            cluster._end(cluster.workers["w1"], restarts=False)
+            cluster.handle(PeerDown("w1", "killed", cluster.now))
+            cluster.at(1.5, lambda: lost.append(cluster.head.status == "serving"))
+
+    for index in range(20_000):
+        cluster.at(0.7 + 0.0001 * index, look)
+    end_long(cluster, 6)
+    assert lost[1:] == [True], "long before a lost worker is given up"
+    layout, (report,) = cluster.head.layout, cluster.head.reconfiguration.reports.values()
+    assert layout is not None
+    assert layout.segments == alone.segments
+    assert report.outcome == "aborted"
+
+
 def test_an_idle_worker_takes_the_place_of_a_lost_one_at_once() -> None:
     cluster = SimCluster(0, num_stages=2, batching=BatchingConfig(), num_blocks=64, num_spares=2)
     submit_long(cluster, 3, max_tokens=120)
