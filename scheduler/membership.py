@@ -107,10 +107,10 @@ class Membership:
             worker.last_seen_s = now_s
         return worker
 
-    def seen_later(self, by_s: float) -> None:
-        """For so long nobody could be heard."""
+    def seen_later(self, by_s: float, now_s: float) -> None:
+        """For so long nobody could be heard. Who has been heard since then was seen now at the latest."""
         for worker in self.workers.values():
-            worker.last_seen_s += by_s
+            worker.last_seen_s = min(worker.last_seen_s + by_s, now_s)
 
     def silent(self, now_s: float, timeout_s: float) -> list[WorkerName]:
         return [name for name, worker in self.workers.items() if now_s - worker.last_seen_s > timeout_s]

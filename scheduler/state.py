@@ -385,7 +385,8 @@ class SchedulerState:
     def _tick(self, now_s: float, effects: list[Effect]) -> None:
         stood_s = now_s - self._ticked_s - MOST_BETWEEN_TICKS_S
         if stood_s > 0.0:
-            self.members.seen_later(stood_s)  # the head itself stood still, and has yet to read what came meanwhile
+            # The head itself stood still, and has yet to read most of what came meanwhile.
+            self.members.seen_later(stood_s, now_s)
         self._ticked_s = now_s
         for name in self.members.silent(now_s, self.cluster.heartbeat_timeout_s):
             reason = f"no heartbeat for {self.cluster.heartbeat_timeout_s:g} s"

@@ -200,6 +200,20 @@ def test_a_head_that_stood_still_does_not_take_its_workers_for_dead() -> None:
     assert not head.members.workers, "who goes on saying nothing is lost"
 
 
+def test_what_a_head_that_stood_still_hears_before_it_looks_at_the_clock_is_of_now() -> None:
+    """Or a worker that dies next would be taken for alive for as long as the head stood still."""
+    cluster = SimCluster(0, num_stages=2, batching=BatchingConfig(), num_blocks=64, heartbeat_timeout_s=4.0)
+    cluster.run(until=0.6)
+    cluster.tick()
+    cluster.now += 60.0
+    cluster.tick()
+    assert {worker.last_seen_s for worker in cluster.head.members.workers.values()} == {cluster.now}
+    for _ in range(3):
+        cluster.now += 2.0
+        cluster.handle(Tick(cluster.now))
+    assert not cluster.head.members.workers
+
+
 def test_who_is_lost_before_it_has_joined_frees_its_name() -> None:
     cluster = SimCluster(0, num_stages=2, batching=BatchingConfig(), num_blocks=64)
     cluster.run(until=0.6)
