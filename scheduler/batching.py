@@ -234,7 +234,9 @@ class Batcher:
     def guard(self, change: int) -> None:
         """A change begins, whose number is positive: from now on freed blocks wait for their last step, and writers are remembered."""
         assert not self._blocks.is_guarded, "one transition at a time"
-        self._blocks.is_guarded, self._change, self._recomputed_for_change = True, change, 0
+        self._blocks.is_guarded = True
+        if change != self._change:  # else it is begun anew
+            self._change, self._recomputed_for_change = change, 0
 
     def unguard(self) -> None:
         """No transition is under way any more."""

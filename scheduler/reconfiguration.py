@@ -242,7 +242,7 @@ class Reconfiguration:
                     self._head.send(worker, Cancel(now.new.epoch))
             now.leave(self._head.now_s)
             now.report.sequences_flipped += now.opening.num_flipped if now.phase == "flip" and now.opening else 0
-            now.report.total_s = self._head.now_s - now.course.began_s
+            self._sum_up(now.course)
             self._end_report(now.report, "aborted", f"{why}; {ASK_AGAIN}")
         while self._queue:
             queued = self.reports[self._queue.popleft().id]
@@ -441,16 +441,21 @@ class Reconfiguration:
         """The change is over, and this is its report."""
         head, report = self._head, course.report
         assert head.layout is not None, "there is always one, but for a pipeline that is broken"
-        report.recomputed_tokens = head.batcher.recomputed_for_change()
+        self._sum_up(course)
         self._let_go(head.layout, report)
-        report.add_pauses(course.pauses.pauses_us, course.pauses.excesses_us, course.pauses.ordinary_us)
-        report.total_s = head.now_s - course.began_s
         self._end_report(report, outcome, why)
         if outcome == "committed":
             self._mark(course.change)
         after = f" after {report.total_s:.3f} s" if outcome == "committed" else ""
         what = head.layout.brief() if outcome == "committed" else why
         head.note(f"transition {report.id} {outcome}{after}: {what}")
+
+    def _sum_up(self, course: Course) -> None:
+        """What the report says of all hops together, however it ends."""
+        head, report, pauses = self._head, course.report, course.pauses
+        report.recomputed_tokens = head.batcher.recomputed_for_change()
+        report.add_pauses(pauses.pauses_us, pauses.excesses_us, pauses.ordinary_us)
+        report.total_s = head.now_s - course.began_s
 
     def _let_go(self, layout: Layout, report: Report) -> None:
         """No change is under way any more: pool and limits are what `layout` holds."""
@@ -616,8 +621,8 @@ class Reconfiguration:
             else:
                 self._go_on(course, now.why)
         elif now.again:
+            self._sum_up(course)
             self._let_go(now.old, now.report)
-            now.report.total_s = head.now_s - course.began_s
             try:
                 self._begin(now.change, course)
             except Refused as error:

@@ -109,6 +109,30 @@ def test_the_report_of_a_change_that_a_crash_ends_says_how_far_it_was(seed: int)
     assert report.reached == []
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_report_of_a_change_that_a_crash_ends_says_what_was_lost_to_it_before(seed: int) -> None:
+    """All that ran had been put back, and computed again in part, when the target dies; what the loss itself costs is not the change's."""
+    cluster = SimCluster(seed, num_stages=2, batching=BatchingConfig(), num_blocks=64, num_spares=1)
+    submit_long(cluster, 6, max_tokens=120)
+    cluster.at(0.7, lambda: cluster.change(layout_of(("w0", 0, 1), ("w2", 1, NUM_LAYERS)), "recompute"))
+    lost: list[int] = []
+
+    def look() -> None:
+        view, batcher = cluster.head.reconfiguration.view(), cluster.head.batcher
+        if not lost and view is not None and view["phase"] == "flip" and batcher.counters.recomputed_tokens:
+            lost.append(batcher.recomputed_for_change())
+            cluster._end(cluster.workers["w2"], restarts=False)
+            cluster.handle(PeerDown("w2", "killed", cluster.now))
+
+    for index in range(20_000):
+        cluster.at(0.7 + 0.0001 * index, look)
+    end_long(cluster, 6)
+    (report,) = cluster.head.reconfiguration.reports.values()
+    assert report.outcome == "aborted"
+    assert [report.recomputed_tokens] == lost
+    assert report.recomputed_tokens > 0
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_after_a_loss_the_layout_is_the_one_that_was_asked_for(seed: int) -> None:
     """Over three workers, one in two places, though the server was started with two stages: the lost one's place is its restarted self's."""

@@ -747,3 +747,20 @@ def test_what_was_cached_during_one_hop_is_a_hit_in_the_next() -> None:
         rows += [row for row in plan.rows if row.sequence == 3]
         answer(batcher, plan)
     assert rows[0].start == 36, "all full blocks but the last token's were written in the first hop"
+
+
+def test_what_a_change_costs_counts_from_its_first_try() -> None:
+    batcher = make_batcher(num_microbatches=1, prefix_cache=False)
+    batcher.submit(1, make_request(12, max_tokens=8), 0.0)
+    answer(batcher, step(batcher))
+    batcher.guard(1)
+    batcher.is_squeezed = True
+    batcher.preempt_all()
+    answer(batcher, step(batcher))
+    assert batcher.recomputed_for_change() == 12
+    batcher.unguard()
+    batcher.guard(1)
+    assert batcher.recomputed_for_change() == 12, "it is begun anew"
+    batcher.unguard()
+    batcher.guard(2)
+    assert batcher.recomputed_for_change() == 0
