@@ -152,6 +152,8 @@ class SchedulerState:
     lineup: Lineup = field(default_factory=Lineup)
     _last_epoch: int = 0
     _recovering_since_s: float = 0.0
+    _not_coming_s: float = -math.inf
+    """When it was said, while a layout served, that a worker will not come again."""
     _served: Layout | None = None
     """The last layout that served, or the one that it had begun to flip to, once a worker is lost: another over as many workers is to be
     like it."""
@@ -196,6 +198,8 @@ class SchedulerState:
             case PeerDown():
                 self._lose(event.worker, event.reason, event.now_s, effects)
             case NotComing():
+                if self.status == "serving":
+                    self._not_coming_s = event.now_s  # its loss has yet to be noticed
                 self._recovering_since_s = -math.inf
                 self._try_load(event.now_s, effects)
             case Tick():
@@ -353,7 +357,8 @@ class SchedulerState:
             self.reconfiguration.broken(f"worker {name} was lost ({reason})")
         self.status = "recovering"
         self.detail = f"worker {name} is lost ({reason})"
-        self._recovering_since_s = now_s
+        is_coming = now_s - self._not_coming_s > self.cluster.heartbeat_timeout_s
+        self._recovering_since_s, self._not_coming_s = now_s if is_coming else -math.inf, -math.inf
         self._load_another(now_s, effects)
 
     def _could_not_load(self, name: WorkerName, error: str, now_s: float, effects: list[Effect]) -> None:

@@ -1,5 +1,7 @@
 """A recovery goes on until something serves: a worker that cannot load its part is passed over, not the end of every stream."""
 
+import math
+
 import pytest
 
 from kvstore.ids import LayerRange
@@ -194,17 +196,17 @@ def test_an_idle_worker_takes_the_place_of_a_lost_one_at_once() -> None:
     assert layout.segments == layout_of(("w3", 0, 1), ("w0", 1, 5)).segments
 
 
-@pytest.mark.parametrize("is_known", [False, True])
-def test_nobody_waits_for_a_worker_that_is_known_not_to_come(is_known: bool) -> None:
+@pytest.mark.parametrize("known_s", [math.inf, 1.3, 0.7])
+def test_nobody_waits_for_a_worker_that_is_known_not_to_come(known_s: float) -> None:
+    """Whether that is known after its loss has been noticed, or before."""
     cluster = SimCluster(0, num_stages=2, batching=BatchingConfig(), num_blocks=64)
     submit_long(cluster, 3, max_tokens=120)
     cluster.at(0.7, lambda: cluster._end(cluster.workers["w1"], restarts=False))
-    if is_known:
-        cluster.at(1.3, lambda: cluster.handle(NotComing(cluster.now)))
+    cluster.at(known_s, lambda: cluster.handle(NotComing(cluster.now)))
     seen: list[str] = []
     cluster.at(2.5, lambda: seen.append(cluster.head.status))
     assert serving_at_the_end(cluster, 3) == ["w0"]
-    assert seen == ["serving" if is_known else "recovering"]
+    assert seen == ["recovering" if known_s == math.inf else "serving"]
 
 
 def test_a_head_that_stood_still_does_not_take_its_workers_for_dead() -> None:
