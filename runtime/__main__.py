@@ -100,21 +100,20 @@ class _Process:
         self._worker = worker = Worker(name, replaces, self._device, self._loader, self._priority)
         if self._leaving:
             return 0
-        started_s = time.monotonic()
         try:
             log.info("ending: %s", worker.run(self._door))
             return 0
         except StepError:
             return 1
         except (HeadLost, DoorError) as error:
-            code = self._after(str(error), started_s)
+            code = self._after(str(error), worker.has_joined)
         self._worker = None
         if code is None:
             worker.release()
         return code
 
-    def _after(self, error: str, started_s: float) -> int | None:
-        """What becomes of this process now that the head is lost, or was not found: as `_live`."""
+    def _after(self, error: str, had_joined: bool) -> int | None:
+        """What becomes of this process now that the head is lost, or was not found (it had not joined it): as `_live`."""
         if self._args.lifeline_pid and not self._leaving:
             time.sleep(_HEAD_ENDS_WITHIN_S)  # if it has died, the lifeline ends us here
         if self._leaving:
@@ -123,7 +122,7 @@ class _Process:
             log.warning("the head lives and has given this worker up (%s): it starts again", error)
             return 1
         now_s = time.monotonic()
-        if now_s - started_s > 60.0 or self._lost_since_s is None:
+        if had_joined or self._lost_since_s is None:
             self._lost_since_s = now_s
         if now_s - self._lost_since_s > self._args.rejoin_timeout:
             log.error("no head at %s for %.0f s: %s", self._args.head, self._args.rejoin_timeout, error)

@@ -142,6 +142,7 @@ class Worker:
         self._busy: tuple[str, float] | None = None
         """What the compute thread is at, and since when."""
         self._has_lost_head = False
+        self.has_joined = False
         self._process = psutil.Process()
         self._tracer = loader.tracer = Tracer()
         pacer = device.pacer(time.perf_counter)
@@ -278,6 +279,7 @@ class Worker:
             raise HeadLost(f"the head did not answer when {self._name} joined: {error}") from error
         welcome = decode_to_worker(reply)
         assert isinstance(welcome, Welcome)
+        self.has_joined = True
         return welcome
 
     def _serve(self) -> str:

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -199,3 +200,23 @@ def test_a_worker_whose_head_dies_while_it_prepares_does_not_stay_behind_others(
     Door.heads = iter((first, second))
     assert process.run() == 0
     assert file.written == [str(BEHIND), "0"]
+
+
+def test_the_time_without_a_head_begins_anew_when_one_was_there_for_a_moment(
+    process: entry._Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = iter((100.0, 100.0 + 0.9 * process._args.rejoin_timeout, 100.0 + 1.1 * process._args.rejoin_timeout))
+    monkeypatch.setattr(entry, "time", SimpleNamespace(monotonic=lambda: next(now_s), sleep=lambda seconds: None))
+
+    def dies(door: Door, said: ToHead) -> None:
+        if isinstance(said, Join):
+            door.lose()
+
+    def last(door: Door, said: ToHead) -> None:
+        if isinstance(said, Join):
+            assert said.name == "w0-r3", "each of the three was there"
+            door.say(Shutdown("enough"))
+
+    Door.heads = iter((dies, dies, dies, last))
+    assert process.run() == 0
+    assert next(now_s, None) is None
