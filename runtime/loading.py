@@ -30,7 +30,7 @@ from runtime.cuda.step import attach
 from runtime.device import DeviceInfo
 from runtime.exchange import FetchFailed, Importer, Sources
 from runtime.member import Pace, UnitKey, unit_keys
-from runtime.messages import MIN_FREE_BYTES, Load, ProfilePoint
+from runtime.messages import MIN_FREE_BYTES, READING, Load, ProfilePoint
 from runtime.model.builder import UnitBuilder
 from runtime.model.config import inspect_model
 from runtime.model.spec import ModelSpec
@@ -125,6 +125,7 @@ class Loader:
             MemoryError, RuntimeError: when it does not fit, or a shadow that was cancelled still hangs.
         """
         self._wait_for(self._shadow, SHADOW_ENDS_WITHIN_S)
+        progress(0, READING)
         spec = self._open(load)
         assert self._builder is not None
         self._builder.rest = lambda: None
@@ -135,7 +136,7 @@ class Loader:
                 unit = self._build(key)
                 self._put(key, unit)
                 self._sources.measured(None, unit.nbytes, time.perf_counter() - began_s)
-            progress(count + 1, "reading weights")
+            progress(count + 1, READING)
         self._count_bytes()
         progress(len(keys), "warming up")
         self._own_form()

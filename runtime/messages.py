@@ -22,6 +22,12 @@ MIN_FREE_BYTES = 512 << 20
 """What a worker leaves alone when its pool follows the memory that is free, and when it loads a shadow; the head plans with it."""
 MAX_BUSY_S = 120.0
 """How long a worker may be at one message before it counts as hung: far beyond what any takes, but for a `Load`, which has no limit."""
+MAX_READING_S = 600.0
+"""But each unit that is read for a `Load` has this one: a dead file system answers nobody, and a recovery would wait for it for ever."""
+READING = "reading weights"
+"""That phase of a `Load`."""
+UNIT_OF_LOAD = "unit of a Load"
+"""What a worker is busy with meanwhile."""
 
 
 AHEAD = -1
@@ -406,7 +412,8 @@ class Heartbeat(msgspec.Struct, frozen=True, array_like=True, tag=33):
 
     @property
     def is_hung(self) -> bool:
-        return self.busy_s > MAX_BUSY_S and self.busy_with != Load.__name__
+        limit_s = MAX_READING_S if self.busy_with == UNIT_OF_LOAD else MAX_BUSY_S
+        return self.busy_s > limit_s and self.busy_with != Load.__name__
 
 
 class LoadProgress(msgspec.Struct, frozen=True, array_like=True, tag=34):

@@ -32,6 +32,8 @@ from runtime.inbox import Inbox
 from runtime.loading import Loader
 from runtime.member import COMPUTE, Member, StepError, transition_of
 from runtime.messages import (
+    READING,
+    UNIT_OF_LOAD,
     Audit,
     Cancel,
     Copy,
@@ -41,6 +43,7 @@ from runtime.messages import (
     Leave,
     Lent,
     Load,
+    LoadProgress,
     Mirror,
     Open,
     Pages,
@@ -140,7 +143,7 @@ class Worker:
         self._door: Door | None = None
         self._stopping = threading.Event()
         self._busy: tuple[str, float] | None = None
-        """What the compute thread is at, and since when."""
+        """What the compute thread is at, and since when; of a `Load` the unit that is read."""
         self._has_lost_head = False
         self.has_joined = False
         self._process = psutil.Process()
@@ -195,6 +198,8 @@ class Worker:
 
     def to_head(self, message: ToHead) -> None:
         assert self._door is not None
+        if isinstance(message, LoadProgress):
+            self._busy = UNIT_OF_LOAD if message.phase == READING else Load.__name__, time.perf_counter()
         self._door.send(HEAD, encode(message), on_error=self._head_lost)
 
     def to_peer(

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from runtime.messages import MAX_BUSY_S, MIN_FREE_BYTES, Heartbeat, Join
+from runtime.messages import MAX_BUSY_S, MAX_READING_S, MIN_FREE_BYTES, UNIT_OF_LOAD, Heartbeat, Join
 from scheduler.batching import BatchingConfig
 from scheduler.events import EvictWorker, FromWorker
 from scheduler.membership import Membership
@@ -95,6 +95,8 @@ def test_a_pool_of_a_fixed_size_counts_too() -> None:
         ("Step", MAX_BUSY_S + 1.0, True),
         ("background slice", MAX_BUSY_S + 1.0, True),
         ("Load", 100 * MAX_BUSY_S, False),
+        (UNIT_OF_LOAD, MAX_READING_S, False),
+        (UNIT_OF_LOAD, MAX_READING_S + 1.0, True),
     ],
 )
 def test_a_worker_that_beats_but_does_not_get_on_is_lost(busy_with: str, busy_s: float, is_lost: bool) -> None:

@@ -3,6 +3,7 @@
 import gc
 import signal
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -17,6 +18,7 @@ from runtime import __main__ as entry
 from runtime import garbage, worker
 from runtime.layout import Move
 from runtime.messages import (
+    UNIT_OF_LOAD,
     Audit,
     Heartbeat,
     Join,
@@ -176,6 +178,48 @@ def test_a_process_whose_compute_thread_hangs_ends_once_it_is_given_up(
     Door.heads = iter((head, lambda door, said: door.say(Shutdown("enough")) if isinstance(said, Join) else None))
     assert process.run() == 0
     assert codes == [1]
+
+
+def test_a_load_that_reads_is_hung_when_one_unit_takes_too_long_not_the_whole(
+    process: entry._Process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load: Load = load_message(write_tiny("llama", tmp_path), split(NUM_LAYERS), kv_bytes=8 << 20)
+    codes: list[int] = []
+    reading: list[Any] = []
+    hung_at: list[Any] = []
+    goes_on = threading.Event()
+    build = process._loader._build
+
+    def end(code: int) -> None:
+        codes.append(code)
+        goes_on.set()
+
+    def slow(key: Any, parts: Any = None) -> Any:
+        reading.append(key)
+        assert goes_on.wait(20.0) if key == NUM_LAYERS - 1 else not time.sleep(0.15)
+        return build(key, parts)
+
+    monkeypatch.setattr(worker.os, "_exit", end)
+    monkeypatch.setattr("runtime.messages.MAX_READING_S", 0.4)
+    monkeypatch.setattr("runtime.messages.MAX_BUSY_S", 0.01)
+    monkeypatch.setattr(process._loader, "_build", slow)
+
+    def first(door: Door, said: ToHead) -> None:
+        if isinstance(said, Join):
+            door.say(load)
+        elif isinstance(said, Heartbeat) and said.is_hung:
+            assert said.busy_with == UNIT_OF_LOAD
+            hung_at.append(reading[-1])
+            door.lose()
+
+    def second(door: Door, said: ToHead) -> None:
+        if isinstance(said, Join):
+            door.say(Shutdown("enough"))
+
+    Door.heads = iter((first, second))
+    assert process.run() == 0
+    assert codes[:1] == [1]
+    assert hung_at[0] == NUM_LAYERS - 1, "all together took too long before"
 
 
 def test_a_worker_whose_head_dies_while_it_prepares_does_not_stay_behind_others(
