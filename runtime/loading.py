@@ -12,7 +12,7 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ from runtime.trace import Tracer
 log = logging.getLogger("midflight.worker")
 
 SHADOW_ENDS_WITHIN_S = 20.0
-"""How long a cancelled shadow may go on with the piece of work that it does before a load that waits for it fails."""
+"""How long a cancelled shadow may go on with the piece of work that it does before what waits for it fails, a load or the next shadow."""
 _WARM_UP_ROWS = (1, 2, 3, 4, 8, 16)
 _WARM_UP_CHUNK = 64
 WARM_UP_BLOCK_SIZE = 16
@@ -104,6 +104,8 @@ class Loader:
         self._spec: ModelSpec | None = None
         self._lock = threading.Lock()
         self._shadow: threading.Thread | None = None
+        self._building = threading.Lock()
+        """A shadow's thread has it while it builds."""
         self._called_off = threading.Event()
         """Of the last shadow: set when it is cancelled."""
         self._sources = Sources()
@@ -124,7 +126,8 @@ class Loader:
             ModelError: when the model cannot be read.
             MemoryError, RuntimeError: when it does not fit, or a shadow that was cancelled still hangs.
         """
-        self._wait_for(self._shadow, SHADOW_ENDS_WITHIN_S)
+        with self._alone():
+            pass  # no shadow builds any more: those that there were are cancelled
         progress(0, READING)
         spec = self._open(load)
         assert self._builder is not None
@@ -308,9 +311,9 @@ class Loader:
 
     def shadow(self, load: Load, keys: Sequence[UnitKey], transition: int, pace: Pace) -> None:
         self.cancel_shadow()
-        before, self._called_off = self._shadow, threading.Event()
+        self._called_off = threading.Event()
         asked = _Shadow(load, keys, transition, pace, self._called_off)
-        self._shadow = threading.Thread(target=self._load_shadow, args=(asked, before), name="shadow", daemon=True)
+        self._shadow = threading.Thread(target=self._load_shadow, args=(asked,), name="shadow", daemon=True)
         self._shadow.start()
 
     def cancel_shadow(self) -> None:
@@ -319,29 +322,30 @@ class Loader:
         captured, they are waited for.)"""
         with self._lock:
             self._called_off.set()
-        if self.queued is not None:
-            self._wait_for(self._shadow)
+        if self.queued is not None and self._shadow is not None and self._shadow is not threading.current_thread():
+            self._shadow.join()
 
-    def _wait_for(self, thread: threading.Thread | None, limit_s: float | None = None) -> None:
-        """Until `thread` builds nothing any more. Raises RuntimeError when that takes too long."""
-        if thread is not None and thread is not threading.current_thread():
-            thread.join(limit_s)
-            if thread.is_alive():
-                raise RuntimeError(
-                    f"reading weights for a change that was called off still hangs after {limit_s:g} s; look at the disk of the model"
-                )
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Nothing is built meanwhile but by the caller. Raises RuntimeError when what was cancelled does not end."""
+        limit_s = SHADOW_ENDS_WITHIN_S
+        if not self._building.acquire(timeout=limit_s):
+            raise RuntimeError(
+                f"reading weights for a change that was called off still hangs after {limit_s:g} s; look at the disk of the model"
+            )
+        try:
+            yield
+        finally:
+            self._building.release()
 
-    def _load_shadow(self, asked: _Shadow, before: threading.Thread | None) -> None:
-        self._wait_for(before)
-        if asked.called_off.is_set():
-            return
+    def _load_shadow(self, asked: _Shadow) -> None:
         started_s = time.perf_counter()
         if asked.pace.is_idle:
             thread_gives_way()
         error: Exception | None = None
         peer_bytes = 0
         try:
-            with self.queued.loading() if self.queued is not None else contextlib.nullcontext():
+            with self._alone(), self.queued.loading() if self.queued is not None else contextlib.nullcontext():
                 peer_bytes = self._load_units(asked)
         except _CalledOff:
             return
@@ -354,6 +358,8 @@ class Loader:
 
     def _load_units(self, asked: _Shadow) -> int:
         """Bytes that came from peers. Raises `_CalledOff` when the shadow was cancelled meanwhile."""
+        if asked.called_off.is_set():
+            raise _CalledOff
         load, pace, on_progress = asked.load, asked.pace, functools.partial(self.on_progress, asked.transition)
         spec, peer_bytes = self._open(load), 0
         missing = [key for key in asked.keys if self._get(key) is None]

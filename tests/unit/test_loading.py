@@ -192,14 +192,21 @@ def test_a_disk_that_hangs_holds_up_neither_the_cancel_nor_what_is_there(
     loader.retain(unit_keys(narrow, "w0"))
     assert sorted(loader.units.layers) == [0, 1]
     monkeypatch.setattr(checkpoint, "_read_into", read_into)
-    loader.shadow(load_message(tiny, wide), unit_keys(wide, "w0"), 2, pace)
-    assert ready.empty(), "one builds at a time, and the first still does"
-    assert sorted(loader.units.layers) == [0, 1]
     monkeypatch.setattr("runtime.loading.SHADOW_ENDS_WITHIN_S", 0.05)
-    with pytest.raises(RuntimeError, match=r"still hangs after 0.05 s; look at the disk"):
+    hangs_still = r"still hangs after 0.05 s; look at the disk"
+    for change in (2, 3):
+        loader.shadow(load_message(tiny, wide), unit_keys(wide, "w0"), change, pace)
+        told, error = ready.get(timeout=60.0)
+        assert told == change
+        with pytest.raises(RuntimeError, match=hangs_still):
+            raise error or AssertionError("one builds at a time, and the first still does")
+        assert sorted(loader.units.layers) == [0, 1]
+    with pytest.raises(RuntimeError, match=hangs_still):
         load(loader, load_message(tiny, narrow))
+    monkeypatch.setattr("runtime.loading.SHADOW_ENDS_WITHIN_S", 60.0)
+    loader.shadow(load_message(tiny, wide), unit_keys(wide, "w0"), 4, pace)
     goes_on.set()
-    assert ready.get(timeout=60.0) == (2, None)
+    assert ready.get(timeout=60.0) == (4, None)
     assert ready.empty(), "nobody hears of what was cancelled"
     assert sorted(loader.units.layers) == [0, 1, 2]
 
