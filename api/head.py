@@ -154,7 +154,9 @@ class _Head:
         is_left = any(worker.poll() is None for worker in self._locals if worker.name != name)
         from_elsewhere = _members(driver) - {worker.name for worker in self._locals}
         if (driver.served_once or not code) and (is_left or from_elsewhere):
-            log.warning("%s; the others go on. Another one joins with\n  %s", reason, _join_command(self._address))
+            log.warning(
+                "%s; the others go on. Another one joins with\n  %s", reason, _join_command(self._config, self._address)
+            )
             driver.nobody_comes()
         else:
             self._fail(reason)
@@ -363,13 +365,12 @@ async def _listen(runner: web.AppRunner, config: ServeConfig) -> None:
 
 def _join_line(config: ServeConfig, address: str) -> str:
     missing = config.num_stages - config.num_local_workers
-    return (
-        f"waiting for {missing} more worker{'s' if missing > 1 else ''}; on each host run\n  {_join_command(address)}"
-    )
+    return f"waiting for {missing} more worker{'s' if missing > 1 else ''}; on each host run\n  {_join_command(config, address)}"
 
 
-def _join_command(address: str) -> str:
-    return f"torchrun --standalone --nproc-per-node 1 -m runtime --head {address}"
+def _join_command(config: ServeConfig, address: str) -> str:
+    allow = " --allow-public-rpc" if config.allow_public_rpc else ""
+    return f"torchrun --standalone --nproc-per-node 1 -m runtime --head {address}{allow}"
 
 
 def _address(runner: web.AppRunner, config: ServeConfig) -> str:

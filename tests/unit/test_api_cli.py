@@ -15,7 +15,7 @@ import pytest
 
 from api import cli, layouts
 from api.config import LOOK_AHEAD, STRATEGIES, ServeConfig
-from api.head import _make_state
+from api.head import _join_line, _make_state
 from api.status import StatusReporter, Terminal, TerminalHandler, progress_line, ready_lines
 from api.text import Text
 from scheduler import transition
@@ -516,6 +516,19 @@ def test_what_is_said_when_up() -> None:
     assert "$MIDFLIGHT_API_KEY" in lines[-1]
     quiet = ready_lines(url, LAYOUT, "midflight", has_api_key=False, has_admin_key=False, is_public=False)
     assert not any(line.startswith("warning") for line in quiet)
+
+
+def test_the_command_for_another_host_is_allowed_what_the_head_is() -> None:
+    told = _join_line(
+        parsed("--stages", "2", "--no-local-workers", "--rpc-host", "192.0.2.7", "--allow-public-rpc"),
+        "192.0.2.7:7000",
+    )
+    assert told.splitlines() == [
+        "waiting for 2 more workers; on each host run",
+        "  torchrun --standalone --nproc-per-node 1 -m runtime --head 192.0.2.7:7000 --allow-public-rpc",
+    ]
+    alone = _join_line(parsed("--stages", "2", "--no-local-workers"), "127.0.0.1:7000")
+    assert alone.endswith("--head 127.0.0.1:7000")
 
 
 async def test_the_command_that_is_printed_works_when_pasted(tmp_path: Path) -> None:
