@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from runtime.address import Unreachable, parse_address
 from runtime.pace import parse_pace
 
 log = logging.getLogger("midflight.worker")
@@ -49,7 +50,12 @@ def main(argv: list[str] | None = None) -> int:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # macOS says that there is no limit, and has one
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, _MAX_FILES)), hard))
-    return _Process(args).run()
+    try:
+        process = _Process(args)
+    except ValueError as error:
+        log.error("%s", error)
+        return 2
+    return process.run()
 
 
 class _Process:
@@ -182,6 +188,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         args.emulation = parse_pace(args.pace) if args.pace else None
     except ValueError as error:
         parser.error(f"--{error}")
+    try:
+        parse_address(args.head, allow_public=args.allow_public_rpc)
+    except ValueError as error:
+        parser.error(f"--head: {error}")
+    except Unreachable:
+        pass  # the head may come up later than this, and its name with it
     return args
 
 

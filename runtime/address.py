@@ -11,14 +11,15 @@ import psutil
 
 
 class Unreachable(Exception):
-    """An address cannot be listened on, reached in time, or is not this machine's; the message says which."""
+    """An address cannot be resolved, listened on, reached in time, or is not this machine's; the message says which."""
 
 
 def parse_address(text: str, *, allow_public: bool = False) -> tuple[str, int]:
     """ "HOST:PORT" as an IP address and a port.
 
     Raises:
-        ValueError: not of that form, not resolvable, a wildcard, or not loopback without `allow_public`.
+        ValueError: not of that form, a wildcard, or not loopback without `allow_public`.
+        Unreachable: its host has no address at present.
     """
     host, colon, port_text = text.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
@@ -27,7 +28,7 @@ def parse_address(text: str, *, allow_public: bool = False) -> tuple[str, int]:
     try:
         found = socket.getaddrinfo(host, None, socket.AF_UNSPEC, socket.SOCK_STREAM)
     except OSError as error:
-        raise ValueError(f"cannot resolve the host of {text!r}: {error}") from None
+        raise Unreachable(f"cannot resolve the host of {text!r}: {error}") from None
     ip = sorted((str(entry[4][0]) for entry in found), key=lambda ip: ":" in ip)[0]  # IPv4 first
     parsed = ipaddress.ip_address(ip.partition("%")[0])
     if parsed.is_unspecified:
@@ -35,7 +36,7 @@ def parse_address(text: str, *, allow_public: bool = False) -> tuple[str, int]:
     if not parsed.is_loopback and not allow_public:
         raise ValueError(
             f"{text!r} is not on loopback, and TensorPipe neither authenticates nor encrypts: whoever reaches the "
-            "port can read and steer everything. On a network you trust, allow it explicitly (allow_public)"
+            "port can read and steer everything. On a network you trust, allow it explicitly (--allow-public-rpc)"
         )
     return ip, int(port_text)
 

@@ -138,7 +138,7 @@ class Door:
 
     Raises:
         ValueError: bad name or address, or a public address without `allow_public`.
-        JoinError: no head at the address, the name is taken, or the deadline passed.
+        JoinError: no head at the address, which may not be known at present, the name is taken, or the deadline passed.
     """
 
     def __init__(
@@ -162,7 +162,10 @@ class Door:
             raise ValueError(f"{name!r} is no member name: 1 to 127 letters, digits, '_', ':' or '-'")
         if _door is not None:
             raise DoorError(f"this process already has a door ({_door.name}); close it first")
-        host, port = parse_address(head, allow_public=allow_public)
+        try:
+            host, port = parse_address(head, allow_public=allow_public)
+        except Unreachable as error:
+            raise JoinError(str(error)) from None
         if not is_head and port == 0:
             raise ValueError(f"{head}: a worker needs the head's port")
         self.name = name

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch
 
-from runtime.address import listen, parse_address
+from runtime.address import Unreachable, listen, parse_address
 from runtime.rpc import Door, JoinError, PeerLost, PeerTimeout, RemoteError
 from tests.integration import echo_worker
 
@@ -304,9 +304,11 @@ def test_everything_listens_on_loopback_only(group: Group) -> None:
 
 
 def test_addresses_that_cannot_be_meant_are_refused() -> None:
-    for text in ("localhost", "localhost:http", "127.0.0.1:70000", ":8000", "no.such.host.invalid:1"):
-        with pytest.raises(ValueError, match=r"HOST:PORT|cannot resolve"):
+    for text in ("localhost", "localhost:http", "127.0.0.1:70000", ":8000"):
+        with pytest.raises(ValueError, match="HOST:PORT"):
             parse_address(text)
+    with pytest.raises(Unreachable, match="cannot resolve"):
+        parse_address("no.such.host.invalid:1")
     with pytest.raises(ValueError, match="neither authenticates nor encrypts"):
         parse_address("192.0.2.7:8000")
     with pytest.raises(ValueError, match="every interface"):

@@ -2,6 +2,9 @@
 
 import gc
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -32,6 +35,7 @@ from runtime.messages import (
     encode,
 )
 from runtime.priority import BEHIND
+from runtime.rpc import Door as RealDoor
 from tests.tiny_models import NUM_LAYERS, write_tiny
 from tests.unit.test_loading import load_message, split
 from tests.unit.test_priority import Busy, standing
@@ -112,6 +116,39 @@ def test_a_worker_told_to_end_between_two_heads_serves_no_other(
 ) -> None:
     monkeypatch.setattr(garbage, "collect", process._leave)
     Door.heads = iter((lambda door, said: door.lose() if isinstance(said, Join) else None,))
+    assert process.run() == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--head", "nowhere"), "write HOST:PORT"),
+        (("--head", "192.0.2.7:7000"), "allow it explicitly (--allow-public-rpc)"),
+        (("--head", "127.0.0.1:7000", "--device", "tpu"), "unknown device 'tpu'"),
+    ],
+)
+def test_what_a_worker_cannot_be_is_said_without_a_traceback(arguments: tuple[str, ...], said: str) -> None:
+    ended = subprocess.run([sys.executable, "-m", "runtime", *arguments], capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert said in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_head_whose_name_is_not_known_at_present_is_looked_for_again(
+    process: entry._Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def last(door: Door, said: ToHead) -> None:
+        if isinstance(said, Join):
+            assert said.name == "w0-r1"
+            door.say(Shutdown("enough"))
+
+    def resolve(*arguments: Any) -> Any:
+        monkeypatch.setattr("runtime.rpc.Door", Door)
+        raise socket.gaierror("Name or service not known")
+
+    Door.heads = iter((last,))
+    monkeypatch.setattr("runtime.rpc.Door", RealDoor)
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
     assert process.run() == 0
 
 
