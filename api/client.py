@@ -9,7 +9,8 @@ import urllib.request
 from collections.abc import Generator, Iterator
 from typing import Any
 
-_TIMEOUT_S = 600.0
+_TIMEOUT_S, _ASK_TIMEOUT_S = 600.0, 30.0
+"""Of what is generated, and of what the server says about itself."""
 _HELP = "/exit leaves, /reset forgets the conversation, /help shows this. Ctrl-C stops an answer."
 
 
@@ -116,6 +117,8 @@ def open_url(
             raise ServerError(_message(error.read(), error.code), error.code) from None
     except (urllib.error.URLError, OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
+        if isinstance(reason, TimeoutError):
+            raise ServerError(f"{url} did not answer within {timeout_s:g} s") from None
         raise ServerError(f"no server at {url}: {reason}; start one with `midflight serve`, or give --url") from None
     with response:
         yield response
@@ -123,7 +126,7 @@ def open_url(
 
 def ask(url: str, key: str, body: dict[str, Any] | None = None, *, method: str | None = None) -> Any:
     """The JSON of the answer. Raises as `open_url`."""
-    with open_url(url, key, body, method=method) as response:
+    with open_url(url, key, body, method=method, timeout_s=_ASK_TIMEOUT_S) as response:
         try:
             return json.load(response)
         except (ValueError, OSError, http.client.HTTPException) as error:

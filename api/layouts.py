@@ -46,8 +46,10 @@ def show_workers(url: str, admin_key: str, as_json: bool) -> int:
 def layout_lines(layout: dict[str, Any]) -> list[str]:
     """The layout for people."""
     stages = layout.get("stages") or []
+    status = layout.get("status") or "serving"
     lines = [
         f"{layout.get('model')}: epoch {layout.get('epoch')}, {layout.get('num_layers')} layers, {_count(len(stages), 'stage')}"
+        + f", {status.replace('_', ' ')}" * (status != "serving")
     ]
     rows = []
     for hop, stage in enumerate(stages):

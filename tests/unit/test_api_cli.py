@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -178,6 +179,16 @@ def test_no_server_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "midflight serve" in capsys.readouterr().err
 
 
+def test_a_server_that_stands_still_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("api.client._ASK_TIMEOUT_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        assert cli.main(["workers", "--url", url]) == 1
+    assert capsys.readouterr().err == f"midflight: {url}/admin/workers did not answer within 0.2 s\n"
+
+
 # -- against a server ----------------------------------------------------------------------------------------
 
 
@@ -253,6 +264,9 @@ def test_layout_lines() -> None:
         "0  w0  [0, 19)   19 layers  cpu",
         "1  w1  [19, 30)  11 layers  cpu",
     ]
+    recovering = layouts.layout_lines({**LAYOUT, "stages": [], "status": "waiting_for_workers"})
+    assert recovering == ["m: epoch 3, 30 layers, 0 stages, waiting for workers"]
+    assert layouts.layout_lines({**LAYOUT, "status": "serving"}) == layouts.layout_lines(LAYOUT)
     assert layouts.worker_lines({"workers": []}) == ["no workers"]
     workers = [{"name": "w0", "status": "ready", "layers": [0, 1, 2, 7, 9, 10], "rss": 852_299_776, "pages_used": 3}]
     line = layouts.worker_lines({"workers": workers})[1]
