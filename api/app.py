@@ -124,9 +124,14 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
         response = error.response()
     except web.HTTPException as error:
         response = _from_aiohttp(error, request).response()
-    except (asyncio.CancelledError, ConnectionError):  # the client left while we worked or wrote
+    except asyncio.CancelledError:  # the client left while we worked
         context.metrics.client_disconnects += not _is_admin(request.path)
         raise
+    except ConnectionError:  # or while we wrote; aiohttp would log it as an error of ours
+        context.metrics.client_disconnects += not _is_admin(request.path)
+        if request.transport is not None:
+            request.transport.abort()
+        return web.Response()
     except Exception:
         _log.exception("request %s failed", request[REQUEST_ID])
         response = ApiError("internal error; the server's log has the details", status=500).response()

@@ -5,8 +5,10 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
+import aiohttp
 import pytest
 
+from api.sse import EventStream
 from api.text import Text
 from scheduler.request import TokenOutput
 from tests.tiny_models import build_tokenizer
@@ -281,6 +283,26 @@ async def test_a_client_that_goes_away_aborts_its_sequences(api: Api, stream: bo
     await api.until(lambda: not api.engine.sinks)
     assert api.engine.aborted == [0, 1]
     await api.until(lambda: api.metrics.client_disconnects == 1)
+
+
+async def test_a_client_that_goes_away_at_the_very_end_is_no_error(
+    api: Api, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    event = EventStream._event
+
+    def leave(stream: EventStream, payload: bytes) -> None:
+        if payload == b"[DONE]":
+            assert stream._transport is not None
+            stream._transport.abort()
+        event(stream, payload)
+
+    monkeypatch.setattr(EventStream, "_event", leave)
+    with pytest.raises(aiohttp.ClientError):
+        async with api.client.post(api.url + COMPLETIONS, json={"prompt": "hi", "stream": True}) as response:
+            await response.read()
+    await api.until(lambda: api.metrics.client_disconnects == 1)
+    await asyncio.sleep(0.1)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 async def test_a_reader_that_never_reads_is_dropped(text: Text) -> None:
