@@ -666,10 +666,11 @@ class Member:
         return (before - self.pool.num_pages) * self.pool.page_bytes
 
     def _send_weights(self) -> int:
-        export = self._exports[0]
+        """A slice for each who asked in turn: who hears nothing for as long as another's unit takes gives this peer up."""
+        export = self._exports.popleft()
         message, tensors = export.take()
-        if export.is_done:
-            self._exports.popleft()
+        if not export.is_done:
+            self._exports.append(export)
         self._outbox.to_peer(export.target, message, tensors)
         return _num_bytes(tensors)
 

@@ -3,13 +3,17 @@
 import itertools
 import random
 import threading
+import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
 from runtime.exchange import SLICE_BYTES, TRY_AGAIN_AFTER, Export, FetchFailed, Importer, Sources
+from runtime.member import Member
 from runtime.messages import Fetch, Weights
 from runtime.model.builder import UnitBuilder
 from runtime.model.config import inspect_model
@@ -190,3 +194,15 @@ def test_the_form_tells_models_dtypes_and_implementations_apart(tmp_path: Path) 
         )
     ]
     assert len(set(forms)) == 4
+
+
+def test_who_asks_while_another_is_served_hears_at_once() -> None:
+    sent: list[tuple[str, int]] = []
+    outbox = SimpleNamespace(to_peer=lambda worker, message, tensors: sent.append((worker, message.offset)))
+    store = SimpleNamespace(parts=lambda unit, form: {"w": torch.zeros(3 * SLICE_BYTES, dtype=torch.uint8)})
+    member = Member("peer", torch.device("cpu"), cast("Any", store), cast("Any", outbox), time.perf_counter)
+    for target in ("w1", "w2"):
+        member.fetch(Fetch(target, 1, 3, "form"))
+    while member.background_wait_s() is not None:
+        member.background()
+    assert sent == [(target, offset * SLICE_BYTES) for offset in range(3) for target in ("w1", "w2")]
