@@ -205,10 +205,15 @@ class Member:
         return sorted(self._stages)
 
     @property
-    def is_only_preparing(self) -> bool:
-        """Whether this worker takes part in a transition and runs no steps before it opens: what it does can wait for others."""
+    def has_time(self) -> bool:
+        """Whether what this worker does can wait for others: it takes part in a transition, and runs no steps before it opens, or none in the
+        next layout and no more in this one."""
         handover = self._handover
-        return handover is not None and not handover.is_open and handover.source_epoch not in self._stages
+        if handover is None:
+            return False
+        if handover.is_open:
+            return handover.layout.epoch not in self._stages and self._limiter.is_idle(self._clock())
+        return handover.source_epoch not in self._stages
 
     @property
     def num_sequences(self) -> int:

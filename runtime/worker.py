@@ -360,7 +360,7 @@ class Worker:
                 raise AssertionError("handled by the caller")
             case _:
                 assert_never(message)
-        self._priority.give_way(gives_way=member.is_only_preparing)
+        self._priority.give_way(gives_way=member.has_time)
 
 
 def _warn_of_peer(error: Exception) -> None:
