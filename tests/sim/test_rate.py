@@ -98,11 +98,48 @@ def test_little_waits_at_a_target_that_is_slow(monkeypatch: pytest.MonkeyPatch) 
     for index in range(1, 100):
         cluster.at(0.2 * index, cluster.tick)
     cluster.at(0.7, lambda: cluster.change(layout_of(("w0", 0, 1), ("w1", 1, NUM_LAYERS)), "live"))
-    target = cluster.workers
-    cluster.at(0.69, lambda: monkeypatch.setattr(target["w1"], "work", lambda: None))
-    cluster.at(2.0, lambda: (monkeypatch.undo(), target["w1"].work()))
+
+    def wake() -> None:
+        monkeypatch.undo()
+        cluster.workers["w1"].work()
+
+    cluster.at(0.69, lambda: monkeypatch.setattr(cluster.workers["w1"], "work", lambda: None))
+    cluster.at(2.0, wake)
     cluster.run(until=30.0)
     (report,) = cluster.head.reconfiguration.reports.values()
     assert report.outcome == "committed", report.why
     assert most == handover.MOST_UNTAKEN
     cluster.audit()
+
+
+def test_who_runs_no_steps_has_time() -> None:
+    """The target until the flip, and the source that gave all its layers away once nothing runs there; nobody who serves, at no time."""
+    cluster = SimCluster(1, num_stages=2, batching=BatchingConfig(block_size=4), num_blocks=300, num_spares=1)
+    draw, seen = random.Random(1), dict[str, list[tuple[str, bool]]]()
+    for sequence in range(6):
+        prompt = [draw.randrange(VOCAB) for _ in range(80)]
+        request = Request("sim", prompt, Sampling(temperature=0.0), max_tokens=400 if sequence == 5 else 2)
+        cluster.at(0.1 * sequence, lambda s=sequence, r=request: cluster.submit(s, r))
+
+    def look() -> None:
+        now = cluster.head.reconfiguration.view()
+        for name, worker in cluster.workers.items():
+            seen.setdefault(name, []).append((str(now["phase"]) if now else "", worker.member.has_time))
+
+    for index in range(1, 1000):
+        cluster.at(0.01 * index, look)
+        if index % 20 == 0:
+            cluster.at(0.01 * index, cluster.tick)
+    cluster.at(0.8, lambda: cluster.change(layout_of(("w0", 0, 2), ("w2", 2, NUM_LAYERS)), "live", rate=RATE))
+    cluster.run(until=30.0)
+    (report,) = cluster.head.reconfiguration.reports.values()
+    assert report.outcome == "committed", report.why
+    cluster.audit()
+    assert not any(has_time for _, has_time in seen["w0"])
+    assert ("shadow", True) in seen["w2"]
+    assert not any(has_time for phase, has_time in seen["w2"] if phase not in ("shadow", "copy", "flip"))
+    assert [has_time for phase, has_time in seen["w2"] if phase == "flip"].count(True) <= 2, "until it hears of it"
+    assert not any(has_time for phase, has_time in seen["w1"] if phase not in ("flip", "retire"))
+    in_flip = [has_time for phase, has_time in seen["w1"] if phase == "flip"]
+    assert not in_flip[0]
+    assert in_flip[-1]
