@@ -10,6 +10,7 @@ import hashlib
 import ipaddress
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -227,7 +228,7 @@ class _Head:
 
 def _members(driver: Driver) -> set[str]:
     """Who has joined, by the names they were first started with: a restarted worker's has a suffix."""
-    return {worker["name"].partition("-r")[0] for worker in driver.workers_view()}
+    return {re.sub(r"-r[0-9]+$", "", worker["name"]) for worker in driver.workers_view()}
 
 
 def _start_scaler(config: ServeConfig, driver: Driver, loop: asyncio.AbstractEventLoop) -> "asyncio.Task[None] | None":

@@ -428,9 +428,9 @@ class Driver:
         self._handle(Resume(name, self._loop.time()))
 
     def _check_worker(self, name: str) -> None:
-        names = self._state.members.in_order()
-        if name not in names:
-            raise LayoutError(f"there is no worker {name!r}; there are {', '.join(names)}", "worker")
+        members = self._state.members
+        if name not in members.workers:
+            raise LayoutError(f"there is no worker {name!r}; there are {members.listed()}", "worker")
 
     def abort_change(self, change: int) -> bool:
         """Abort a change that is queued, or whose last hop has not begun to flip, or leave one that is being aborted to it.

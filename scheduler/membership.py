@@ -119,6 +119,10 @@ class Membership:
         """The order in which workers become stages: by name, numbers by value (w2 before w10)."""
         return sorted(self.workers, key=_natural)
 
+    def listed(self) -> str:
+        """Their names, for people."""
+        return ", ".join(self.in_order()) or "none"
+
     def drain(self, name: WorkerName) -> None:
         if name in self.workers:
             self.workers[name].drained = True

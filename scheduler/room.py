@@ -78,7 +78,7 @@ class KvRoom:
         head = self._head
         for name in new.workers:
             if name not in head.members.workers:
-                raise Refused(f"there is no worker {name}; there are {', '.join(head.members.in_order())}")
+                raise Refused(f"there is no worker {name}; there are {head.members.listed()}")
         kv_bytes = head.kv_bytes
         if kv_bytes and (shortage := head.members.shortage(kv_bytes, weights_of(new, head.spec), old.workers)):
             raise Refused(shortage)

@@ -573,7 +573,7 @@ class SchedulerState:
             raise Refused(f"the layout has {change.layout.num_layers} layers, the model {self.cluster.spec.num_layers}")
         for name in change.layout.workers:
             if name not in self.members.workers:
-                raise Refused(f"there is no worker {name}; there are {', '.join(self.members.in_order())}")
+                raise Refused(f"there is no worker {name}; there are {self.members.listed()}")
         self.reconfiguration.request(change, queue=event.queue)
         self.next_change = max(self.next_change, change.id + 1)
 

@@ -156,3 +156,11 @@ def test_what_was_free_at_first_is_remembered_as_long_as_somebody_is_there() -> 
         members.lose(name)
     join(members, "w2", free=FREE // 2)
     assert members.memory_for_pages("w2", {"w2": 0}, 1.0) == FREE // 2, "the host itself may be another"
+
+
+def test_workers_are_listed_for_people() -> None:
+    members = Membership()
+    assert members.listed() == "none"
+    for name in ("w10", "w2"):
+        join(members, name)
+    assert members.listed() == "w2, w10"
