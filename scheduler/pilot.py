@@ -92,7 +92,7 @@ class Pilot:
         self._num_learned = 0
         self._timed: list[tuple[Work, Layout, list[HopTiming]]] = []
         self.learns = True
-        """Whether steps teach anything; where nobody asks what they taught (the simulator), it can be saved."""
+        """Whether steps and requests teach anything; where nobody asks what they taught (the simulator), it can be saved."""
         self._priced: tuple[float, Layout, BatchLoad] | None = None
         self._known: Layout | None = None
         self._asked: tuple[int, Layout] | None = None
@@ -120,9 +120,13 @@ class Pilot:
         if request is not None and is_end and request.tokens:
             self._ended(request, now_s)
 
-    def sent(self, step: StepPlan, now_s: float) -> None:
+    def is_noting(self, now_s: float) -> bool:
+        """Whether a step that is sent now will be learned from."""
         interval_s = NOTE_INTERVAL_S if self._num_learned < NUM_UNTIL_SETTLED else SETTLED_INTERVAL_S
-        if now_s - self._noted_s < interval_s or not self.learns:
+        return self.learns and now_s - self._noted_s >= interval_s
+
+    def sent(self, step: StepPlan, now_s: float) -> None:
+        if not self.is_noting(now_s):
             return
         self._noted_s = now_s
         if len(self._noted) >= MAX_TIMED:
@@ -171,10 +175,11 @@ class Pilot:
     def tick(self, head: Head, *, is_serving: bool) -> Question | None:
         """Learn, and perhaps ask: `heard` wants the answer."""
         autopilot, now_s, batcher = self.autopilot, head.now_s, head.batcher
-        self._learn()
-        autopilot.observe(
-            now_s, self._running(batcher.num_running), batcher.num_waiting, batcher.counters.generated_tokens
-        )
+        if self.learns:
+            self._learn()
+            autopilot.observe(
+                now_s, self._running(batcher.num_running), batcher.num_waiting, batcher.counters.generated_tokens
+            )
         if head.layout is None or not is_serving:
             return None
         self._follow(head)

@@ -338,9 +338,10 @@ class Monitor:
             if recent > n - 2:
                 break
             cut = n - recent
-            before, after = _Bucket(*map(float, sums[cut])), _Bucket(*map(float, sums[n] - sums[cut]))
+            before, after = _Bucket(*sums[cut].tolist()), _Bucket(*(sums[n] - sums[cut]).tolist())
             after.start_s = float(rows[cut, _AT["start_s"]])
-            for what, z, a, b in self._differences(before, after, rows[:cut], rows[cut:]):
+            until = _Bucket(*sums[cut - 1].tolist())
+            for what, z, a, b in self._differences(before, until, after, rows[:cut], rows[cut:]):
                 if z > self.settings.z and (best is None or z > best[0]):
                     best = z, cut, what, a, b
         if best is None:
@@ -349,9 +350,10 @@ class Monitor:
         return Shift(now_s, float(rows[cut, _AT["start_s"]]), what, a, b)
 
     def _differences(
-        self, before: _Bucket, after: _Bucket, rows_before: np.ndarray, rows_after: np.ndarray
+        self, before: _Bucket, until: _Bucket, after: _Bucket, rows_before: np.ndarray, rows_after: np.ndarray
     ) -> list[tuple[str, float, float, float]]:
-        """What differs by enough to matter: its name, by how many standard errors, before and after."""
+        """What differs by enough to matter: its name, by how many standard errors, before and after. `until` is `before` without its last
+        bucket: the number of clients may change within it."""
         assert self._since_s is not None
         settings, found = self.settings, []
         needed = math.log1p(settings.effect)
@@ -370,8 +372,6 @@ class Monitor:
             z = abs(mean1 - mean0) / math.sqrt(variance / n0 + variance / n1)
             if abs(mean1 - mean0) > needed:
                 found.append((what, z, math.exp(mean0), math.exp(mean1)))
-        # the number of clients may change within a bucket, which is of neither side then
-        until = _Bucket(*map(float, rows_before[:-1].sum(axis=0)))
         closed = _is_closed(until), _is_closed(after)
         if all(closed):
             found += self._clients(until, after)
