@@ -338,7 +338,7 @@ class Batcher:
         oldest, ordinal = lane.oldest, lane.next_ordinal
         lane.next_ordinal += 1
         flight = Flight([], 0)
-        rows = [self._row(step, sequence, count, ordinal, flight) for sequence, count in step.rows.items()]
+        rows = self._rows(step, ordinal, flight)
         lane.in_flight[ordinal] = flight
         self._num_in_flight += 1
         released, self._released[step.epoch] = self._released[step.epoch], []
@@ -446,11 +446,10 @@ class Batcher:
         starving = self._starving()
         if starving is not None and (step := self._filled(starving, (), now_s)):
             return step
-        if self._num_in_flight >= self.num_microbatches + self._has_one_more:
-            return None
-        if self._num_in_flight < self.num_microbatches and (step := self._filled(None, (), now_s)):
+        num_left = self.num_microbatches - self._num_in_flight
+        if num_left > 0 and (step := self._filled(None, (), now_s)):
             return step
-        if not self._looks_ahead:
+        if num_left < 0 or not self._looks_ahead or (num_left == 0 and not self._has_one_more):
             return None
         due_s = self._rhythm.ahead_s()
         if due_s - now_s >= MIN_WAIT_S:
@@ -533,7 +532,15 @@ class Batcher:
             elif sequence.running:
                 later.append(sequence)
                 break
-        for sequence in () if later else ahead:
+        if not later:
+            return self._take_ahead(step, ahead, share, cost)
+        ready.extendleft(reversed(later))
+        return cost
+
+    def _take_ahead(self, step: StepBuilder, ahead: ListOf[Sequence], share: float, cost: float) -> float:
+        """Those of `ahead` that have a place beside rows that `cost` so much of their `share`."""
+        prices, blocks = self.prices, self._blocks
+        for sequence in ahead:
             row_s = prices.decode_s(1, len(sequence.tokens))
             if cost >= share or (cost and cost + row_s / 2 > share) or step.budget <= 0:
                 break
@@ -543,7 +550,6 @@ class Batcher:
                 self._add(step, sequence, 1, sequence.epoch)
                 step.is_ahead = True
                 cost += row_s
-        ready.extendleft(reversed(later))
         return cost
 
     def _prefill_budget(self, step: StepBuilder, decode_s: float, now_s: float) -> int:
@@ -567,9 +573,11 @@ class Batcher:
             left_s = self.flip_due_s - now_s
         else:
             left_s = math.inf if self.is_vacated() else 0.0  # then only the rest of the cache is copied
+        if left_s == math.inf:
+            return self._config.max_step_tokens
         times = self.num_stages + self.num_microbatches + self._has_one_more - 1
         token_s = self.prices.prefill_s * times or NEAR_S / self._config.max_step_tokens
-        return self._config.max_step_tokens if left_s == math.inf else int(max(0.0, left_s) / token_s)
+        return int(max(0.0, left_s) / token_s)
 
     def _take_prefills(self, step: StepBuilder) -> None:
         for sequence in self._prefilling:
@@ -688,6 +696,9 @@ class Batcher:
                 return False
         step.new_blocks[sequence] = blocks.grow(sequence)
         return True
+
+    def _rows(self, step: StepBuilder, ordinal: int, flight: Flight) -> list[Row]:
+        return [self._row(step, sequence, count, ordinal, flight) for sequence, count in step.rows.items()]
 
     def _row(self, step: StepBuilder, sequence: Sequence, count: int, ordinal: int, flight: Flight) -> Row:
         """Make the row, advance the sequence, publish the blocks that it fills, if all their tokens are known."""

@@ -34,9 +34,10 @@ from scheduler.events import (
     Wake,
 )
 from scheduler.planning.autopilot import Mode, Settings
-from scheduler.planning.cost import Facts, work_of_rows
+from scheduler.planning.cost import Facts
 from scheduler.planning.look import answer
 from scheduler.request import AdmissionError, Request, TokenOutput
+from scheduler.simulation.batcher import CohortBatcher
 from scheduler.simulation.policies import Policy
 from scheduler.simulation.trace import Trace
 from scheduler.simulation.worker import Flight, SimWorker
@@ -129,6 +130,8 @@ class Simulation:
             heartbeat_timeout_s=math.inf, autopilot=autopilot, piloting=piloting,
         )  # fmt: skip
         self.head = SchedulerState(cluster, batching)
+        self.batcher = CohortBatcher(batching, self.head.pool, self.head.directory)
+        self.head.batcher = self.batcher
         self.head.pilot.learns = autopilot != "off"
         facts, rng = Facts(spec), np.random.default_rng(seed)
         factors = iter(()) if not rates.noise else _lognormal(rng, rates.noise)
@@ -204,13 +207,13 @@ class Simulation:
 
     def _handle(self, event: Event) -> None:
         world, head = self.world, self.head
+        self.batcher.lists_rows = head.pilot.is_noting(world.now_s)
         for effect in head.step(event):
             match effect:
                 case Emit():
                     self._emit(effect.sequence, effect.output)
                 case SendStep():
-                    rows = effect.plan.rows
-                    work = work_of_rows((row.start, len(row.tokens), row.sample) for row in rows)
+                    work = self.batcher.take_work(effect.plan)
                     worker = self.workers[effect.worker]
                     flight = Flight(effect.plan, work, [] if head.pilot.awaits(effect.plan) else None, {})
                     world.at(world.now_s + world.rates.flight_s, worker.step, flight, 0)
@@ -229,7 +232,8 @@ class Simulation:
         if not self._serves and head.status in ("serving", "failed"):
             self._serves = True
             self.world.stop()
-        self._watch_layout()
+        if head.layout is not self._seen[0] or head.reconfiguration.target is not self._seen[1]:
+            self._watch_layout()
 
     def _wake(self) -> None:
         self._alarm_s = math.inf
@@ -264,6 +268,14 @@ class Simulation:
         except AdmissionError:
             self._ended(record, "rejected")
 
+    def _catch_up(self) -> None:
+        """The head's autopilot, and the records, hear of tokens that have come and were held back."""
+        for at_s, outputs in self.batcher.catch_up():
+            self.head.pilot.outputs(outputs, at_s)
+            for sequence, output in outputs:
+                self._emit(sequence, output)
+                self._live[sequence].last_s = at_s - self._began_s
+
     def _emit(self, sequence: int, output: TokenOutput) -> None:
         record, now_s = self._live[sequence], self.now_s
         if output.tokens:
@@ -286,8 +298,10 @@ class Simulation:
 
     def _tick(self) -> None:
         """Time passes for the head, its autopilot included, and the policy is asked."""
-        self._handle(Tick(self.world.now_s))
         head = self.head
+        if head.pilot.autopilot.is_due(self.world.now_s):
+            self._catch_up()
+        self._handle(Tick(self.world.now_s))
         if head.status == "serving" and head.layout is not None:
             is_free = not head.reconfiguration.is_active
             layout = self.policy.decide(self.now_s, head.layout, is_free=is_free)
@@ -313,7 +327,7 @@ class Simulation:
         """Note which layout serves and who holds any of it; tell the policy what became of its change."""
         head, outcome = self.head, self.outcome
         layout, target = head.layout, head.reconfiguration.target
-        if layout is None or head.status != "serving" or (layout is self._seen[0] and target is self._seen[1]):
+        if layout is None or head.status != "serving":
             return
         self._seen = layout, target
         used = tuple(dict.fromkeys((*layout.workers, *(target.workers if target is not None else ()))))
@@ -330,6 +344,7 @@ class Simulation:
 
     def _finish(self) -> Outcome:
         head, outcome = self.head, self.outcome
+        self._catch_up()
         head.check_integrity()
         for worker in self.workers.values():
             worker.end_passage()

@@ -2,7 +2,9 @@
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import pytest
 
 from runtime.layout import Layout, layout_from_counts
@@ -10,11 +12,13 @@ from scheduler.batching import BatchingConfig
 from scheduler.planning.cost import Facts
 from scheduler.planning.forecast import Device, Pipeline
 from scheduler.planning.traffic import Serving, Slo, Traffic
+from scheduler.simulation import batcher
 from scheduler.simulation.policies import Oracle, Planning, Policy
 from scheduler.simulation.results import device_seconds, summarise
 from scheduler.simulation.shapes import load_shape
 from scheduler.simulation.simulator import Outcome, Simulation, SimulationError
 from scheduler.simulation.trace import Trace, make_trace
+from scheduler.simulation.worker import SimWorker
 from scheduler.simulation.world import Rates, name_devices, parse_devices
 
 SPEC = load_shape("llama-3-8b")
@@ -41,10 +45,9 @@ class Scripted(Policy):
         self.failures.append(why)
 
 
-def run(
+def make(
     cluster: str,
     counts: Sequence[int],
-    trace: Trace,
     policy: Policy | None = None,
     *,
     rates: Rates | None = None,
@@ -53,13 +56,19 @@ def run(
     concurrency: int = 0,
     max_running: int = 64,
     num_microbatches: int = 0,
-) -> tuple[Simulation, Outcome]:
+) -> Simulation:
     devices = name_devices(parse_devices(cluster), ())
     batching = BatchingConfig(num_microbatches or len(counts), 512, max_running, 500, 16, prefix_cache=False)
-    simulation = Simulation(
+    return Simulation(
         SPEC, devices, counts, policy or Policy(), batching=batching, rates=rates or Rates(load_bytes_per_s=20e9),
         seed=seed, kv_bytes=kv_bytes, concurrency=concurrency,
     )  # fmt: skip
+
+
+def run(
+    cluster: str, counts: Sequence[int], trace: Trace, policy: Policy | None = None, **options: Any
+) -> tuple[Simulation, Outcome]:
+    simulation = make(cluster, counts, policy, **options)
     return simulation, simulation.run(trace)
 
 
@@ -115,6 +124,44 @@ def test_the_same_seed_is_the_same_run() -> None:
     assert (
         make_trace(SHIFT, 3).arrival_s.tolist() == trace.arrival_s.tolist() != make_trace(SHIFT, 4).arrival_s.tolist()
     )
+
+
+@pytest.mark.parametrize("cluster", ["a100:2,l40s:1", "a100:1,l40s:2"])
+def test_cohorts_change_nothing(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = make_trace("poisson:rate=8,prompt=200,output=100,cv=1,duration=30", 5)
+    outcomes: list[Outcome] = []
+    for least in (batcher.MIN_MEMBERS, 1 << 30):
+        monkeypatch.setattr(batcher, "MIN_MEMBERS", least)
+        wishes = [(8.0, layout_from_counts(0, ["w1", "w2"], [20, 12])), (20.0, layout_from_counts(0, ["w0"], [32]))]
+        simulation, outcome = run(cluster, (16, 16), trace, Scripted(wishes), rates=Rates(noise=0.2), kv_bytes=1 << 30)
+        check(simulation, outcome, trace)
+        outcomes.append(outcome)
+    assert outcomes[0] == outcomes[1]
+
+
+def test_a_run_that_is_cut_short_knows_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = make_trace("poisson:rate=8,prompt=200,output=400,duration=30", 5)
+    outcomes: list[Outcome] = []
+    for least in (batcher.MIN_MEMBERS, 1 << 30):
+        monkeypatch.setattr(batcher, "MIN_MEMBERS", least)
+        outcomes.append(make("a100:2", (16, 16)).run(trace, max_s=12.345))
+    assert outcomes[0].unfinished
+    assert outcomes[0] == outcomes[1]
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+def test_a_whole_pipeline_at_once_is_hop_by_hop(noise: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = make_trace("poisson:rate=8,prompt=200,output=50,cv=1,duration=20", 5)
+    runs = []
+    for is_hop_by_hop in (False, True):
+        if is_hop_by_hop:
+            monkeypatch.setattr(SimWorker, "_open_passage", lambda worker, plan: False)
+        rates = Rates(noise=noise, flight_s=0.001)
+        simulation, outcome = run("a100:2,l40s:2,l4:1", (7, 9, 6, 6, 4), trace, rates=rates, kv_bytes=1 << 30)
+        check(simulation, outcome, trace)
+        runs.append([(r.first_s, r.last_s) for r in outcome.records])
+        runs[-1].append((outcome.end_s, sum(outcome.busy_s.values())))
+    assert np.array(runs[0]) == pytest.approx(np.array(runs[1]), rel=1e-9)
 
 
 def test_a_change_of_layout_commits_and_moves_what_it_says() -> None:
