@@ -1,12 +1,12 @@
-"""A whole pipeline at once: the times of a step at every hop, as arrays. Pure.
+"""A whole pipeline at once: the times of a step at every hop, in one loop. Pure.
 
 Steps of one layout go through its hops in their order. With c[h] the time for which hop h computes and sends, f[h] when it is free, and d
 the flight between two workers, a hop begins at ::
 
     begun[h] = max(begun[h - 1] + c[h - 1] + d,  f[h])          and f[h] becomes begun[h] + c[h]
 
-which, with P[h] the sum of c + d over the hops before h, is ``P + maximum.accumulate(f - P)``: the times that `SimWorker.step` finds
-hop by hop, up to rounding, in a dozen array operations instead of some microseconds a hop.
+as `SimWorker.step` finds it hop by hop. Hops of one device kind and as many layers take as long as each other, so of a step only that
+loop is left for each hop, a dozen times shorter than a call of the worker.
 
 Never true: a passage is open while one of its workers has a part in a transition, or holds two of its hops.
 """
@@ -14,15 +14,12 @@ Never true: a passage is open while one of its workers has a part in a transitio
 from collections import deque
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from runtime.limiter import MEMORY_S, Limiter
 from runtime.messages import HopTiming
-from scheduler.planning.cost import Facts, Work
+from scheduler.planning.cost import Facts, Work, hop_seconds
+from scheduler.planning.devices import DeviceKind
 from scheduler.simulation.stage_cost import StageCost
 
-MIN_HOPS = 5
-"""Fewer are faster one by one."""
 _REMEMBERED_S = 20 * MEMORY_S
 """A limiter has forgotten what was before that, all but e^-20 of it."""
 
@@ -44,57 +41,76 @@ class Passage:
         free_s: Sequence[float],
         idle_since_s: Sequence[float],
     ) -> None:
-        self.free_s, self.idle_since_s = np.array(free_s), np.array(idle_since_s)
-        self.busy_s = np.zeros(len(stages))
-        """Since the passage was opened."""
-        self._names, self._last, self._flight_s, self._noise = names, stages[-1], flight_s, noise
-        kinds = [stage.speed.kind for stage in stages]
-        self._latency_s = np.array([kind.link_latency_s for kind in kinds])
-        self._row_s = np.array([facts.hidden_bytes / kind.link_bytes_per_s for kind in kinds])
-        self._row_s[-1] = 0.0
-        self._step_s = np.array([stage.step_s for stage in stages])
-        speeds = {id(stage.speed): stage for stage in stages}
-        self._speeds = tuple(speeds.values())
-        """One stage of each speed that there is: it tells what a layer costs there."""
-        counts = np.zeros((len(stages), len(speeds), len(stages[0].counts)))
+        self.free_s, self.idle_since_s = list(free_s), list(idle_since_s)
+        self._facts, self._names, self._flight_s, self._noise = facts, names, flight_s, noise
+        kinds: dict[object, int] = {}
+        self._stages: list[tuple[StageCost, DeviceKind]] = []
+        """One of each kind; with noise every stage is its own."""
+        self._kinds: list[int] = []
+        """By hop: which of these it is."""
         for hop, stage in enumerate(stages):
-            counts[hop, list(speeds).index(id(stage.speed))] = stage.counts
-        self._counts = counts.reshape(len(stages), -1)
-        self._ran: deque[tuple[np.ndarray, np.ndarray]] = deque()
+            like = hop if noise is not None else (id(stage.speed), tuple(stage.counts), stage.is_last)
+            self._kinds.append(kinds.setdefault(like, len(kinds)))
+            if len(kinds) > len(self._stages):
+                self._stages.append((stage, stage.speed.kind))
+        self._busy_s = [0.0] * len(self._stages)
+        self._ran: deque[tuple[list[float], list[float]]] = deque()
+
+    @property
+    def busy_s(self) -> list[float]:
+        """By hop, since the passage was opened."""
+        return [self._busy_s[kind] for kind in self._kinds]
 
     def run(self, work: Work, arrived_s: float, timings: list[HopTiming] | None) -> float:
         """A step arrives at the first hop: when its result has left the last one. Its timings are added to `timings`."""
-        layers_s = [seconds for stage in self._speeds for seconds in stage.layers_s(work)]
-        compute_s = self._counts @ np.array(layers_s) + self._step_s
-        sample_s = self._last.sample_s(work)
-        if self._noise is not None:
-            factors = np.array([self._noise() for _ in self._names])
-            compute_s, sample_s = compute_s * factors, sample_s * float(factors[-1])
-        taken_s = compute_s + (self._latency_s + work.num_tokens * self._row_s)
-        taken_s[-1] += sample_s
-        before_s = (taken_s + self._flight_s).cumsum()
-        before_s[1:] = before_s[:-1]
-        before_s[0] = 0.0
-        free_s = self.free_s.copy()
-        free_s[0] = max(free_s[0], arrived_s)
-        begun_s = np.maximum.accumulate(free_s - before_s) + before_s
-        ended_s = begun_s + compute_s
-        ended_s[-1] += sample_s
-        self._ran.append((begun_s, ended_s))
-        while self._ran[0][1][0] < arrived_s - _REMEMBERED_S:
-            self._ran.popleft()
-        self.free_s = begun_s + taken_s
-        self.busy_s += taken_s
+        known: dict[int, list[float]] = {}
+        computed_s: list[float] = []
+        took_s: list[float] = []
+        sample_s = 0.0
+        for stage, device in self._stages:
+            factor = 1.0 if self._noise is None else self._noise()
+            compute_s = stage.compute_s(work, known) * factor
+            computed_s.append(compute_s)
+            if stage.is_last:
+                sample_s = stage.sample_s(work) * factor
+                took_s.append(compute_s + sample_s + device.link_latency_s)
+            else:
+                took_s.append(compute_s + hop_seconds(self._facts, device, work.num_tokens))
+        self._busy_s = [busy_s + taken_s for busy_s, taken_s in zip(self._busy_s, took_s, strict=True)]
+        flight_s, at_s = self._flight_s, arrived_s
+        begun_s: list[float] = []
+        then_s: list[float] = []
+        for kind, free_s in zip(self._kinds, self.free_s, strict=True):
+            if free_s > at_s:
+                at_s = free_s
+            begun_s.append(at_s)
+            at_s += took_s[kind]
+            then_s.append(at_s)
+            at_s += flight_s
+        self.free_s = then_s
+        self._remember(begun_s, computed_s, sample_s, arrived_s)
         if timings is not None:
-            arrivals_s = np.concatenate(([arrived_s], self.free_s[:-1] + self._flight_s))
-            spent_s = (arrivals_s - self.idle_since_s, begun_s - arrivals_s, compute_s, np.zeros(len(compute_s)))
-            spent_s[-1][-1] = sample_s
-            spent_us = np.maximum(1e6 * np.array(spent_s).T, 0.0).astype(int).tolist()
-            timings.extend(HopTiming(name, *us) for name, us in zip(self._names, spent_us, strict=True))
+            arrivals_s = [arrived_s, *(free_s + flight_s for free_s in self.free_s[:-1])]
+            for hop, kind in enumerate(self._kinds):
+                idle_s = max(0.0, arrivals_s[hop] - self.idle_since_s[hop])
+                spent_s = idle_s, begun_s[hop] - arrivals_s[hop], computed_s[kind]
+                sampled_s = sample_s if hop == len(self._kinds) - 1 else 0.0
+                timings.append(HopTiming(self._names[hop], *(int(1e6 * s) for s in (*spent_s, sampled_s))))
         self.idle_since_s = self.free_s
-        return float(self.free_s[-1])
+        return self.free_s[-1]
 
     def remind(self, limiter: Limiter, hop: int) -> None:
         """Tell the limiter of the worker at `hop` of the steps that it would still remember."""
-        for begun_s, ended_s in self._ran:
-            limiter.ran(float(begun_s[hop]), float(ended_s[hop]))
+        kind = self._kinds[hop]
+        for begun_s, spent_s in self._ran:
+            limiter.ran(begun_s[hop], begun_s[hop] + spent_s[kind])
+
+    def _remember(self, begun_s: list[float], computed_s: list[float], sample_s: float, arrived_s: float) -> None:
+        """When it began at each hop, and how long it ran there by kind."""
+        last = self._kinds[-1]
+        spent_s = computed_s[:]
+        spent_s[last] += sample_s
+        ran = self._ran
+        ran.append((begun_s, spent_s))
+        while ran[0][0][0] < arrived_s - _REMEMBERED_S:
+            ran.popleft()

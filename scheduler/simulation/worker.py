@@ -8,8 +8,8 @@ as the real one does.
 
 While nothing but steps is going on, they meet no decision on their way, and go through all of the pipeline at once: the times of
 every hop follow from when its worker is free and when the step arrives there. So `free_at_s` may lie a pass ahead of the
-clock. A long pipeline does that in arrays (`passage`), and its workers' times are there until one of them gets another message than a
-step. A worker in a transition takes its steps one by one, as they arrive.
+clock. A pipeline of different workers does that in one loop (`passage`), and its workers' times are there until one of them gets another
+message than a step. A worker in a transition takes its steps one by one, as they arrive.
 
 Simplified: weights come from the worker's own disk, never from a peer; a message is never lost, doubled or overtaken.
 """
@@ -49,7 +49,7 @@ from runtime.messages import (
 )
 from scheduler.planning.cost import Facts, Work, hop_seconds
 from scheduler.simulation.handover import CopyJob, Incoming, SimHandover, Source
-from scheduler.simulation.passage import MIN_HOPS, Passage
+from scheduler.simulation.passage import Passage
 from scheduler.simulation.stage_cost import StageCost
 from scheduler.simulation.world import SimDevice, World
 
@@ -235,8 +235,8 @@ class SimWorker:
                 if fed_s < math.inf:
                     self._world.at(fed_s, self._feed, epoch)
                 return
-            for ordinal in [known for known in sampled_s if known < plan.oldest]:
-                del sampled_s[ordinal]
+            while sampled_s and (known := next(iter(sampled_s))) < plan.oldest:
+                del sampled_s[known]
             self._take(unfed.popleft(), 0, max(now_s, fed_s))
 
     def _take(self, flight: Flight, hop: int, arrived_s: float) -> None:
@@ -262,10 +262,8 @@ class SimWorker:
             hop += 1
 
     def _open_passage(self, plan: StepPlan) -> bool:
-        """Whether the pipeline is long, and this step and all that follow may be run ahead of time on all of it."""
+        """Whether this step and all that follow may be run ahead of time on all of the pipeline."""
         layout = self._stages[plan.epoch]
-        if layout.num_hops < MIN_HOPS:
-            return False
         workers = [self._network.peer(segment.worker) for segment in layout.segments]
         if not all(worker._is_next(plan, hop) for hop, worker in enumerate(workers)):
             return False
@@ -287,10 +285,11 @@ class SimWorker:
         passage, (epoch, workers) = self._passage, self._passing
         if passage is None:
             return
+        busy_s = passage.busy_s
         for hop, worker in enumerate(workers):
-            worker.free_at_s = float(passage.free_s[hop])
-            worker._idle_since_s = float(passage.idle_since_s[hop])
-            worker.busy_s += float(passage.busy_s[hop])
+            worker.free_at_s = passage.free_s[hop]
+            worker._idle_since_s = passage.idle_since_s[hop]
+            worker.busy_s += busy_s[hop]
             worker._next[epoch, hop] = workers[0]._next[epoch, 0]
             passage.remind(worker._limiter, hop)
             worker._passage = None
@@ -382,7 +381,7 @@ class SimWorker:
     def _copy(self, copy: Copy) -> None:
         handover = self._under_way(copy.transition)
         if handover is not None:
-            handover.bytes_per_s, handover.is_bound = copy.bytes_per_s, copy.is_bound
+            handover.bytes_per_s, handover.is_bound = float(copy.bytes_per_s), copy.is_bound
             handover.copy_began_s = self._world.now_s
             handover.due_s = self._world.now_s
             handover.jobs.extend(CopyJob(source, len(copy.blocks)) for source in handover.sources)
