@@ -121,9 +121,9 @@ class Directory:
             AssertionError: with the story of what is wrong.
         """
         assert list(self._epochs) == sorted(self._epochs), f"the open epochs {list(self._epochs)} do not ascend"
-        for epoch, entry in self._epochs.items():
-            assert entry.owners == _owners(entry.placement), f"the owners of epoch {epoch} differ from its placement"
-            for sequence in entry.sequences:
+        for epoch, opened in self._epochs.items():
+            assert opened.owners == _owners(opened.placement), f"the owners of epoch {epoch} differ from its placement"
+            for sequence in opened.sequences:
                 assert sequence in self._sequences, f"epoch {epoch} lists sequence {sequence}, which is gone"
         for sequence, entry in self._sequences.items():
             homes = [epoch for epoch, other in self._epochs.items() if sequence in other.sequences]
