@@ -12,8 +12,8 @@ accelerator bytes move by copy engines and on streams of their own; steps lose w
 bandwidth of the memory that the bytes pass through, `PASSES` times. That is a percent or two of what the link takes to bring them, so
 there it is mostly the link that sets the pace: (share * memory bandwidth / `PASSES`) bytes/s at most.
 
-A slice that had to wait for a long step is not followed by a full rest: what it is late by is made up for, up to `CREDIT_S`. (Else a
-worker whose steps take a third of a second would do three slices a second.)
+A slice that had to wait for a long step is not followed by a full rest: what it is late by is made up for, up to `CREDIT_S` or
+`ACCELERATOR_CREDIT_S`: else a worker whose steps take a third of a second would do three slices a second.
 
 Assumed, not measured: that steps are bound by memory bandwidth, that it is divided fairly, and that a loader's thread takes nothing
 else from steps.
@@ -31,7 +31,8 @@ copied twice: what arrives meanwhile is mirrored."""
 MEMORY_S = 0.5
 """Time constant of the average of how busy the worker is."""
 IDLE_AFTER_S = 0.1
-CREDIT_S = 0.1
+CREDIT_S, ACCELERATOR_CREDIT_S = 0.1, 0.25
+"""On a processor a step waits for what is made up for; on an accelerator it runs beside."""
 PASSES = 3
 """How often a byte passes through an accelerator's memory: gathered from pages (read, written), then sent (read); or the same the
 other way round. Weights pass it once, or thrice when they are put into another form."""
@@ -104,4 +105,5 @@ class Limiter:
     ) -> float:
         """When the next slice may begin, after one that was due at `was_due_s` and ended now."""
         rest_s = self.rest_s(now_s, worked_s, num_bytes, bytes_per_s)
-        return max(was_due_s, now_s - worked_s - CREDIT_S) + worked_s + rest_s
+        credit_s = CREDIT_S if self._accelerator is None else ACCELERATOR_CREDIT_S
+        return max(was_due_s, now_s - worked_s - credit_s) + worked_s + rest_s

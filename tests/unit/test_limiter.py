@@ -2,7 +2,17 @@
 
 import pytest
 
-from runtime.limiter import CREDIT_S, IDLE_AFTER_S, LOADING, MIN_SHARE, PASSES, SHARE_OF_FREE, Accelerator, Limiter
+from runtime.limiter import (
+    ACCELERATOR_CREDIT_S,
+    CREDIT_S,
+    IDLE_AFTER_S,
+    LOADING,
+    MIN_SHARE,
+    PASSES,
+    SHARE_OF_FREE,
+    Accelerator,
+    Limiter,
+)
 
 GPU = Accelerator(memory_bytes_per_s=2e12, link_bytes_per_s=20e9)
 
@@ -94,14 +104,14 @@ def test_the_link_bounds_what_a_loader_brings() -> None:
     assert free.loading_share(now_s) == 1.0, "all the time, where a share of the bandwidth is more than the link brings"
 
 
-@pytest.mark.parametrize("accelerator", [None, GPU], ids=["processor", "accelerator"])
-def test_slices_that_waited_for_a_step_are_made_up_for(accelerator: Accelerator | None) -> None:
+@pytest.mark.parametrize(("accelerator", "credit_s"), [(None, CREDIT_S), (GPU, ACCELERATOR_CREDIT_S)])
+def test_slices_that_waited_for_a_step_are_made_up_for(accelerator: Accelerator | None, credit_s: float) -> None:
     limiter, now_s = after_steps(0.999, accelerator=accelerator)
     rest_s = limiter.rest_s(now_s, 0.001)
     late_s = 0.1
     assert limiter.due_s(now_s, now_s - 0.001 - late_s, 0.001) == pytest.approx(now_s - late_s + rest_s)
     long_ago = limiter.due_s(now_s, now_s - 100.0, 0.001)
-    assert long_ago == pytest.approx(now_s - CREDIT_S + rest_s), "but not for more than that"
+    assert long_ago == pytest.approx(now_s - credit_s + rest_s), "but not for more than that"
     due_s = now_s - 0.2
     for _ in range(100):  # slices of a millisecond after a step of 0.2 s: what was due meanwhile, and no more
         due_s = limiter.due_s(now_s, due_s, 0.001)
