@@ -151,14 +151,12 @@ class Incoming:
         device, num_bytes = self._pool.data.device, pages.nbytes
         pages = self._to_device(pages)
         mine = self._pool.pages_of(self._layers, blocks)
-        if not touched.any():
-            _place(self._pool.data.flatten(1), mine.ravel(), pages)
-        else:
-            self._pool.data[_index(mine[:, ~touched], device)] = pages[:, _index(np.flatnonzero(~touched), device)]
-            for position in np.flatnonzero(touched):
-                older = _index(np.flatnonzero(~self._newer[blocks[position]]), device)
-                for index, page in enumerate(mine[:, position].tolist()):
-                    self._pool.data[page][:, older] = pages[index, int(position)][:, older]
+        whole = pages[:, _index(np.flatnonzero(~touched), device)] if touched.any() else pages
+        _place(self._pool.data.flatten(1), mine[:, ~touched].ravel(), whole)
+        for position in np.flatnonzero(touched):
+            older = _index(np.flatnonzero(~self._newer[blocks[position]]), device)
+            for index, page in enumerate(mine[:, position].tolist()):
+                self._pool.data[page][:, older] = pages[index, int(position)][:, older]
         self.page_bytes += num_bytes
 
 

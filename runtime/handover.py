@@ -61,6 +61,16 @@ class _CopyJob:
     num_taken: int = 0
     """Blocks that are in place at the target, from the first on."""
 
+    @property
+    def slice(self) -> np.ndarray:
+        """The blocks of the next slice."""
+        return self.blocks[self.next : self.next + self.blocks_per_slice]
+
+    @property
+    def is_far_ahead(self) -> bool:
+        """Whether the target is to take more of what was sent before there is another slice."""
+        return self.next - self.num_taken >= MOST_UNTAKEN * self.blocks_per_slice
+
 
 @dataclass(slots=True)
 class _Rhythm:
@@ -263,10 +273,7 @@ class Handover:
     @property
     def has_slices(self) -> bool:
         """Whether some of the snapshot remains to be sent, and its target has taken enough of what was."""
-        if not self._jobs:
-            return False
-        job = self._next_job()
-        return job.next - job.num_taken < MOST_UNTAKEN * job.blocks_per_slice
+        return bool(self._jobs) and not self._next_job().is_far_ahead
 
     def taken(self, message: Taken) -> None:
         """A target has put in place what was sent."""
@@ -289,7 +296,7 @@ class Handover:
     def send_slice(self, now_s: float, send: SendPeer) -> int:
         """Send the next slice of the snapshot, of what the flip waits for first; its bytes."""
         job = self._next_job()
-        blocks = job.blocks[job.next : job.next + job.blocks_per_slice]
+        blocks = job.slice
         pages = job.source.outgoing.pages(blocks)
         head = (self.transition, job.source.index, job.next, blocks.astype(np.int32).tobytes())
         self._send(job.source, pages, lambda check: Pages(*head, check), send)
@@ -309,8 +316,7 @@ class Handover:
         """Under a bound the next slice is sent when there has been time for it."""
         if self.is_bound and self._jobs:
             job = self._next_job()
-            num_blocks = min(job.blocks_per_slice, len(job.blocks) - job.next)
-            num_bytes = num_blocks * job.source.outgoing.bytes_per_block
+            num_bytes = len(job.slice) * job.source.outgoing.bytes_per_block
             self.slice_due_s = max(self.slice_due_s, now_s) + num_bytes / self.bytes_per_s
 
     def totals(self) -> tuple[int, int]:

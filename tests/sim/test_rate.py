@@ -6,27 +6,31 @@ import random
 import pytest
 import torch
 
-from kvstore.ids import LayerRange
 from runtime import handover
-from runtime.layout import Layout, Segment
 from runtime.messages import Copied, Copy, Pages, Sampling, ToWorker, decode_to_head
 from scheduler.batching import BatchingConfig
 from scheduler.request import Request
 from tests.sim.cluster import NUM_LAYERS, VOCAB, SimCluster, layout_of
 
 RATE = 2000
-TARGET = Layout(
-    0,
-    NUM_LAYERS,
-    (Segment("w1", LayerRange(0, 1)), Segment("w2", LayerRange(1, 3)), Segment("w0", LayerRange(3, NUM_LAYERS))),
-)
+TARGET = layout_of(("w1", 0, 1), ("w2", 1, 3), ("w0", 3, NUM_LAYERS))
 """Every worker is a source, of one layer or of two."""
+
+
+def submit_five(cluster: SimCluster, max_tokens: int) -> None:
+    """Requests of 40 tokens at 0.5 s, and time that goes on for 20."""
+    draw = random.Random(1)
+    for sequence in range(5):
+        prompt = [draw.randrange(VOCAB) for _ in range(40)]
+        request = Request("sim", prompt, Sampling(temperature=0.0), max_tokens=max_tokens)
+        cluster.at(0.5, lambda s=sequence, r=request: cluster.submit(s, r))
+    for index in range(1, 100):
+        cluster.at(0.2 * index, cluster.tick)
 
 
 def copied(rate: int | None, max_tokens: int, strategy: str = "live") -> list[tuple[float, str, int]]:
     """When, in seconds from the first `Copy`, each source sent how many bytes of the snapshot."""
     cluster = SimCluster(1, num_stages=3, batching=BatchingConfig(block_size=4), num_blocks=300)
-    draw = random.Random(1)
     sent: list[tuple[float, str, int]] = []
     began_s: list[float] = []
     transmit = cluster.transmit
@@ -39,12 +43,7 @@ def copied(rate: int | None, max_tokens: int, strategy: str = "live") -> list[tu
         transmit(sender, to, message, tensors, *rest)  # type: ignore[arg-type]
 
     cluster.transmit = watch  # type: ignore[method-assign]
-    for sequence in range(5):
-        prompt = [draw.randrange(VOCAB) for _ in range(40)]
-        request = Request("sim", prompt, Sampling(temperature=0.0), max_tokens=max_tokens)
-        cluster.at(0.5, lambda s=sequence, r=request: cluster.submit(s, r))
-    for index in range(1, 100):
-        cluster.at(0.2 * index, cluster.tick)
+    submit_five(cluster, max_tokens)
     cluster.at(1.5 if max_tokens == 2 else 0.7, lambda: cluster.change(TARGET, strategy, rate=rate))  # type: ignore[arg-type]
     cluster.run(until=30.0)
     (report,) = cluster.head.reconfiguration.reports.values()
@@ -75,7 +74,7 @@ def test_without_one_an_idle_worker_copies_as_it_can() -> None:
 def test_little_waits_at_a_target_that_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(handover, "SLICE_BYTES", 1)
     cluster = SimCluster(1, num_stages=2, batching=BatchingConfig(block_size=4), num_blocks=300)
-    draw, waiting, most = random.Random(1), set[tuple[int, int]](), 0
+    waiting, most = set[tuple[int, int]](), 0
     transmit, to_head = cluster.transmit, cluster.transmit_to_head
 
     def watch(sender: str, to: str, message: ToWorker, tensors: list[torch.Tensor], *rest: object) -> None:
@@ -92,11 +91,7 @@ def test_little_waits_at_a_target_that_is_slow(monkeypatch: pytest.MonkeyPatch) 
         to_head(worker, raw, **rest)  # type: ignore[arg-type]
 
     cluster.transmit, cluster.transmit_to_head = watch, told  # type: ignore[method-assign]
-    for sequence in range(5):
-        request = Request("sim", [draw.randrange(VOCAB) for _ in range(40)], Sampling(temperature=0.0), max_tokens=150)
-        cluster.at(0.5, lambda s=sequence, r=request: cluster.submit(s, r))
-    for index in range(1, 100):
-        cluster.at(0.2 * index, cluster.tick)
+    submit_five(cluster, 150)
     cluster.at(0.7, lambda: cluster.change(layout_of(("w0", 0, 1), ("w1", 1, NUM_LAYERS)), "live"))
 
     def wake() -> None:
