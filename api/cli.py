@@ -462,6 +462,7 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
     add("--duration", type=_seconds, default=0.0, metavar="SECONDS", help="only the trace's beginning")
     add("--rate-scale", type=_span, default=1.0, metavar="X", help="let requests come X times as fast")
     add("--concurrency", type=_natural, default=0, metavar="N", help="N clients, instead of the trace's arrival times")
+    add("--limits", action="store_true", help="clients set max_tokens to what they get, and the autopilot sees it")
     add("--seed", type=_natural, default=0, metavar="N", help="of a trace that is made up, and of noise")
 
     group = parser.add_argument_group("server and hosts")

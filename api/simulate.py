@@ -112,6 +112,7 @@ def build(options: argparse.Namespace) -> Scenario:
         concurrency=options.concurrency,
         autopilot="on" if options.policy == "autopilot" else "off",
         piloting=Settings(objective=options.objective, slo=slo, load_bytes_per_s=float(options.load_rate)),
+        limits=options.limits,
     )
     return Scenario(spec, devices, counts, trace, policy, slo, simulation)
 

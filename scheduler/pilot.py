@@ -28,6 +28,7 @@ from scheduler.planning.cost import Facts, Work, work_of_rows
 from scheduler.planning.fleet import Fleet
 from scheduler.planning.forecast import Device
 from scheduler.planning.look import Answer, Question
+from scheduler.planning.monitor import Running
 from scheduler.planning.planner import plan
 from scheduler.planning.plans import NoPlan, Plan
 from scheduler.planning.sizing import Workers
@@ -62,6 +63,7 @@ class Head(Protocol):
 class _Request:
     arrived_s: float
     prompt_tokens: int
+    max_tokens: int
     cached_tokens: int = 0
     tokens: int = 0
     first_s: float = 0.0
@@ -93,6 +95,8 @@ class Pilot:
         self._timed: list[tuple[Work, Layout, list[HopTiming]]] = []
         self.learns = True
         """Whether steps and requests teach anything; where nobody asks what they taught (the simulator), it can be saved."""
+        self.sees_limits = True
+        """Whether the limits of outputs are looked at; not where they are no client's, but the lengths of a recorded trace."""
         self._priced: tuple[float, Layout, BatchLoad] | None = None
         self._known: Layout | None = None
         self._asked: tuple[int, Layout] | None = None
@@ -109,9 +113,11 @@ class Pilot:
         if profile:
             self.fleet.profiled(worker, profile)
 
-    def submitted(self, sequence: SequenceId, prompt_tokens: int, now_s: float) -> None:
-        self._requests[sequence] = _Request(now_s, prompt_tokens)
-        self.autopilot.monitor.arrived(now_s, prompt_tokens)
+    def submitted(self, sequence: SequenceId, prompt_tokens: int, max_tokens: int, now_s: float) -> None:
+        """`max_tokens` is the limit of its output."""
+        limit = max_tokens if self.sees_limits else 0
+        self._requests[sequence] = _Request(now_s, prompt_tokens, limit)
+        self.autopilot.monitor.arrived(now_s, prompt_tokens, limit)
 
     def cancelled(self, sequence: SequenceId, *, is_end: bool, now_s: float) -> None:
         """`is_end`: the request has all it wanted; otherwise its client went away, and it counts for nothing."""
@@ -168,6 +174,7 @@ class Pilot:
             request.cached_tokens,
             ttft_s=request.first_s - request.arrived_s,
             decode_s=now_s - request.first_s,
+            max_tokens=request.max_tokens,
         )
 
     # -- a few times a second -----------------------------------------------------------------------------------
@@ -240,10 +247,10 @@ class Pilot:
         weights = {n: w.weight_bytes for n, w in members.workers.items() if not w.drained}
         return members.memory_for_pages(name, weights, self._fraction)
 
-    def _running(self, num_running: int) -> list[tuple[float, int]]:
-        """Arrival and tokens of the requests in service: those with a token, and the first that have none yet."""
-        running = [(r.arrived_s, r.tokens) for r in self._started.values()]
-        reading = ((r.arrived_s, 0) for r in self._requests.values() if not r.tokens)
+    def _running(self, num_running: int) -> list[Running]:
+        """The requests in service: those with a token, and the first that have none yet."""
+        running = [Running(r.arrived_s, r.tokens, r.max_tokens) for r in self._started.values()]
+        reading = (Running(r.arrived_s, 0, r.max_tokens) for r in self._requests.values() if not r.tokens)
         return running + list(itertools.islice(reading, max(0, num_running - len(running))))
 
     def _learn(self) -> None:

@@ -259,7 +259,7 @@ class SchedulerState:
         if self.status == "failed":
             raise AdmissionError(f"the server has failed: {self.detail}", status=503, code="failed")
         self.batcher.submit(event.sequence, event.request, event.now_s)
-        self.pilot.submitted(event.sequence, len(event.request.prompt), event.now_s)
+        self.pilot.submitted(event.sequence, len(event.request.prompt), event.request.max_tokens, event.now_s)
 
     # -- workers ------------------------------------------------------------------------------------------
 

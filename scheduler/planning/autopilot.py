@@ -6,7 +6,7 @@ true of earlier predictions, and times the *pressure*, since more capacity is wo
 
 Then time works for the change. While the gain exceeds a threshold, the excess is added up (Page's one-sided CUSUM, 1954): the
 *regret* is how many seconds' worth of service the present layout has lost so far to the best one known. A change is due
-when the regret has reached its cost, as one buys skis when the rent paid has reached their price (Karlin, Manasse,
+when the regret has reached its cost (for a load that has just been told from the one before, since it began), as one buys skis when the rent paid has reached their price (Karlin, Manasse,
 Rudolph and Sleator 1988; for changing loads Borodin, Linial and Saks 1992): whatever comes, little more is lost than by
 knowing it. So a large gain acts within seconds, a small one after a while, and noise, which is sometimes above and
 sometimes below the threshold, never.
@@ -33,7 +33,7 @@ from runtime.layout import Layout
 from scheduler.planning.cost import Facts, MigrationCost
 from scheduler.planning.forecast import Device
 from scheduler.planning.look import Answer, Question, Staffing, answer, cost_s, per_token_s
-from scheduler.planning.monitor import Load, Measured, Monitor
+from scheduler.planning.monitor import Load, Measured, Monitor, Running
 from scheduler.planning.plans import Plan
 from scheduler.planning.settings import Settings
 from scheduler.planning.sizing import Workers
@@ -44,6 +44,8 @@ MODES: tuple[Mode, ...] = ("off", "advise", "on")
 MAX_LOG = 200
 _ONWARD = 0.25
 """The share of the penalty for earlier changes that counts against one that takes nothing back."""
+_AT_ONCE = 3
+"""Regret is added for so many intervals at most, however long nothing could be told."""
 _JUDGED_FROM = 0.02
 """Predicted gains per token below this drown in noise and are not judged."""
 
@@ -120,7 +122,8 @@ class Autopilot:
         """Measured over predicted per token, when last a load had gone on for long enough to tell."""
         self._staffing = Staffing()
         self._is_asking = False
-        self._elapsed_s = 0.0
+        self._weighed_s = -math.inf
+        """Up to when regret was added up."""
         self._blocked: dict[tuple[object, ...], tuple[float, float]] = {}
         """Layouts that were refused or failed: until when they are left alone, and for how long that was."""
         self._advised: tuple[object, ...] | None = None
@@ -129,7 +132,7 @@ class Autopilot:
 
     # -- what happens -----------------------------------------------------------------------------------------
 
-    def observe(self, now_s: float, running: Sequence[tuple[float, int]], waiting: int, generated_tokens: int) -> None:
+    def observe(self, now_s: float, running: Sequence[Running], waiting: int, generated_tokens: int) -> None:
         """A sample of the load, as `Monitor.sample` takes it."""
         shift = self.monitor.sample(now_s, running, waiting, generated_tokens)
         if shift is not None:
@@ -145,6 +148,7 @@ class Autopilot:
         self._penalty, self._penalty_at_s = self.penalty(now_s) + 1.0, now_s
         self._before, self._present = self._present, layout
         self._changed_s, self.regret_s, self._advised, self._trial = now_s, 0.0, None, None
+        self._weighed_s = now_s
         trial, self._pending = self._pending, None
         if trial is not None and trial.decision.layout.segments == layout.segments:
             if took_s > 0 and trial.decision.cost.seconds > 0:
@@ -197,7 +201,6 @@ class Autopilot:
         """
         if not is_free or not self.is_due(now_s):
             return None
-        self._elapsed_s = min(now_s - self._looked_s, 2 * self.settings.interval_s)
         self._looked_s = now_s
         question = self.question(now_s, devices, present, kv_tokens=kv_tokens, error=error)
         self._is_asking = question is not None
@@ -214,7 +217,9 @@ class Autopilot:
         plan = self.noted(now_s, question, found)
         if plan is None or self._pending is not None or self.mode == "off":
             return None
-        return self._weigh(now_s, self._elapsed_s, plan, question.devices, present)
+        elapsed_s = min(question.asked_s - self._weighed_s, question.load.age_s, _AT_ONCE * self.settings.interval_s)
+        self._weighed_s = question.asked_s
+        return self._weigh(now_s, elapsed_s, plan, question.devices, present)
 
     def decide(
         self, now_s: float, devices: Sequence[Device], present: Layout, *, kv_tokens: float = 0.0, is_free: bool = True

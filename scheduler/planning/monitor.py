@@ -5,8 +5,8 @@ at most `window_s`: as in ADWIN (Bifet and Gavaldà, "Learning from time-changin
 Mining 2007) it is cut at every point where what came after differs from what came before by more than chance explains, and
 by enough to matter. So it forgets a load that is over at once, and noise never: a steady load is averaged over minutes.
 
-Four things are compared on both sides of a cut (Welch's test, many cuts, hence the high threshold): the logarithms of
-prompt and output lengths, in an open loop the arrivals per second, in a closed loop the number of clients. A loop is taken
+Five things are compared on both sides of a cut (Welch's test, many cuts, hence the high threshold): the logarithms of
+prompt and output lengths and of expected outputs, in an open loop the arrivals per second, in a closed loop the number of clients. A loop is taken
 for closed when the number of requests in the system hardly varies: then the rate is the server's doing, not the clients'.
 
 An output's length is known when it ends, so right after a shift only short ones are. Those still running stand in with
@@ -14,12 +14,17 @@ what they have put out, or with the mean of those that ended when that is more; 
 count. While hardly any have ended they stand in with twice what they have put out: with nothing else known, one may expect
 a thing to go on for as long again as it has (Gott, Nature 363, 1993).
 
+Unless outputs keep to their *limits*: where those that ended lately all took about the same share of the limit that their
+clients had set (all of it, say), the limit tells the length when a request arrives. Then running requests stand in with that
+share of theirs, and what is expected of those that arrive is compared as prompts are. A few that end early are enough to make limits say nothing again.
+
 Never true: a layout or a device has a part in this. Time is an argument; it only grows.
 """
 
 import math
 from collections import deque
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -27,6 +32,18 @@ import numpy as np
 from scheduler.planning.traffic import Traffic
 
 _FEW_ENDED = 4
+_FEW_SHARES, _MANY_SHARES = 8, 64
+"""How many of the outputs that ended last are looked at to see whether they keep to their limits."""
+_STEADY_SHARE = 0.25
+"""The standard deviation of the logarithm of an output's share of its limit up to which the limit tells its length."""
+
+
+class Running(NamedTuple):
+    """A request in service: when it arrived, the tokens that it has put out, and how many it may (0: not known)."""
+
+    arrived_s: float
+    tokens: int
+    max_tokens: int = 0
 
 
 class MonitorSettings(msgspec.Struct, frozen=True):
@@ -108,6 +125,9 @@ class _Bucket(msgspec.Struct):
     prompt: float = 0.0
     log_prompt: float = 0.0
     log_prompt_x2: float = 0.0
+    expected: float = 0.0
+    log_expected: float = 0.0
+    log_expected_x2: float = 0.0
     gap: float = 0.0
     gap_x2: float = 0.0
     ended: float = 0.0
@@ -152,20 +172,29 @@ class Monitor:
         self._num_tokens = 0
         self._since_s: float | None = None
         self._idle_s = math.inf
-        self._running: Sequence[tuple[float, int]] = ()
+        self._running: Sequence[Running] = ()
         self._outputs: deque[tuple[float, float, int]] = deque(maxlen=_MAX_OUTPUTS)
         """When a request ended, when it had arrived, and its output tokens."""
+        self._log_shares: deque[float] = deque(maxlen=_MANY_SHARES)
+        self._share = 0.0
+        """The share of its limit that an output takes, where all of them took about the same; 0 where limits say nothing."""
         self._output = 128.0
         self._prompt = 128.0
 
     # -- what happens -----------------------------------------------------------------------------------------
 
-    def arrived(self, now_s: float, prompt_tokens: int) -> None:
+    def arrived(self, now_s: float, prompt_tokens: int, max_tokens: int = 0) -> None:
+        """`max_tokens` is the limit of its output; 0 when it is not known."""
         bucket, log_prompt = self._now, math.log(max(prompt_tokens, 1))
         bucket.arrivals += 1
         bucket.prompt += prompt_tokens
         bucket.log_prompt += log_prompt
         bucket.log_prompt_x2 += log_prompt**2
+        if max_tokens and self._share:
+            log_expected = math.log(max(self._share * max_tokens, 1.0))
+            bucket.expected += 1
+            bucket.log_expected += log_expected
+            bucket.log_expected_x2 += log_expected**2
         if self._last_arrival_s is not None:
             gap = now_s - self._last_arrival_s
             bucket.gap += gap
@@ -182,10 +211,13 @@ class Monitor:
         *,
         ttft_s: float,
         decode_s: float,
+        max_tokens: int = 0,
     ) -> None:
         """A request was served to its end. `decode_s` is from its first to its last token."""
         bucket, log_output = self._now, math.log(max(output_tokens, 1))
         self._outputs.append((now_s, arrived_s, output_tokens))
+        if max_tokens:
+            self._log_shares.append(log_output - math.log(max_tokens))
         bucket.ended += 1
         bucket.ended_prompt += prompt_tokens
         bucket.cached += cached_tokens
@@ -197,11 +229,8 @@ class Monitor:
         bucket.decode_s += decode_s
         bucket.decode_tokens += max(0, output_tokens - 1)
 
-    def sample(
-        self, now_s: float, running: Sequence[tuple[float, int]], waiting: int, generated_tokens: int
-    ) -> Shift | None:
-        """What there is now: for each running request when it arrived and the tokens it has put out so far, the queue,
-        and the tokens put out by all requests since the start.
+    def sample(self, now_s: float, running: Sequence[Running], waiting: int, generated_tokens: int) -> Shift | None:
+        """What there is now: the requests in service, the queue, and the tokens put out by all requests since the start.
 
         Returns the change of load that this has brought to light, if any.
         """
@@ -218,7 +247,7 @@ class Monitor:
         self._sampled_s, self._num_tokens, self._running = now_s, generated_tokens, running
         if bucket.seconds < self.settings.bucket_s:
             return None
-        self._now = _Bucket(start_s=now_s)
+        self._now, self._share = _Bucket(start_s=now_s), self._share_of_limit()
         if self._is_idle(bucket):
             return None
         for buckets in (self._buckets, self._all):
@@ -305,9 +334,19 @@ class Monitor:
         ended = [o for ended_s, arrived_s, o in self._outputs if ended_s >= first_s and arrived_s >= since_s]
         mean = sum(ended) / len(ended) if ended else min(self._output, 16.0)
         again = 2 if len(ended) < _FEW_ENDED else 1
-        running = [max(again * tokens, mean) for arrived_s, tokens in self._running if arrived_s >= since_s]
+        running = [
+            max(tokens, self._share * limit) if self._share and limit else max(again * tokens, mean)
+            for arrived_s, tokens, limit in self._running
+            if arrived_s >= since_s
+        ]
         count = len(ended) + len(running)
         return (sum(ended) + sum(running)) / count if count else self._output
+
+    def _share_of_limit(self) -> float:
+        if len(self._log_shares) < _FEW_SHARES:
+            return 0.0
+        shares = np.array(self._log_shares)
+        return math.exp(shares.mean()) if shares.std() <= _STEADY_SHARE else 0.0
 
     def _remaining_s(self) -> float:
         """As long as the loads before it lasted, or as long again as this one has, if that is longer."""
@@ -362,6 +401,8 @@ class Monitor:
              before.log_prompt_x2, after.log_prompt_x2),
             ("output tokens", before.ended, after.ended, before.log_output, after.log_output,
              before.log_output_x2, after.log_output_x2),
+            ("expected output tokens", before.expected, after.expected, before.log_expected, after.log_expected,
+             before.log_expected_x2, after.log_expected_x2),
         ):  # fmt: skip
             if n0 < settings.min_before or n1 < settings.min_recent:
                 continue

@@ -104,7 +104,8 @@ class Simulation:
     """One run. `layout` is the first layout: layers per stage over the first workers of `devices`.
 
     With `concurrency` the trace's arrival times are not looked at: so many clients send its requests one after the other,
-    each when its last one has ended. With `autopilot` the head itself watches, learns and decides, as a real one does.
+    each when its last one has ended. With `autopilot` the head itself watches, learns and decides, as a real one does. Outputs end
+    at their limits, which a trace's clients did not know: `limits` says whether the autopilot may see them.
     """
 
     def __init__(
@@ -122,6 +123,7 @@ class Simulation:
         concurrency: int = 0,
         autopilot: Mode = "off",
         piloting: Settings = PILOTING,
+        limits: bool = False,
     ) -> None:
         self.devices, self.policy = list(devices), policy
         self.world = World(rates)
@@ -132,7 +134,7 @@ class Simulation:
         self.head = SchedulerState(cluster, batching)
         self.batcher = CohortBatcher(batching, self.head.pool, self.head.directory)
         self.head.batcher = self.batcher
-        self.head.pilot.learns = autopilot != "off"
+        self.head.pilot.learns, self.head.pilot.sees_limits = autopilot != "off", limits
         facts, rng = Facts(spec), np.random.default_rng(seed)
         factors = iter(()) if not rates.noise else _lognormal(rng, rates.noise)
         draw = (lambda: next(factors)) if rates.noise else None

@@ -32,6 +32,7 @@ from autopilot_report import report
 from autopilot_score import figures, oracle
 from autopilot_setting import (
     CODE,
+    LOAD,
     MAX_RUNNING,
     NUM_LAYERS,
     SLO,
@@ -55,6 +56,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/bench autopilot", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--pattern", choices=("pipelive", "steady", "azure"), default="pipelive")
     parser.add_argument("--phase-s", type=float, default=100.0, help="how long each phase lasts")
+    parser.add_argument("--load", type=float, default=LOAD, help="share of what the best layout of each phase sustains")
     parser.add_argument("--at-once", type=int, default=7, help="arms that run beside each other")
     parser.add_argument(
         "--arms", default="", help="comma-separated names; default: all that are missing, statics first"
@@ -68,7 +70,7 @@ def main() -> int:
     args.folder.mkdir(parents=True, exist_ok=True)
     if not args.report:
         setting = Oracle(write_model(args.folder / "paced-llama"))
-        known = patterns(setting, args.phase_s, SEED)
+        known = patterns(setting, args.phase_s, args.load, SEED)
         if args.pattern not in known:
             note(f"skipped: the Azure traces are not there ({CODE.parent})")
             return 0
@@ -88,7 +90,7 @@ def _play_missing(args: argparse.Namespace, phases: list[Phase]) -> None:
         if not wave:
             return
         note(f"{args.pattern}: {', '.join(wave)}")
-        asyncio.run(_play_wave(args.folder, args.pattern, wave, phases))
+        asyncio.run(_play_wave(args, wave, phases))
         if args.arms:
             return
 
@@ -108,8 +110,9 @@ def _path(folder: Path, pattern: str, arm: str) -> Path:
     return folder / f"{pattern}.{arm}.json"
 
 
-async def _play_wave(folder: Path, pattern: str, wave: Sequence[str], phases: list[Phase]) -> None:
+async def _play_wave(args: argparse.Namespace, wave: Sequence[str], phases: list[Phase]) -> None:
     """Start a server for each arm, play the trace on all of them at once, write down what each did."""
+    folder, pattern = args.folder, args.pattern
     fleets = {arm: _fleet(folder, arm) for arm in wave}
     first = {arm: _layouts_of(folder, pattern, arm, phases) for arm in wave}
     try:
@@ -120,7 +123,7 @@ async def _play_wave(folder: Path, pattern: str, wave: Sequence[str], phases: li
         await asyncio.sleep(3.0)
         tasks = [_play_arm(fleets[arm], arm, phases, first[arm]) for arm in wave]
         for arm, run in zip(wave, await asyncio.gather(*tasks), strict=True):
-            run |= {"pattern": pattern, "arm": arm, "beside": len(wave) - 1}
+            run |= {"pattern": pattern, "arm": arm, "beside": len(wave) - 1, "load": args.load}
             _path(folder, pattern, arm).write_text(json.dumps(run))
     finally:
         for fleet in fleets.values():

@@ -13,14 +13,17 @@ from autopilot_score import Figures, composite, figures, oracle, shift_times
 from autopilot_setting import LOAD, SCALE, SLO, Slo, laws
 from pictures import pyplot_if_there
 
-_OURS = ("autopilot", "autopilot-2", "autopilot-3", "oracle", "best")
+
+def _is_static(arm: str) -> bool:
+    """Whether it is one of the layouts to be compared with, which nobody changes."""
+    return not arm.startswith("autopilot") and arm not in ("oracle", "best")
 
 
 def report(folder: Path, machine: dict[str, Any], plots: Path | None) -> dict[str, Any]:
     """Everything in `folder`; tables go to stderr."""
     document: dict[str, Any] = {
         "benchmark": "autopilot", "EMULATED DEVICES": [f"{x.name}: {x.read_s:g} s a layer, {x.token_s:g} s a token" for x in laws().values()],
-        "machine": machine, "scale": SCALE, "load": LOAD, "slo": {"ttft_s": SLO.ttft_s, "tpot_s": SLO.tpot_s}, "patterns": {},
+        "machine": machine, "scale": SCALE, "slo": {"ttft_s": SLO.ttft_s, "tpot_s": SLO.tpot_s}, "patterns": {},
     }  # fmt: skip
     for pattern in ("pipelive", "azure", "steady"):
         runs = {
@@ -28,9 +31,10 @@ def report(folder: Path, machine: dict[str, Any], plots: Path | None) -> dict[st
             for path in sorted(folder.glob(f"{pattern}.*.json"))
             if (run := json.loads(path.read_text()))
         }
-        if not any(arm not in _OURS for arm in runs):
+        if not any(map(_is_static, runs)):
             continue
-        title = f"{pattern}, EMULATED A100-like and L40S-like workers"
+        load = next(iter(runs.values())).get("load", LOAD)
+        title = f"{pattern}, EMULATED A100-like and L40S-like workers, at {load:.0%} of what the best layout sustains"
         document["patterns"][pattern] = report_of(title, runs, SLO, plots, f"autopilot-{pattern}")
     return document
 
@@ -42,7 +46,7 @@ def report_of(
     if plots is not None:
         _draw(plots / f"{picture}.png", title, runs)
     known = {arm: figures(run, slo.ttft_s, slo.tpot_s) for arm, run in runs.items()}
-    statics = {arm: known[arm] for arm in sorted(known, key=_order) if arm not in _OURS}
+    statics = {arm: known[arm] for arm in sorted(known, key=_order) if _is_static(arm)}
     all_statics = [*statics.values(), *([known["oracle"]] if "oracle" in known else [])]
     best_of = oracle(statics)
     scores = {arm: composite(known[arm], all_statics) for arm in known}
@@ -58,7 +62,7 @@ def report_of(
                 "changes": len(runs[arm]["layouts"]) - 1,
                 "phases": [asdict(one) for one in known[arm]],
             }
-            for arm in (*statics, *(name for name in _OURS if name in known))
+            for arm in sorted(known, key=_order)
         },
     }
     note(f"\n{title}. SLO: TTFT {slo.ttft_s:g} s, TPOT {slo.tpot_s:g} s; best static {best}, by phase {best_of}")
@@ -102,7 +106,7 @@ def _table(found: Mapping[str, Any]) -> str:
 
 def _order(arm: str) -> tuple[int, str]:
     first = arm.split("-")[0]
-    return (1, arm) if arm in _OURS else (0, f"{int(first):03}" if first.isdigit() else arm)
+    return (1, arm) if not _is_static(arm) else (0, f"{int(first):03}" if first.isdigit() else arm)
 
 
 def _draw(path: Path, title: str, runs: Mapping[str, dict[str, Any]]) -> None:
@@ -115,7 +119,7 @@ def _draw(path: Path, title: str, runs: Mapping[str, dict[str, Any]]) -> None:
         if arm in ("best", "autopilot-2", "autopilot-3"):
             continue
         times, values = _smooth(runs[arm]["requests"])
-        ours = arm in _OURS
+        ours = not _is_static(arm)
         axis.plot(
             times, values, lw=2.2 if ours else 0.8, alpha=1.0 if ours else 0.6, label=arm, ls="-" if ours else "--"
         )

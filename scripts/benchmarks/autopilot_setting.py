@@ -5,7 +5,7 @@ slowed alike, so that the host's own time disappears in the wait. Everything tha
 smaller than on the real ones: prompts, outputs, sequences in service, tokens in a step. So that reading weights and
 arithmetic keep their proportion, a token costs `SCALE` times as much of the time of reading a layer.
 
-Rates are a share (`LOAD`) of what the cost model says the best layout sustains; the planner that picks it for this is told
+Rates are a share (`LOAD`, if nothing else is asked) of what the cost model says the best layout sustains; the planner that picks it for this is told
 nothing but the law.
 
 What is never true: that these figures are those of an A100 or of an L40S.
@@ -123,39 +123,41 @@ def all_splits() -> list[tuple[int, int]]:
     return [(count, NUM_LAYERS - count) for count in range(NUM_LAYERS + 1)]
 
 
-def patterns(oracle: Oracle, seconds: float, seed: int) -> dict[str, list[Phase]]:
+def patterns(oracle: Oracle, seconds: float, load: float, seed: int) -> dict[str, list[Phase]]:
     """Those that can be played here: the Azure traces are not everywhere."""
     prompts, answers, between = (512 // SCALE, 16 // SCALE), (128 // SCALE, 512 // SCALE), (48, 24)
     found = {
         "pipelive": _phases(
-            oracle, [("prompts", prompts), ("answers", answers), ("prompts again", prompts)], seconds, seed
+            oracle, [("prompts", prompts), ("answers", answers), ("prompts again", prompts)], seconds, load, seed
         ),
-        "steady": _phases(oracle, [("steady", between)], seconds, seed),
+        "steady": _phases(oracle, [("steady", between)], seconds, load, seed),
     }
     if CODE.is_file() and CONVERSATION.is_file():
-        found["azure"] = _azure(oracle, seconds, seed)
+        found["azure"] = _azure(oracle, seconds, load, seed)
     return found
 
 
-def _phases(oracle: Oracle, parts: list[tuple[str, tuple[int, int]]], seconds: float, seed: int) -> list[Phase]:
+def _phases(
+    oracle: Oracle, parts: list[tuple[str, tuple[int, int]]], seconds: float, load: float, seed: int
+) -> list[Phase]:
     draw, phases = np.random.default_rng(seed), []
     for index, (name, (prompt, output)) in enumerate(parts):
         _, capacity = oracle.best(prompt, output)
-        rate, start_s = LOAD * capacity, index * seconds
+        rate, start_s = load * capacity, index * seconds
         gaps = draw.exponential(1 / rate, int(3 * rate * seconds) + 10).cumsum()
         arrivals = tuple(Arrival(start_s + float(at), prompt, output) for at in gaps[gaps < seconds])
         phases.append(Phase(name, arrivals, start_s, start_s + seconds, rate))
     return phases
 
 
-def _azure(oracle: Oracle, seconds: float, seed: int) -> list[Phase]:
+def _azure(oracle: Oracle, seconds: float, load: float, seed: int) -> list[Phase]:
     """An excerpt of each trace: lengths over `SCALE`, its own order and gaps, stretched to the rate."""
     phases = []
     for index, (name, path) in enumerate((("code", CODE), ("conversation", CONVERSATION))):
         trace = read_trace(path)
         prompt, output = _lengths(trace.prompt_tokens), _lengths(trace.output_tokens)
         _, capacity = oracle.best(float(prompt.mean()), float(output.mean()))
-        rate, start_s = LOAD * capacity, index * seconds
+        rate, start_s = load * capacity, index * seconds
         count = round(rate * seconds)
         first = (7919 * (seed + 1)) % (len(trace) - count - 1)
         chosen = slice(first, first + count)

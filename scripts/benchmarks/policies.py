@@ -43,6 +43,8 @@ LOAD_BYTES_PER_S = 10e9
 SNAPSHOT_BYTES_PER_S, KV_BYTES_PER_S = 2_500_000_000, 1e9
 """What a change may put on each source's network, a quarter of the table's link, and what the autopilot expects of it at first."""
 LOAD = 0.75
+LIMITS = "autopilot, limits set"
+"""The arm where clients ask for as many tokens as they get, as load generators do and some programs. Elsewhere nobody knows."""
 SLO = Slo(ttft_s=5.0, tpot_s=0.5)
 MAX_RUNNING = {2: 96, 8: 256, 64: 512}
 KV_BYTES = {2: 0, 8: 16 * 10**9, 64: 10 * 10**9}
@@ -174,6 +176,8 @@ def _runs(folder: Path, count: int, pattern: str, *, only_kept: bool) -> dict[st
     statics = cluster.statics()
     first = next(iter(statics.values()))
     arms = {**statics, "oracle": first, "autopilot": first}
+    if pattern == "pipelive":
+        arms[LIMITS] = first
     for arm, layout in arms.items():
         path = folder / f"{pattern}.{count}.{arm}.json"
         if not path.exists():
@@ -199,7 +203,8 @@ def _simulate(cluster: Cluster, arm: str, layout: Layout) -> dict[str, Any]:
         rates=Rates(load_bytes_per_s=LOAD_BYTES_PER_S, free_changes=arm == "oracle"),
         kv_bytes=KV_BYTES[len(cluster.raw)],
         memory_fraction=0.5,
-        autopilot="on" if arm == "autopilot" else "off",
+        autopilot="on" if arm.startswith("autopilot") else "off",
+        limits=arm == LIMITS,
         piloting=Settings(
             objective="throughput", slo=SLO, load_bytes_per_s=LOAD_BYTES_PER_S,
             kv_bytes_per_s=KV_BYTES_PER_S, snapshot_bytes_per_s=SNAPSHOT_BYTES_PER_S,

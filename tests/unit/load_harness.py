@@ -15,6 +15,7 @@ from scheduler.planning.autopilot import Autopilot, Decision, Settings
 from scheduler.planning.cost import Facts, Speed
 from scheduler.planning.devices import lookup
 from scheduler.planning.forecast import Device, Pipeline
+from scheduler.planning.monitor import Running
 from scheduler.planning.traffic import Serving, Traffic
 
 TICK_S = 0.5
@@ -49,6 +50,8 @@ class Phase:
     output: float
     clients: int = 0
     rate: float = 0.0
+    limit: float = 0.0
+    """The limit that clients set, over what they get; 0: the same limit of 1,000 for all."""
 
 
 @dataclass
@@ -56,6 +59,7 @@ class _Running:
     arrived_s: float
     prompt: int
     output: int
+    limit: int
     ttft_s: float
     tokens: float = 0.0
     waited_s: float = 0.0
@@ -90,7 +94,7 @@ class World:
         self.now_s += TICK_S
         self._serve(phase)
         pilot = self.autopilot
-        running = [(r.arrived_s, int(r.tokens)) for r in self._running]
+        running = [Running(r.arrived_s, int(r.tokens), r.limit) for r in self._running]
         pilot.observe(self.now_s, running, 0, int(self.tokens))
         if self._change is not None and self.now_s >= self._change[0]:
             self.present = self._change[1].layout
@@ -117,8 +121,9 @@ class World:
     def _begin(self, phase: Phase, at_s: float) -> None:
         prompt, output = (max(1, round(mean * self._around_one())) for mean in (phase.prompt, phase.output))
         ttft_s, _ = self._speeds(phase)
-        self.autopilot.monitor.arrived(at_s, prompt)
-        self._running.append(_Running(at_s, prompt, output, ttft_s))
+        limit = round(output * phase.limit) or 1000
+        self.autopilot.monitor.arrived(at_s, prompt, limit)
+        self._running.append(_Running(at_s, prompt, output, limit, ttft_s))
 
     def _serve(self, phase: Phase) -> None:
         _, tpot_s = self._speeds(phase)
@@ -148,7 +153,7 @@ class World:
     def _end(self, request: _Running, tpot_s: float) -> None:
         self.autopilot.monitor.ended(
             self.now_s, request.arrived_s, request.prompt, request.output, 0, ttft_s=request.ttft_s,
-            decode_s=(request.output - 1) * tpot_s,
+            decode_s=(request.output - 1) * tpot_s, max_tokens=request.limit,
         )  # fmt: skip
 
     def _around_one(self) -> float:

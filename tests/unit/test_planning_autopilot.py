@@ -54,6 +54,15 @@ def test_it_follows_a_load_that_shifts_for_good() -> None:
     assert served > 1.2 * never.tokens
 
 
+def test_what_a_load_has_cost_since_it_began_counts() -> None:
+    """Enough is seen of the load only when it has gone on for a while; what it has cost by then is not forgotten."""
+    world = world_of(1, min_age_s=5.0)
+    world.run(Phase(60, 448, 16, clients=32, limit=1.0), Phase(60, 128, 448, clients=32, limit=1.0))
+    (change,) = [entry for entry in world.autopilot.log if entry.kind == "change" and entry.at_s > 60]
+    enough_s = max(5.0, change.numbers["cost_s"] / change.numbers["gain"])
+    assert change.at_s <= 60 + enough_s + world.autopilot.settings.interval_s
+
+
 @pytest.mark.parametrize("period_s", [2, 4, 8, 15])
 def test_an_oscillating_load_is_not_chased(period_s: int) -> None:
     """Ten minutes of two loads that want opposite layouts: few changes, and more served than by standing still."""

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from runtime.layout import layout_from_counts
-from scheduler.planning.monitor import Monitor
+from scheduler.planning.monitor import Monitor, Running
 from tests.unit.load_harness import Phase, World, device, make
 
 DEVICES = [device("a", "a100"), device("l", "l40s")]
@@ -68,6 +68,33 @@ def test_a_shift_is_noticed_and_the_old_load_forgotten(seed: int) -> None:
     assert load.traffic.output_tokens > 300
 
 
+@pytest.mark.parametrize("share", [1.0, 2.5])
+def test_where_outputs_keep_to_their_limits_longer_ones_are_known_when_they_arrive(share: float) -> None:
+    """All of it, or two fifths: prompts stay as they are, and after six seconds hardly any of the longer ones has ended."""
+    world = watched(2, Phase(60, 256, 16, rate=4.0, limit=share), Phase(6, 256, 448, rate=4.0, limit=share))
+    assert world.autopilot.monitor.shifts[0].what == "expected output tokens"
+    load = world.autopilot.monitor.load()
+    assert load is not None
+    assert load.traffic.output_tokens == pytest.approx(448, rel=0.25)
+
+
+def test_limits_that_nobody_keeps_to_say_nothing() -> None:
+    """Outputs are as they are under one limit for all; then clients ask for a tenth, and get what they got before."""
+    world = watched(2, Phase(60, 256, 32, rate=4.0), Phase(60, 256, 32, rate=4.0, limit=3.0))
+    assert not world.autopilot.monitor.shifts
+    load = world.autopilot.monitor.load()
+    assert load is not None
+    assert load.traffic.output_tokens == pytest.approx(32, rel=0.25)
+
+
+def test_a_few_outputs_that_end_early_are_enough_to_doubt_limits() -> None:
+    """Clients that got all they asked for give way to others that ask for thirty times as much, and do not get it."""
+    world = watched(2, Phase(60, 256, 16, rate=4.0, limit=1.0), Phase(20, 256, 16, rate=4.0, limit=30.0))
+    load = world.autopilot.monitor.load()
+    assert load is not None
+    assert load.traffic.output_tokens < 40
+
+
 def test_another_rate_is_a_shift_and_so_are_more_clients() -> None:
     world = watched(1, Phase(60, 256, 32, rate=2.0), Phase(30, 256, 32, rate=12.0))
     assert "requests/s" in {shift.what for shift in world.autopilot.monitor.shifts}
@@ -93,7 +120,7 @@ def test_a_pause_ends_a_load() -> None:
             now_s = start_s + tick * 0.5
             monitor.arrived(now_s, prompt + draw.randrange(10))
             tokens += 10
-            monitor.sample(now_s, [(now_s, 5)], 0, tokens)
+            monitor.sample(now_s, [Running(now_s, 5)], 0, tokens)
         for tick in range(40):
             monitor.sample(start_s + 20 + tick * 0.5, [], 0, tokens)
     load = monitor.load()
