@@ -6,7 +6,7 @@ shift to the layout that was best in that phase. Arms run beside each other, `--
 wait nearly all the time; how much of it they used is in the report. What an arm did is kept in `--folder`, one file each,
 and not played again, so a run can go on in several commands:
 
-    scripts/bench autopilot --pattern pipelive             every static layout, then the oracle, the autopilot, the best static again
+    scripts/bench autopilot --pattern pipelive             every static layout, then the oracle, the autopilot, the best static ones again
     scripts/bench autopilot --pattern steady               every static layout, and the autopilot three times
     scripts/bench autopilot --pattern azure                code, then conversation; needs ../shared/data
     scripts/bench autopilot --report --out FILE            tables and pictures of what is there
@@ -29,7 +29,7 @@ import aiohttp
 import psutil
 from arms import machine_now, note
 from autopilot_report import report
-from autopilot_score import figures, oracle
+from autopilot_score import Figures, composite, figures, oracle
 from autopilot_setting import (
     CODE,
     LOAD,
@@ -49,6 +49,9 @@ from shift_client import Arrival, play
 from shift_fleet import Fleet, LayoutSpec, parse_layout
 
 SEED = 0
+AGAIN = " again"
+_NEAR_BEST = 0.9
+"""Static layouts that score so much of the best one's composite are played again beside the autopilot."""
 _POLL_S = 0.25
 
 
@@ -100,10 +103,17 @@ def _next_wave(folder: Path, pattern: str, at_once: int) -> list[str]:
     statics = [f"{a}-{b}" for a, b in all_splits()]
     missing = [name for name in statics if not _path(folder, pattern, name).exists()]
     if not missing:
-        more = ["autopilot", "autopilot-2", "autopilot-3"]
-        more += ["oracle", "best"] if pattern != "steady" else ["best"]
+        more = ["autopilot", "autopilot-2", "autopilot-3"] + (["oracle"] if pattern != "steady" else [])
+        known = _statics(folder, pattern)
+        scores = {name: composite(known[name], list(known.values())) for name in known}
+        more += [name + AGAIN for name in scores if scores[name] >= _NEAR_BEST * max(scores.values())]
         missing = [name for name in more if not _path(folder, pattern, name).exists()]
     return missing[:at_once]
+
+
+def _statics(folder: Path, pattern: str) -> dict[str, list[Figures]]:
+    names = [f"{a}-{b}" for a, b in all_splits()]
+    return {n: figures(json.loads(_path(folder, pattern, n).read_text()), SLO.ttft_s, SLO.tpot_s) for n in names}
 
 
 def _path(folder: Path, pattern: str, arm: str) -> Path:
@@ -145,15 +155,9 @@ def _layouts_of(folder: Path, pattern: str, arm: str, phases: list[Phase]) -> li
     """The layout of each phase; of the autopilot only the first is known: an even one, as nobody knows the load yet."""
     if arm.startswith("autopilot"):
         return [parse_layout(f"{NUM_LAYERS // 2},{NUM_LAYERS - NUM_LAYERS // 2}")]
-    if arm not in ("oracle", "best"):
-        return [_spec(arm)] * len(phases)
-    runs = {f"{a}-{b}": json.loads(_path(folder, pattern, f"{a}-{b}").read_text()) for a, b in all_splits()}
-    statics = {name: figures(run, SLO.ttft_s, SLO.tpot_s) for name, run in runs.items()}
     if arm == "oracle":
-        return [_spec(name) for name in oracle(statics)]
-    from autopilot_score import composite
-
-    return [_spec(max(statics, key=lambda name: composite(statics[name], list(statics.values()))))] * len(phases)
+        return [_spec(name) for name in oracle(_statics(folder, pattern))]
+    return [_spec(arm.removesuffix(AGAIN))] * len(phases)
 
 
 def _started_on(layout: LayoutSpec) -> LayoutSpec:

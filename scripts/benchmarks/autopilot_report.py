@@ -1,7 +1,6 @@
 """Tables and pictures of what `scripts/bench autopilot` played."""
 
 import json
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +15,7 @@ from pictures import pyplot_if_there
 
 def _is_static(arm: str) -> bool:
     """Whether it is one of the layouts to be compared with, which nobody changes."""
-    return not arm.startswith("autopilot") and arm not in ("oracle", "best")
+    return not arm.startswith("autopilot") and arm != "oracle"
 
 
 def report(folder: Path, machine: dict[str, Any], plots: Path | None) -> dict[str, Any]:
@@ -69,10 +68,9 @@ def report_of(
     note(_table(found))
     pilots = [arm for arm in known if arm.startswith("autopilot")]
     reference = known.get("oracle") or [statics[name][i] for i, name in enumerate(best_of)]
-    beside = [scores[best], *([scores["best"]] if "best" in scores else [])]
     for arm in pilots:
         row = found["arms"][arm]
-        row["over_best_static"] = scores[arm] / statistics.mean(beside) - 1
+        row["over_best_static"] = scores[arm] / scores[best] - 1
         row["settled_of_oracle"] = [
             a.settled_goodput / max(b.settled_goodput, 1e-9) for a, b in zip(known[arm], reference, strict=True)
         ]
@@ -116,7 +114,7 @@ def _draw(path: Path, title: str, runs: Mapping[str, dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure, axis = pyplot.subplots(figsize=(9, 4))
     for arm in sorted(runs, key=_order):
-        if arm in ("best", "autopilot-2", "autopilot-3"):
+        if arm.endswith(" again") or arm in ("autopilot-2", "autopilot-3"):
             continue
         times, values = _smooth(runs[arm]["requests"])
         ours = not _is_static(arm)
