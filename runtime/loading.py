@@ -103,7 +103,6 @@ class Loader:
         self._source: tuple[str, str, str, str, str] | None = None
         self._spec: ModelSpec | None = None
         self._lock = threading.Lock()
-        self._shadow: threading.Thread | None = None
         self._building = threading.Lock()
         """A shadow's thread has it while it builds."""
         self._called_off = threading.Event()
@@ -313,17 +312,14 @@ class Loader:
         self.cancel_shadow()
         self._called_off = threading.Event()
         asked = _Shadow(load, keys, transition, pace, self._called_off)
-        self._shadow = threading.Thread(target=self._load_shadow, args=(asked,), name="shadow", daemon=True)
-        self._shadow.start()
+        threading.Thread(target=self._load_shadow, args=(asked,), name="shadow", daemon=True).start()
 
     def cancel_shadow(self) -> None:
         """Nothing more of a shadow arrives. A rest ends at once, and the unit that is being built is dropped after the present piece of
-        work; nobody waits for that here, as a disk that hangs must not hold up steps, but whoever builds next does. (Where graphs are
-        captured, they are waited for.)"""
+        work; nobody waits for that here, as a disk that hangs must not hold up steps, but whoever builds next does. (A graph that is being
+        captured is waited for by who drops graphs.)"""
         with self._lock:
             self._called_off.set()
-        if self.queued is not None and self._shadow is not None and self._shadow is not threading.current_thread():
-            self._shadow.join()
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:

@@ -5,7 +5,7 @@ One `Queued` per worker. The loader calls it where something is loaded, made or 
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -78,10 +78,12 @@ class Queued:
     def drop_pool(self) -> None:
         """Let go of the pool, so that its memory is free for another. What was queued for it is waited for."""
         torch.cuda.current_stream(self._device).synchronize()
-        if self.runner.graphs is not None:
-            self.runner.graphs.clear()
-        self.runner.graphs, self._pool = None, None
-        torch.cuda.empty_cache()
+        graphs = self.runner.graphs
+        with graphs.lock if graphs is not None else nullcontext():
+            if graphs is not None:
+                graphs.clear()
+            self.runner.graphs, self._pool = None, None
+            torch.cuda.empty_cache()
 
     def pool_made(self, pool: PagePool, spec: ModelSpec, implementation: str) -> None:
         """Graphs from now on are over `pool`, the one before having been dropped."""
@@ -113,9 +115,11 @@ class Queued:
         if not kept:
             self.drop_pool()
             return
-        if self.runner.graphs is not None:
-            self.runner.graphs.retain(kept)
-        torch.cuda.empty_cache()
+        graphs = self.runner.graphs
+        with graphs.lock if graphs is not None else nullcontext():
+            if graphs is not None:
+                graphs.retain(kept)
+            torch.cuda.empty_cache()  # not beside a capture, which would keep what is dropped
 
     def _buckets(self, spec: ModelSpec, block_size: int, implementation: str) -> Buckets:
         dtype = getattr(torch, spec.dtype)

@@ -12,10 +12,12 @@ them depends on values that only the device knows (`runtime.cuda.guard`). All gr
 outlives a replay, and replays never overlap.
 
 What is never true: a graph outlives its layers' weights or its pool (it holds both); warming up or capturing writes to an
-input or a page that serves.
+input or a page that serves; who drops graphs waits for more than the one that is being captured.
 """
 
+import contextlib
 import logging
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +34,8 @@ from runtime.cuda.step import HostStep, PagedStep, Upload, pad_decode
 log = logging.getLogger("midflight.worker")
 
 _NO_PAGES = np.empty(0, np.int32)
+_failed: list[Any] = []
+"""Graphs whose capture failed. Torch's allocator of pinned memory goes on asking them which stream they were captured on."""
 
 
 class StaticInputs:
@@ -148,6 +152,8 @@ class Graphs:
         self._broken: str = ""
         self._pool: Any = None
         self._streams = streams
+        self.lock = threading.RLock()
+        """Held while one graph is captured, and by who drops graphs."""
 
     def __len__(self) -> int:
         return len(self._captured)
@@ -187,12 +193,13 @@ class Graphs:
     def retain(self, layers: Iterable[int]) -> None:
         """Drop the graphs that hold any other layer. Nothing of them may still be running."""
         keep = set(layers)
-        for key in [key for key in self._captured if not keep.issuperset(key[0])]:
-            del self._captured[key]
-        self._covers = {layers: spans for layers, spans in self._covers.items() if keep.issuperset(layers)}
-        if not self._captured:
-            self._inputs.clear()
-            self._pool = None  # the allocator takes no more captures into a pool that no graph uses
+        with self.lock:
+            for key in [key for key in self._captured if not keep.issuperset(key[0])]:
+                del self._captured[key]
+            self._covers = {layers: spans for layers, spans in self._covers.items() if keep.issuperset(layers)}
+            if not self._captured:
+                self._inputs.clear()
+                self._pool = None  # the allocator takes no more captures into a pool that no graph uses
 
     def clear(self) -> None:
         """Drop all graphs: the pool is about to be another."""
@@ -210,32 +217,37 @@ class Graphs:
     ) -> int:
         """Capture what `segments` need and is missing; how many graphs. `rest` is called after each.
 
-        A capture that fails ends the use of graphs on this worker: the reason is logged, and steps run eagerly.
+        Once `is_cancelled` says so nothing more is captured, nor kept: who cancels and then drops graphs waits for one at most. A
+        capture that fails ends the use of graphs on this worker: the reason is logged, and steps run eagerly.
         """
         assert self._device.type == "cuda", "only CUDA has graphs"
         num_captured, buckets = 0, self.buckets.all()
-        held = {span for span, _ in self._captured}
-        held = {span for span in held if all((span, bucket) in self._captured for bucket in buckets)}
+        with self.lock:
+            held = {span for span, _ in self._captured}
+            held = {span for span in held if all((span, bucket) in self._captured for bucket in buckets)}
         covers = {segment: cover(segment, held) for segment in segments}
         wanted = dict.fromkeys(span for spans in covers.values() for span in spans)
         for bucket in buckets:
             for span in wanted:
-                if (span, bucket) in self._captured:
-                    continue
-                if self._broken or is_cancelled():
-                    return num_captured
-                layers = [units.get(index) for index in span]
-                if any(layer is None or not getattr(layer, "captures", False) for layer in layers):
-                    continue
-                try:
-                    self._capture(span, bucket, layers, data)
-                except Exception as error:  # whatever a driver or a library raises
-                    self._broken = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-                    log.warning("no CUDA graphs: capturing layers %s failed: %s", span, self._broken)
-                    return num_captured
+                with self.lock:
+                    if (span, bucket) in self._captured:
+                        continue
+                    if self._broken or is_cancelled():
+                        return num_captured
+                    layers = [units.get(index) for index in span]
+                    if any(layer is None or not getattr(layer, "captures", False) for layer in layers):
+                        continue
+                    try:
+                        self._capture(span, bucket, layers, data)
+                    except Exception as error:  # whatever a driver or a library raises
+                        self._broken = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+                        log.warning("no CUDA graphs: capturing layers %s failed: %s", span, self._broken)
+                        return num_captured
                 num_captured += 1
                 rest()
-        self._covers |= covers
+        with self.lock:
+            if not is_cancelled():
+                self._covers |= covers
         return num_captured
 
     def _capture(self, span: LayerRange, bucket: Bucket, layers: Sequence[Any], data: torch.Tensor) -> None:
@@ -258,16 +270,24 @@ class Graphs:
             warm.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.inference_mode(), torch.cuda.stream(capturing):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 inputs.run(pairs, data)
+                graph.capture_end()
             except BaseException:
-                # The first error is the one to tell; ending an invalid capture raises another.
-                try:
-                    graph.capture_end()
-                except RuntimeError:
-                    pass
+                self._end_failed(graph)
                 raise
-            graph.capture_end()
         self._inputs[bucket] = inputs
         self._captured[span, bucket] = _Captured(graph, tuple(layers), data)
+
+    def _end_failed(self, graph: Any) -> None:
+        """After a capture that failed somewhere. The first error is the one to tell; ending what is invalid raises others.
+
+        Torch ends a capture for its allocator only when the driver did: else that would believe for ever that one is under way, and
+        neither take back what several streams used nor give anything back to the device.
+        """
+        with contextlib.suppress(RuntimeError):
+            graph.capture_end()
+        with contextlib.suppress(RuntimeError):  # it has been ended
+            torch._C._cuda_endAllocateToPool(self._device.index or 0, self._pool)
+        _failed.append(graph)

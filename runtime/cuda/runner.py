@@ -58,13 +58,13 @@ class Runner:
         `hidden` is what came from the hop before, anywhere; None at the first, which has the `embedding`.
         """
         with self._timed():
-            if not len(layers):  # an end of the model may have none
-                return self._enter(hidden, embedding, planned)
-            step = make_batch(planned, torch.device("cpu"))
             if hidden is not None and (arrived := getattr(hidden, "arrived", None)) is not None:
                 current = torch.cuda.current_stream(self._device)
                 current.wait_event(arrived)
                 hidden.record_stream(current)
+            if not len(layers):  # an end of the model may have none
+                return self._enter(hidden, embedding, planned)
+            step = make_batch(planned, torch.device("cpu"))
             is_decode = len(planned.positions) == len(planned.context_lens)
             if self.graphs is not None and is_decode and not self.graphs.why_not:
                 context = int(planned.context_lens.max(initial=1))

@@ -1,5 +1,7 @@
 """Steps of the device back end on the CPU: the runner eagerly, and padded through the inputs that graphs read, equal the kernels."""
 
+import contextlib
+import threading
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -125,6 +127,27 @@ def test_the_runner_equals_the_kernels(model, monkeypatch):
     kernels, plain = Side(model, monkeypatch, plain=False), Side(model, monkeypatch, plain=True)
     for plan in make_plans():
         torch.testing.assert_close(plain.by_runner(plan), kernels.by_kernels(plan), atol=2e-5, rtol=1e-5)
+
+
+class Arriving(torch.Tensor):
+    """As what the door brings from another device: there on some stream, when an event says so."""
+
+    arrived = "event"
+
+    def record_stream(self, stream):
+        stream.told.append("recorded")
+
+
+@pytest.mark.parametrize("num_layers", [0, 1])
+def test_what_is_still_arriving_is_waited_for(model, num_layers, monkeypatch):
+    """An end of the model without layers reads it, too."""
+    side, told = Side(model, monkeypatch, plain=True), []
+    stream = SimpleNamespace(told=told, wait_event=told.append)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    planned = side.plan(next(make_plans()))
+    hidden = torch.zeros(len(planned.positions), 48).as_subclass(Arriving)
+    Runner(CPU).run(LayerRange(0, num_layers), side.layers, planned, side.pool, hidden, None)
+    assert told == ["event", "recorded"]
 
 
 @pytest.mark.parametrize("rows", [3, 4, 8])
@@ -331,3 +354,71 @@ def test_a_cancelled_capture_is_begun_again(monkeypatch):
     assert book.find(layers) == Bucket(4, 64)
     book.units[5] = SimpleNamespace(captures=True)
     assert book.find(layers) is None, "another layer of that number has come"
+
+
+def test_who_drops_graphs_waits_for_one_capture_at_most(monkeypatch):
+    book, begun, goes_on, cancelled = Book(monkeypatch), threading.Event(), threading.Event(), threading.Event()
+    capture = book._capture
+
+    def slow(*what):
+        begun.set()
+        assert goes_on.wait(60.0)
+        capture(*what)
+
+    monkeypatch.setattr(book.graphs, "_capture", slow)
+    loader = threading.Thread(target=book.capture, args=(LayerRange(0, 8),), kwargs={"is_cancelled": cancelled.is_set})
+    loader.start()
+    assert begun.wait(60.0)
+    cancelled.set()
+    dropped = threading.Thread(target=book.graphs.clear)
+    dropped.start()
+    dropped.join(0.05)
+    assert dropped.is_alive(), "what is being captured is not dropped under its capture"
+    goes_on.set()
+    for thread in (loader, dropped):
+        thread.join(60.0)
+    assert book.captured == [(LayerRange(0, 4), 4)]
+    assert not len(book.graphs)
+    assert book.find(LayerRange(0, 8)) is None
+
+
+@pytest.mark.parametrize("fails_in", ["capture_begin", "run", "capture_end"])
+def test_torchs_allocator_hears_of_the_end_of_a_capture_that_failed(fails_in, monkeypatch):
+    """As torch does it: the driver's refusal to end a capture comes before the allocator is told."""
+    recording = []
+
+    class Graph:
+        def capture_begin(self, pool, capture_error_mode):
+            recording.append(pool)
+            self.call("capture_begin")
+
+        def capture_end(self):
+            if fails_in != "run":
+                raise RuntimeError("no capture is under way")
+            recording.remove("pool")
+
+        def call(self, name):
+            if name == fails_in:
+                raise RuntimeError(f"{name} is not permitted")
+
+    def end(device, pool):
+        if pool not in recording:
+            raise RuntimeError("not currently recording to mempool_id")
+        recording.remove(pool)
+
+    def layer(hidden, batch, kv):
+        if fails_in == "run" and recording:
+            raise RuntimeError("run is not permitted")
+        return hidden
+
+    sizes = (3, 48, BLOCK_SIZE, torch.float32, CPU, (2, BLOCK_SIZE, 2, 16))
+    stream = SimpleNamespace(synchronize=lambda: None)
+    found = Graphs(Buckets((2,), (64,)), *sizes, (stream, stream))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end)
+    with pytest.raises(RuntimeError, match="not permitted" if fails_in != "capture_end" else "under way"):
+        found._capture(LayerRange(0, 1), Bucket(2, 64), [layer], torch.zeros(1))
+    assert not recording
+    assert not len(found)

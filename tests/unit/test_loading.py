@@ -1,5 +1,6 @@
 """The page pool beside the weights: what the units of a layout leave of a worker's memory."""
 
+import contextlib
 import queue
 import threading
 from collections.abc import Iterator
@@ -169,11 +170,27 @@ def test_a_machine_without_such_memory_has_a_fixed_pool(tiny: Path, monkeypatch:
     assert (loader.room_bytes, pool.num_pages) == (0, BUDGET // pool.page_bytes)
 
 
+class Idle:
+    """The device's side of a loader that has nothing to do."""
+
+    runner = None
+
+    def loading(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def capture(self, *what: Any) -> None: ...
+
+    def retain(self, layers: Any) -> None: ...
+
+
+@pytest.mark.parametrize("is_queued", [False, True])
 def test_a_disk_that_hangs_holds_up_neither_the_cancel_nor_what_is_there(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, is_queued: bool
 ) -> None:
     loader, narrow, wide = loader_of(), split(2, 2), split(3, 1)
     load(loader, load_message(tiny, narrow))
+    if is_queued:
+        loader.queued = Idle()  # type: ignore[assignment]
     hangs, goes_on = threading.Event(), threading.Event()
     read_into = checkpoint._read_into
 
