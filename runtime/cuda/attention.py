@@ -14,11 +14,12 @@ strided view, which every candidate here takes as it is.
 | `triton` | `runtime.cuda.decode`, where Triton is | decode only: a kernel of ours over pages of any size, softcap | yes |
 | `flashinfer` | the package, if it is there | FlashAttention over the pages, any page size, softcap | no |
 | `packed` | `torch.nn.attention.varlen`, older too | gathers the pages of all rows, then FlashAttention | no |
-| `flex` | `flex_attention`, compiled, where Triton is | as `packed`, with softcap | no |
+| `flex` | `flex_attention`, compiled, where Triton is | as `packed`, with softcap; row by row what it was not compiled for | no |
 | `gathered` | `scaled_dot_product_attention` | decode only: gathers the pages of all rows, padded to one length | yes |
 | `rows` | `runtime.attention` | one gather and one call per row | no |
 
-What is never true: a back end that was not compared on this very device, for this very shape, attends for a request.
+What is never true: a back end that was not compared on this very device, for this very shape, attends for a request; a
+step compiles anything.
 """
 
 import functools
@@ -44,6 +45,8 @@ TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 _WORKSPACE_BYTES = 128 << 20
 """What flashinfer asks for; made when it is first used."""
+_TRIAL = "trial"
+"""In the memo of a step that is run to try a back end: there it may compile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +155,7 @@ def check(backend: Backend, shape: Shape) -> str:
         rows = [(0, 5), (shape.block_size - 1, 1), (3, shape.block_size + 2), (2 * shape.block_size, 1)]
     try:
         with torch.inference_mode():
-            off_by = _error(backend, shape, rows)
+            off_by = max(_error(backend, shape, each) for each in (rows, *getattr(backend, "more_trials", ())))
     except Exception as error:  # whatever a foreign library raises
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     if off_by > TOLERANCES[shape.dtype]:
@@ -165,6 +168,7 @@ def _error(backend: Backend, shape: Shape, rows: Sequence[tuple[int, int]]) -> f
     batch, pool, data = _random_step(shape, rows)
     attach(batch, pool, (0, 1), shape.device)
     step = batch.paged
+    step.memo[_TRIAL] = True
     q, k, v = data
     errors: list[float] = []
     for index in (0, 1):
@@ -251,7 +255,10 @@ def _flash_refuses(shape: Shape) -> str:
 
 
 def _window(shape: Shape) -> tuple[int, int]:
-    """A query at position p sees p - window < j <= p."""
+    """A query at position p sees p - window < j <= p. The last one of a row, as in decode steps, sees all, however it is said; only without
+    any limit FlashAttention reads keys and values once for all heads of a group."""
+    if shape.is_decode and shape.sliding_window is None:
+        return (-1, -1)
     return (-1 if shape.sliding_window is None else shape.sliding_window - 1, 0)
 
 
@@ -440,15 +447,43 @@ class FlashInfer:
 # -- torch ----------------------------------------------------------------------------------------------------
 
 
+class _NotCompiled(Exception):
+    """`flex_attention` would have to be compiled for this step."""
+
+
+def _flex_attention(q: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """`flex_attention`, which runs compiled or not at all."""
+    if not torch.compiler.is_compiling():
+        raise _NotCompiled("flex_attention was not compiled for this")
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention(q, *args, **kwargs)
+
+
 class Flex:
-    """`flex_attention` over the gathered keys of all rows, with a mask that keeps rows apart; compiled, or not at all."""
+    """`flex_attention` over the gathered keys of all rows, with a mask that keeps rows apart; compiled, or not at all.
+
+    It is compiled while it is tried, for all sizes that torch tells apart: fewer than 128 queries or not, one block of 128 queries or of
+    keys or more, each of them twice, lest sizes that happen to be equal be taken for the same. What a step may want beyond that
+    goes row by row.
+    """
 
     name = "flex"
     captures = False
     reads_all = False
+    more_trials: tuple[list[tuple[int, int]], ...] = (
+        [(0, 5), (2, 9)],
+        [(200, 5), (100, 9)],
+        [(0, 150), (30, 41)],
+        [(0, 7), (1, 20), (3, 2)],
+        [(390, 11), (77, 3), (5, 1)],
+        [(0, 270), (61, 70), (5, 3)],
+    )
 
-    def __init__(self, compiled: bool = True) -> None:
+    def __init__(self, compiled: bool = True, backend: str = "inductor") -> None:
+        """`compiled`, and what compiles it, are otherwise in tests only."""
         self._compiled = compiled
+        self._backend = backend
         self._attend: Callable[..., Any] | None = None
 
     def fits(self, shape: Shape) -> str:
@@ -463,10 +498,15 @@ class Flex:
     def __call__(
         self, q: torch.Tensor, data: torch.Tensor, pages: torch.Tensor, step: PagedStep, shape: Shape, /
     ) -> torch.Tensor:
-        from torch.nn.attention.flex_attention import flex_attention
+        attend = self._attend
+        if attend is None:
+            from torch.nn.attention.flex_attention import flex_attention
 
-        if self._attend is None:
-            self._attend = torch.compile(flex_attention, dynamic=True) if self._compiled else flex_attention
+            compiled = self._compiled
+            attend = torch.compile(_flex_attention, dynamic=True, backend=self._backend) if compiled else flex_attention
+            self._attend = attend
+        if self._compiled and _TRIAL not in step.memo:
+            attend = torch._dynamo.run(attend)
         keys, values = _gather_packed(data, pages, step)
         key = ("flex", shape.sliding_window)
         if key not in step.memo:
@@ -476,15 +516,20 @@ class Flex:
         def capped(score: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
             return cap * torch.tanh(score / cap)
 
-        out = self._attend(
-            q.transpose(0, 1)[None],
-            keys.transpose(0, 1)[None],
-            values.transpose(0, 1)[None],
-            score_mod=capped if shape.softcap is not None else None,
-            block_mask=step.memo[key],
-            scale=shape.scale,
-            enable_gqa=shape.num_heads != shape.num_kv_heads,
-        )
+        try:
+            out = attend(
+                q.transpose(0, 1)[None],
+                keys.transpose(0, 1)[None],
+                values.transpose(0, 1)[None],
+                score_mod=capped if shape.softcap is not None else None,
+                block_mask=step.memo[key],
+                scale=shape.scale,
+                enable_gqa=shape.num_heads != shape.num_kv_heads,
+            )
+        except _NotCompiled:
+            if _TRIAL in step.memo:
+                raise
+            return Rows()(q, data, pages, step, shape)
         return out[0].transpose(0, 1)
 
     def _mask(self, step: PagedStep, shape: Shape) -> Any:

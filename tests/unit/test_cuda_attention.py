@@ -107,6 +107,26 @@ def test_flex_uncompiled(window, softcap):
     assert_equal(both([(0, 12), (9, 1), (17, 8)], shape, Flex(compiled=False)))
 
 
+@torch.inference_mode()
+def test_flex_is_compiled_while_it_is_tried_and_never_for_a_step(monkeypatch):
+    """By a compiler that keeps the operations as they are; what it is asked to compile counts all the same."""
+    torch._dynamo.reset()
+    row_by_row, frames = [], torch._dynamo.utils.counters["frames"]
+    attend = Rows.__call__
+    monkeypatch.setattr(Rows, "__call__", lambda rows, *args: row_by_row.append(args) or attend(rows, *args))
+    flex, shape = Flex(backend="eager"), make_shape(sliding_window=30, softcap=5.0)
+    assert check(flex, shape) == ""
+    compiled = frames["total"]
+    for rows in ([(0, 12), (9, 1), (17, 8)], [(300, 3), (40, 1)], [(0, 200), (90, 50)], [(33, 17)]):
+        assert_equal(both(rows, shape, flex))
+    assert not row_by_row
+    assert_equal(both([(0, 128)], shape, flex))
+    torch._dynamo.reset()
+    assert_equal(both([(0, 12), (9, 1)], shape, flex))
+    assert row_by_row, "what it was not compiled for"
+    assert frames["total"] == compiled
+
+
 def test_decode_has_its_own_and_a_graph_takes_only_what_can_be_captured():
     assert choose(make_shape()).name == "rows"
     assert choose(make_shape(is_decode=True)).name == "gathered"
@@ -122,6 +142,23 @@ def test_libraries_that_want_a_device_or_a_dtype_say_so():
     assert "dtype" in Packed().fits(make_shape(device=cuda))
     assert "softcap" in Packed().fits(make_shape(device=cuda, dtype=torch.bfloat16, softcap=1.0))
     assert "head size" in Packed().fits(make_shape(device=cuda, dtype=torch.bfloat16, head_dim=260))
+
+
+def test_flash_attention_is_told_no_limit_where_there_is_none(monkeypatch):
+    """With one it reads keys and values for each query head anew."""
+    told = []
+
+    def attend(q, k, v, starts, key_starts, max_q, max_k, *, scale, window_size, enable_gqa, seqused_k, block_table):
+        told.append(window_size)
+        return q
+
+    monkeypatch.setattr(device_attention, "_varlen", lambda: (attend, frozenset(("enable_gqa",))))
+    for is_decode, window in ((True, None), (True, 7), (False, None), (False, 7)):
+        shape = make_shape(is_decode=is_decode, sliding_window=window)
+        batch, pool, q, _, _ = make_step([(9, 1)], shape)
+        attach(batch, pool, (3, 5), CPU)
+        Varlen("varlen", with_key_starts=False)(q, pool.data, batch.paged.pages(3), batch.paged, shape)
+    assert told == [(-1, -1), (6, 0), (-1, 0), (6, 0)]
 
 
 class Broken:
