@@ -70,7 +70,7 @@ class Server:
     def start(self) -> None:
         command = [part.replace("{port}", str(self.port)) for part in self.arm.command]
         root = str(self.arm.root)
-        env = {**os.environ, "PYTHONPATH": root, **dict(self.arm.env), _MARK: self._mark}
+        env = {**os.environ, "PYTHONPATH": import_path(self.arm.root), **dict(self.arm.env), _MARK: self._mark}
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         began_s = time.monotonic()
         with open(self.log_path, "wb") as log:
@@ -128,6 +128,11 @@ class Server:
                     f"{self.arm.name} was not healthy after {self.arm.start_timeout_s:.0f} s:\n{self.log_tail()}"
                 )
             time.sleep(0.25)
+
+
+def import_path(root: Path) -> str:
+    """`PYTHONPATH` for what runs out of `root`; what this process has of it (packages laid beside a system's Python) comes after."""
+    return os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH", ""))))
 
 
 def free_port() -> int:

@@ -11,10 +11,15 @@ For each shape (random weights: Llama-3-8B's and SmolLM2-135M's) it measures, on
 Decode figures are seconds per step: time per output token of the client's median request, against the roofline's. The table goes to stderr,
 JSON to stdout or --out. Without a device it says so and ends with 2. ``--device cpu --shapes tiny`` tries the script
 itself on a model of a few layers; its figures say nothing of a GPU and are labelled.
+
+A device may be lent for minutes. So what fails is noted under ``failures`` and the rest goes on, --out is written anew after each part,
+and after --budget seconds no further part begins. Nothing is fetched: without the default model's tokenizer there is none, and
+prompts are token ids anyhow.
 """
 
 import argparse
 import asyncio
+import functools
 import json
 import os
 import shutil
@@ -22,14 +27,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from arms import DEFAULT_MODEL, machine_now, names_of, note
 from loadgen import Workload, run_workload, warm_up
-from servers import ROOT
+from servers import ROOT, import_path
 from shift_fleet import Fleet, LayoutSpec
 
 _LLAMA: dict[str, Any] = {
@@ -85,6 +90,8 @@ MOVED_LAYERS = 4
 COPY_BYTES = 1 << 30
 START_TIMEOUT_S = 1200.0
 """Billions of random weights are made on the host."""
+_Note = Callable[[], None]
+"""Called when there is something new in the document."""
 
 
 @dataclass(frozen=True)
@@ -116,55 +123,88 @@ def main() -> int:
     machine = {**machine_now(), "device": args.device, "device_name": _device_name(args.device)}
     log_folder = Path(tempfile.mkdtemp(prefix="midflight-cuda-"))
     note(f"server logs in {log_folder}")
-    document: dict[str, Any] = {"benchmark": "cuda", "machine": machine, "command": sys.argv, "shapes": {}}
+    document: dict[str, Any] = {
+        "benchmark": "cuda",
+        "machine": machine,
+        "command": sys.argv,
+        "shapes": {},
+        "failures": {},
+    }
+    until_s = time.monotonic() + args.budget
     failed = 0
     try:
         for shape in args.shapes:
-            figures = document["shapes"][shape] = {}
-            _measure(shape, args, log_folder, figures)
+            _measure(shape, args, log_folder, document, until_s)
     except KeyboardInterrupt:
         note("interrupted; what was measured until then is kept")
         failed = 130
     note(format_table(document))
-    failed = failed or int(any(_errors(figures) for figures in document["shapes"].values()))
-    text = json.dumps(document, indent=2)
+    failed = failed or int(
+        any(_errors(figures) for figures in document["shapes"].values()) or bool(document["failures"])
+    )
+    _write(document, args.out)
     if args.out is None:
-        print(text)
-    else:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text + "\n", encoding="utf-8")
+        print(json.dumps(document, indent=2))
     return failed
 
 
-def _measure(shape: str, args: argparse.Namespace, log_folder: Path, figures: dict[str, Any]) -> None:
-    """Everything for one shape; fills in `figures` as far as it gets."""
+def _write(document: dict[str, Any], out: Path | None) -> None:
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def _measure(shape: str, args: argparse.Namespace, log_folder: Path, document: dict[str, Any], until_s: float) -> None:
+    """Everything for one shape; fills in the document as far as it gets."""
+    figures = document["shapes"][shape] = {}
     folder = make_model(shape, Path(tempfile.mkdtemp(prefix="midflight-shape-")) / shape)
-    try:
-        roofline = _roofline(folder, args)
+
+    def attempt(name: str, part: _Note) -> None:
+        if time.monotonic() > until_s:
+            note(f"{shape}, {name}: left out, the time is used up")
+            return
+        try:
+            part()
+        except Exception as error:  # whatever it is, the other parts may still work
+            document["failures"][f"{shape}, {name}"] = f"{type(error).__name__}: {error}"
+            note(f"{shape}, {name} FAILED: {type(error).__name__}: {error}")
+        _write(document, args.out)
+
+    def roofline() -> None:
+        found = _roofline(folder, args)
         figures["roofline"] = {
-            "bytes_per_s": roofline.bytes_per_s,
-            "weight_bytes": roofline.weight_bytes,
-            "step_s": {str(rows): roofline.step_s(rows, _context(args)) for rows in BATCHES},
+            "bytes_per_s": found.bytes_per_s,
+            "weight_bytes": found.weight_bytes,
+            "step_s": {str(rows): found.step_s(rows, _context(args)) for rows in BATCHES},
         }
-        note(f"{shape}: {roofline.weight_bytes / 1e9:.2f} GB a step, {roofline.bytes_per_s / 1e9:.0f} GB/s")
-        if not args.no_reference:
-            figures["transformers"] = _child(["--reference", str(folder)], args)
-        figures["served"], figures["changes"] = {}, {}
+        note(f"{shape}: {found.weight_bytes / 1e9:.2f} GB a step, {found.bytes_per_s / 1e9:.0f} GB/s")
+
+    def serve(num_workers: int) -> None:
+        served: dict[str, Any] = {}
+        changes: list[dict[str, Any]] = []
+        figures.setdefault("served", {})[str(num_workers)] = served
+        figures.setdefault("changes", {})[str(num_workers)] = changes
+        _serve(folder, num_workers, args, log_folder / f"{shape}-{num_workers}", served, changes)
+
+    def reference() -> None:
+        figures["transformers"] = _child(["--reference", str(folder)], args)
+
+    try:
+        attempt("roofline", roofline)
         for num_workers in args.workers:
-            served, changes = _serve(folder, num_workers, args, log_folder / f"{shape}-{num_workers}")
-            figures["served"][str(num_workers)], figures["changes"][str(num_workers)] = served, changes
+            attempt(f"{num_workers} workers", functools.partial(serve, num_workers))
+            if num_workers == args.workers[0] and not args.no_reference:
+                attempt("transformers", reference)
     finally:
         shutil.rmtree(folder.parent, ignore_errors=True)
 
 
 def make_model(shape: str, folder: Path) -> Path:
-    """A folder with the shape's config and the default model's tokenizer; weights are made up by who reads it."""
-    from api.pull import resolve_model
-
+    """A folder with the shape's config and the default model's tokenizer, if that is on this machine; weights are made up by who reads it."""
     home = Path(os.environ.get("MIDFLIGHT_HOME") or Path.home() / ".cache" / "midflight")
-    source = resolve_model(DEFAULT_MODEL, home, note)
+    source = home / "models" / DEFAULT_MODEL
     folder.mkdir(parents=True)
-    for path in source.iterdir():
+    for path in source.iterdir() if source.is_dir() else ():
         if "token" in path.name or path.suffix == ".jinja":
             shutil.copy(path, folder)
     (folder / "config.json").write_text(json.dumps(SHAPES[shape], indent=2), encoding="utf-8")
@@ -191,7 +231,7 @@ def _context(args: argparse.Namespace) -> float:
 def _child(extra: Sequence[str], args: argparse.Namespace) -> Any:
     """What this script prints with these arguments, in a process that ends."""
     common = ["--device", args.device, "--dtype", args.dtype, "--tokens", str(args.tokens)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": import_path(ROOT)}
     done = subprocess.run([sys.executable, __file__, *common, *extra], capture_output=True, text=True, env=env)
     if done.returncode:
         raise RuntimeError(f"{' '.join(extra)} failed:\n{done.stderr[-2000:]}")
@@ -268,9 +308,14 @@ def _device_name(device: str) -> str:
 
 
 def _serve(
-    folder: Path, num_workers: int, args: argparse.Namespace, log_folder: Path
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Serving with as many stages, and changes under load; with one stage, to and from a second worker."""
+    folder: Path,
+    num_workers: int,
+    args: argparse.Namespace,
+    log_folder: Path,
+    served: dict[str, Any],
+    changes: list[dict[str, Any]],
+) -> None:
+    """Serving with as many stages, and changes under load; with one stage, to and from a second worker. Adds to what was found."""
     num_layers = SHAPES[folder.name]["num_hidden_layers"]
     layout, other = layouts_for(num_layers, num_workers)
     arguments = ["--load-format", "dummy", "--dtype", args.dtype, "--device", args.device, "--no-prefix-cache"]
@@ -281,7 +326,7 @@ def _serve(
     fleet = Fleet(str(folder), num_local, arguments, log_folder, start_timeout_s=START_TIMEOUT_S)
     fleet.start(layout)
     try:
-        return asyncio.run(_drive(fleet, layout, other, args))
+        asyncio.run(_drive(fleet, layout, other, args, served, changes))
     finally:
         fleet.stop()
 
@@ -296,9 +341,13 @@ def layouts_for(num_layers: int, num_workers: int) -> tuple[LayoutSpec, LayoutSp
 
 
 async def _drive(
-    fleet: Fleet, layout: LayoutSpec, other: LayoutSpec, args: argparse.Namespace
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    served = {}
+    fleet: Fleet,
+    layout: LayoutSpec,
+    other: LayoutSpec,
+    args: argparse.Namespace,
+    served: dict[str, Any],
+    changes: list[dict[str, Any]],
+) -> None:
     for rows in BATCHES:
         workload = Workload(f"c{rows}", rows, max(2, 2 * rows), PROMPT_TOKENS, args.tokens)
         await warm_up(fleet.url, fleet.model, workload, seed=1)
@@ -308,19 +357,40 @@ async def _drive(
         note(
             f"  {workload.name}: {tpot['p50'] * 1e3 if tpot else float('nan'):.2f} ms a token, {summary['errors']} errors"
         )
-    changes = []
+    half = Workload("change", BATCHES[-1] // 2, BATCHES[-1], PROMPT_TOKENS, args.tokens)
     for turn in range(2 * args.changes):
-        workload = Workload("change", BATCHES[-1], 2 * BATCHES[-1], PROMPT_TOKENS, args.tokens)
-        load = asyncio.ensure_future(run_workload(fleet.url, fleet.model, workload, seed=3 + turn))
-        await asyncio.sleep(args.settle)
-        report = await fleet.change(layout if turn % 2 else other, "live", {})
-        summary, records = await load
-        gaps = [gap for record in records for gap in record.gaps_s]
-        entry = {"layout": str(fleet.layout), "report": report, "errors": summary["errors"], "longest_gap_s": max(gaps)}
+        ended = asyncio.Event()
+        loads = [
+            asyncio.ensure_future(_keep_loaded(fleet, half, ended, seed=1000 * (2 * turn + at + 1))) for at in range(2)
+        ]
+        try:
+            await asyncio.sleep(args.settle)
+            report = await fleet.change(layout if turn % 2 else other, "live", {})
+            await asyncio.sleep(args.settle)
+        finally:
+            ended.set()
+            runs = [run for load in await asyncio.gather(*loads) for run in load]
+        gaps = [gap for _, records in runs for record in records for gap in record.gaps_s]
+        errors = sum(summary["errors"] for summary, _ in runs)
+        entry = {
+            "layout": str(fleet.layout),
+            "report": report,
+            "errors": errors,
+            "longest_gap_s": max(gaps, default=None),
+        }
         changes.append(entry)
         pause = report["engine_pause_ms"]
         note(f"  to {fleet.layout}: {report['total_s']:.2f} s, D1 max {pause.get('excess_max', float('nan')):.2f} ms")
-    return served, changes
+
+
+async def _keep_loaded(
+    fleet: Fleet, workload: Workload, ended: asyncio.Event, seed: int
+) -> list[tuple[dict, list[Any]]]:
+    """The workload again and again, so that streams decode whenever the change comes, however fast the device is."""
+    found = []
+    while not ended.is_set():
+        found.append(await run_workload(fleet.url, fleet.model, workload, seed=seed + len(found)))
+    return found
 
 
 # -- what was found --------------------------------------------------------------------------------------------
@@ -338,7 +408,7 @@ def format_table(document: dict[str, Any]) -> str:
         for rows, step_s in floor.items():
             lines.append(f"| {shape} | roofline | {rows} | {step_s * 1e3:.3f} | 100 % | {int(rows) / step_s:.0f} | |")
         for rows, found in figures.get("transformers", {}).items():
-            cells = _cells(found["step_s"], floor[rows], found["output_tokens_per_s"])
+            cells = _cells(found["step_s"], floor.get(rows), found["output_tokens_per_s"])
             lines.append(f"| {shape} | transformers | {rows} | {cells} | |")
         for workers, served in figures.get("served", {}).items():
             pauses = [
@@ -347,14 +417,15 @@ def format_table(document: dict[str, Any]) -> str:
             d1 = max((pause for pause in pauses if pause is not None), default=None)
             for rows, summary in served.items():
                 tpot = summary["tpot_s"]
-                cells = _cells(tpot["p50"], floor[rows], summary["output_tokens_per_s"]) if tpot else "failed | | "
+                cells = _cells(tpot["p50"], floor.get(rows), summary["output_tokens_per_s"]) if tpot else "failed | | "
                 shown = f"{d1:.2f}" if d1 is not None and rows == str(BATCHES[-1]) else ""
                 lines.append(f"| {shape} | {workers} workers | {rows} | {cells} | {shown} |")
     return "\n".join(lines)
 
 
-def _cells(step_s: float, floor_s: float, tokens_per_s: float) -> str:
-    return f"{step_s * 1e3:.3f} | {100 * floor_s / step_s:.0f} % | {tokens_per_s:.0f}"
+def _cells(step_s: float, floor_s: float | None, tokens_per_s: float) -> str:
+    share = f"{100 * floor_s / step_s:.0f} %" if floor_s is not None else ""
+    return f"{step_s * 1e3:.3f} | {share} | {tokens_per_s:.0f}"
 
 
 def _errors(figures: dict[str, Any]) -> int:
@@ -375,6 +446,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--kv-memory", default="4G", help="of each worker")
     add("--copy-bytes", type=int, default=COPY_BYTES, help="for the bandwidth")
     add("--no-reference", action="store_true", help="leave transformers out")
+    add("--budget", type=float, default=float("inf"), metavar="SECONDS", help="after so long no further part begins")
     add("--out", type=Path, help="write the JSON here instead of to stdout")
     add("--reference", help=argparse.SUPPRESS)
     add("--copy", type=int, default=0, help=argparse.SUPPRESS)
