@@ -47,9 +47,9 @@ OPTIONS = ("--device", "cuda:0", "--dtype", "float32", "--kv-memory", "64M", "--
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("block_size", [16, 256])
 @pytest.mark.parametrize("window", [None, 40])
-@pytest.mark.parametrize("softcap", [None, 20.0])
-@pytest.mark.parametrize("is_decode", [False, True])
+@pytest.mark.parametrize(("softcap", "is_decode"), [(None, False), (None, True), (20.0, True)])
 def test_what_is_chosen_attends_as_plain_torch(dtype, block_size, window, softcap, is_decode) -> None:
+    """Prompts with a softcap are the last test of all: what attends to them may have to be compiled, for minutes."""
     shape = Shape(DEVICE, dtype, 32, 8, 128, block_size, 128**-0.5, window, softcap, is_decode)
     for must_capture in {False, is_decode}:
         chosen = choose(dataclasses.replace(shape, must_capture=must_capture))
@@ -143,7 +143,9 @@ def test_graphs_say_what_eager_steps_say(tiny: Path, dtype: torch.dtype) -> None
     graphs = graphed.runner.graphs
     assert graphs is not None
     assert graphs.capture(graphed.layers, [LayerRange(0, 4)], graphed.pool.data) > 0, graphs.why_not
-    tolerance = 1e-5 if dtype is torch.float32 else 5e-2
+    tolerance = (
+        1e-4 if dtype is torch.float32 else 5e-2
+    )  # padded products are another kernel's, which sums in another order
     for plan in make_plans():
         torch.testing.assert_close(graphed.run(plan), eager.run(plan), atol=tolerance, rtol=tolerance)
     assert graphed.runner.num_replayed == 12
@@ -269,3 +271,9 @@ async def test_pages_go_where_weights_leave(tiny: Path, tmp_path: Path) -> None:
     with Server(tiny, *options, log=tmp_path / "log") as server:
         await check_pages_follow(server)
         assert "the number of KV pages is fixed" not in server.log_text()
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_prompts_with_a_softcap_attend_as_plain_torch(window) -> None:
+    shape = Shape(DEVICE, torch.bfloat16, 32, 8, 128, 256, 128**-0.5, window, 20.0)
+    assert check(choose(shape), shape) == ""
