@@ -498,7 +498,7 @@ class Flex:
     def __call__(
         self, q: torch.Tensor, data: torch.Tensor, pages: torch.Tensor, step: PagedStep, shape: Shape, /
     ) -> torch.Tensor:
-        attend = self._attend
+        attend: Any = self._attend
         if attend is None:
             from torch.nn.attention.flex_attention import flex_attention
 
