@@ -195,7 +195,7 @@ class Monitor:
             bucket.expected += 1
             bucket.log_expected += log_expected
             bucket.log_expected_x2 += log_expected**2
-        if self._last_arrival_s is not None:
+        if self._last_arrival_s is not None and self._idle_s <= self.settings.idle_s:  # a pause is no gap of any load
             gap = now_s - self._last_arrival_s
             bucket.gap += gap
             bucket.gap_x2 += gap**2
@@ -252,7 +252,7 @@ class Monitor:
             return None
         for buckets in (self._buckets, self._all):
             buckets.append(bucket)
-            while buckets[0].start_s < now_s - self.settings.window_s:
+            while buckets[0].start_s < now_s - self.settings.window_s and len(buckets) > 1:  # one may be as long, when nobody sampled
                 buckets.popleft()
         shift = self._shift(now_s)
         if shift is not None:

@@ -127,3 +127,30 @@ def test_a_pause_ends_a_load() -> None:
     assert load is not None
     assert load.traffic.prompt_tokens < 100
     assert not monitor.shifts
+
+
+def test_a_head_that_stood_still_under_load_goes_on() -> None:
+    """Its container was paused for longer than the window, with requests in service."""
+    monitor = Monitor()
+    for tick in range(20):
+        monitor.arrived(tick * 0.5, 100)
+        monitor.sample(tick * 0.5, [(0.0, 5)], 0, tick * 10)
+    for tick in range(20):
+        monitor.arrived(220.0 + tick * 0.5, 100)
+        monitor.sample(220.0 + tick * 0.5, [(0.0, 5)], 0, 400 + tick * 10)
+    assert monitor.load() is not None
+    assert monitor.load(mixed=True) is not None
+
+
+def test_a_pause_is_no_gap_between_arrivals() -> None:
+    """After an idle night arrivals are as even as they were."""
+    monitor, tokens = Monitor(), 0
+    for tick in range(2000):
+        now_s, is_busy = tick * 0.5, tick < 120 or tick >= 1880
+        if is_busy and tick % 2 == 0:
+            monitor.arrived(now_s, 100)
+        tokens += 10 * is_busy
+        monitor.sample(now_s, [(now_s, 5)] * is_busy, 0, tokens)
+    load = monitor.load()
+    assert load is not None
+    assert load.traffic.arrival_cv < 0.5
