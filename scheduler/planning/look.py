@@ -17,7 +17,7 @@ from scheduler.planning.cost import Facts, MigrationCost, migration_cost
 from scheduler.planning.forecast import Device, Pipeline
 from scheduler.planning.monitor import Load, Measured
 from scheduler.planning.planner import plan
-from scheduler.planning.plans import NoPlan, Plan
+from scheduler.planning.plans import NoPlan, Plan, relative_gain
 from scheduler.planning.settings import Settings
 from scheduler.planning.sizing import Workers, num_wanted
 from scheduler.planning.traffic import Serving, Traffic
@@ -174,11 +174,18 @@ def _planned(question: Question) -> tuple[Plan, Workers, Staffing]:
             fewer,
             present=found.present,
             present_score=found.present_score,
+            gain=_gain_of_more(question, found, fewer) if staffing.wanted > num_serving else fewer.gain,
             is_change=fewer.layout.segments != present.segments,
         )
     used = set(found.layout.workers)
     spare = tuple(device.worker for device in devices if device.worker not in used | set(present.workers))
     return found, Workers(len(devices), len(used), staffing.wanted, spare), staffing
+
+
+def _gain_of_more(question: Question, found: Plan, chosen: Plan) -> float:
+    """What `chosen` gains over the present layout, if that is more than the model's error."""
+    gain = relative_gain(found.objective, found.present_score, chosen.score)
+    return gain if gain > question.error else 0.0
 
 
 def _or_nearer(question: Question, found: Plan, cost: MigrationCost) -> tuple[Plan, MigrationCost]:

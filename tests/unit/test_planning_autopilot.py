@@ -141,6 +141,17 @@ def test_elastic_gives_workers_back_and_takes_them_again() -> None:
     assert len(world.changes) <= 4
 
 
+def test_elastic_grows_by_as_many_as_the_load_needs() -> None:
+    """Not only when it takes all that the best layout of all would use."""
+    devices = [device(f"l{i}", "l40s") for i in range(4)]
+    world = World(make("on", elastic=True), devices, devices, layout_from_counts(1, ["l0"], [32]), 1)
+    world.run(Phase(120, 256, 128, rate=2.0))
+    assert len(world.present.workers) == 1
+    world.run(Phase(120, 256, 128, rate=22.0))
+    assert len(world.present.workers) in (2, 3)
+    assert len(world.changes) <= 2
+
+
 def test_more_workers_are_wanted_when_those_there_are_cannot_carry_the_load() -> None:
     devices = [device("l0", "l40s")]
     world = World(make("advise"), devices, devices, layout_from_counts(1, ["l0"], [32]), 1)
