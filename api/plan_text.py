@@ -64,6 +64,11 @@ def _load_lines(view: dict[str, Any]) -> list[str]:
     if view["load_is_assumed"] or load is None:
         return ["load: too little was asked yet; what follows is for 128 tokens in and out, 16 sequences a stage"]
     traffic = load["traffic"]
+    if load["is_idle"]:
+        return [
+            f"load: nothing was asked for {load['age_s']:.0f} s; before it was {traffic['prompt_tokens']:.0f} tokens in,"
+            f" {traffic['output_tokens']:.0f} out"
+        ]
     loop = (
         f"{traffic['concurrency']:.0f} clients in a closed loop"
         if load["is_closed"]

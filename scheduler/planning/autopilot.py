@@ -236,7 +236,9 @@ class Autopilot:
         if load is not None and load.remaining_s < self._needed_s:
             load = self.monitor.load(mixed=True)
         self.load = load
-        if load is None or load.age_s < self.settings.min_age_s or load.num_requests < self.settings.min_requests:
+        if load is None or load.age_s < self.settings.min_age_s:
+            return None
+        if load.num_requests < self.settings.min_requests and not load.is_idle:
             return None
         return Question(
             now_s, self.facts, self.serving, self.settings, load, tuple(devices), present, kv_tokens,
@@ -281,6 +283,8 @@ class Autopilot:
         price_s = cost_s(settings, cost)
         until_s, _ = self._blocked.get(found.layout.segments, (-math.inf, 0.0))
         shrinks = found.is_change and settings.elastic and len(found.layout.workers) < len(present.workers)
+        if self.load.is_idle and self._staffing.wanted >= len(present.workers):
+            shrinks = False  # a pause gives back no worker before it has lasted
         gain = self.worth(found)
         if shrinks:  # what it saves counts as a gain
             gain = max(gain, 1.0 - len(found.layout.workers) / len(present.workers))
@@ -319,8 +323,10 @@ class Autopilot:
         return min(10.0, found.gain * self.trust * self.pressure(found)) if found.gain > 0 else 0.0
 
     def pressure(self, found: Plan) -> float:
-        """How much of a gain in capacity the load would feel, in [0, 1]. Latency is felt always."""
+        """How much of a gain in capacity the load would feel, in [0, 1]. Latency is felt always, but by nobody in a pause."""
         traffic = found.traffic
+        if self.load is not None and self.load.is_idle:
+            return 0.0
         if self.settings.objective == "latency" or traffic.requests_per_s <= 0:
             return 1.0
         if found.present_score <= 0:

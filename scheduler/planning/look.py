@@ -83,7 +83,8 @@ def answer(question: Question) -> Answer:
     except NoPlan as error:
         return Answer(None, str(error))
     cost = _migration(question, found.layout)
-    if found.is_change and found.gain > 0 and len(present.workers) == present.num_hops:
+    is_shrinking = question.settings.elastic and staffing.wanted < len(present.workers)
+    if found.is_change and found.gain > 0 and len(present.workers) == present.num_hops and not is_shrinking:
         found, cost = _or_nearer(question, found, cost)
     if found.is_change and (short := without_room(question, found.layout)):
         return Answer(_kept(found, present), f"{found.layout.brief()} would be {found.gain:.0%} better, but {short}",

@@ -98,6 +98,8 @@ class Load(msgspec.Struct, frozen=True):
     tpot_s: float
     prefix_hit_ratio: float
     remaining_s: float
+    is_idle: bool = False
+    """Nothing has been asked for `age_s`; `traffic` has the lengths of the load before, at a rate of next to nothing."""
 
     @property
     def service_s_per_token(self) -> float:
@@ -252,7 +254,9 @@ class Monitor:
             return None
         for buckets in (self._buckets, self._all):
             buckets.append(bucket)
-            while buckets[0].start_s < now_s - self.settings.window_s and len(buckets) > 1:  # one may be as long, when nobody sampled
+            while (
+                buckets[0].start_s < now_s - self.settings.window_s and len(buckets) > 1
+            ):  # one may be as long, when nobody sampled
                 buckets.popleft()
         shift = self._shift(now_s)
         if shift is not None:
@@ -277,7 +281,7 @@ class Monitor:
     # -- what it comes to ---------------------------------------------------------------------------------------
 
     def load(self, *, mixed: bool = False) -> Load | None:
-        """The load over the window; None when nothing was asked in it, and nothing runs.
+        """The load over the window, or what is left of it in a pause; None when nothing was asked in it, and nothing runs.
 
         `mixed`: over the last `window_s` whatever happened in it, the mean of loads that take turns.
         """
@@ -287,12 +291,15 @@ class Monitor:
         rows = _rows(buckets)
         total = _Bucket(*map(float, rows.sum(axis=0)))
         system = (total.running_s + total.waiting_s) / total.seconds
-        if not total.arrivals and system <= 0:
+        is_idle = self.settings.idle_s < self._idle_s < math.inf
+        if not total.arrivals and system <= 0 and not is_idle:
             return None
         prompt = total.prompt / total.arrivals if total.arrivals else self._prompt
         output = self._mean_output(-math.inf if mixed else self._since_s or 0.0, buckets[0].start_s)
         if not mixed:
             self._prompt, self._output = prompt, output
+        if is_idle:
+            return self._pause(prompt, output)
         is_closed = _is_closed(total)
         rate = total.arrivals / total.seconds
         peak = float(np.percentile((rows[:, _AT["running_s"]] + rows[:, _AT["waiting_s"]]) / _seconds(rows), 95))
@@ -319,6 +326,14 @@ class Monitor:
             prefix_hit_ratio=total.cached / total.ended_prompt if total.ended_prompt else 0.0,
             remaining_s=math.inf if mixed else self._remaining_s(),
         )
+
+    def _pause(self, prompt: float, output: float) -> Load:
+        """For who must know how many workers it takes to do nothing."""
+        traffic = Traffic(1.0 / self._idle_s, max(1.0, prompt), max(1.0, output), concurrency=4.0)
+        return Load(
+            traffic, self._idle_s, 0, is_closed=False, in_service=0.0, waiting=0.0, requests_per_s=0.0, tokens_per_s=0.0,
+            ttft_s=0.0, tpot_s=0.0, prefix_hit_ratio=0.0, remaining_s=math.inf, is_idle=True,
+        )  # fmt: skip
 
     def measured(self, since_s: float) -> Measured:
         """What was served since then (whole buckets), as far back as the window goes."""

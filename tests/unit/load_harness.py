@@ -43,7 +43,7 @@ def device(worker: str, kind: str, slower: float = 1.0) -> Device:
 
 @dataclass
 class Phase:
-    """For so many seconds: clients in a closed loop, or (open) requests per second, with these mean lengths."""
+    """For so many seconds: clients in a closed loop, or (open) requests per second, with these mean lengths; neither: nothing comes."""
 
     seconds: float
     prompt: float
@@ -114,6 +114,8 @@ class World:
                 self._begin(phase, self.now_s)
             return
         self._next_arrival_s = max(self._next_arrival_s, self.now_s)
+        if not phase.rate:
+            return
         while self._next_arrival_s < self.now_s + TICK_S:
             self._begin(phase, self._next_arrival_s)
             self._next_arrival_s += self.random.expovariate(phase.rate)

@@ -152,6 +152,31 @@ def test_elastic_grows_by_as_many_as_the_load_needs() -> None:
     assert len(world.changes) <= 2
 
 
+@pytest.mark.parametrize("phase", [Phase(240, 256, 16, rate=60.0), Phase(240, 256, 16, clients=64)])
+@pytest.mark.parametrize("every_s", [30, 900])
+def test_elastic_gives_workers_back_when_hardly_anything_is_asked(phase: Phase, every_s: int) -> None:
+    """A request now and then, or none: each pause ends a load, and none of those lasts long enough to be planned for."""
+    devices = [device(f"l{i}", "l40s") for i in range(4)]
+    start = layout_from_counts(1, [d.worker for d in devices], [8, 8, 8, 8])
+    world = World(make("on", elastic=True), devices, devices, start, 1)
+    world.run(phase)
+    assert len(world.present.workers) > 1
+    for _ in range(900 // every_s):
+        world.run(Phase(0.5, 256, 16, rate=2.0), Phase(every_s, 256, 16))
+    assert len(world.present.workers) == 1
+    assert world.autopilot.workers is not None
+    assert world.autopilot.workers.wanted == 1
+
+
+def test_a_short_pause_gives_no_worker_back() -> None:
+    devices = [device(f"l{i}", "l40s") for i in range(4)]
+    start = layout_from_counts(1, [d.worker for d in devices], [8, 8, 8, 8])
+    world = World(make("on", elastic=True), devices, devices, start, 1)
+    for _ in range(5):
+        world.run(Phase(60, 256, 16, clients=64), Phase(40, 256, 16))
+        assert len(world.present.workers) == 4
+
+
 def test_more_workers_are_wanted_when_those_there_are_cannot_carry_the_load() -> None:
     devices = [device("l0", "l40s")]
     world = World(make("advise"), devices, devices, layout_from_counts(1, ["l0"], [32]), 1)
