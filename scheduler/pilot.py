@@ -119,6 +119,10 @@ class Pilot:
         self._requests[sequence] = _Request(now_s, prompt_tokens, limit)
         self.autopilot.monitor.arrived(now_s, prompt_tokens, limit)
 
+    def refused(self) -> None:
+        """A request was not taken, for want of room in the queue."""
+        self.autopilot.monitor.refused()
+
     def cancelled(self, sequence: SequenceId, *, is_end: bool, now_s: float) -> None:
         """`is_end`: the request has all it wanted; otherwise its client went away, and it counts for nothing."""
         request = self._requests.pop(sequence, None)

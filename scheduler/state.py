@@ -258,7 +258,12 @@ class SchedulerState:
             raise AdmissionError(f"the server is {self.status.replace('_', ' ')}", status=503, code="not_ready")
         if self.status == "failed":
             raise AdmissionError(f"the server has failed: {self.detail}", status=503, code="failed")
-        self.batcher.submit(event.sequence, event.request, event.now_s)
+        try:
+            self.batcher.submit(event.sequence, event.request, event.now_s)
+        except AdmissionError as error:
+            if error.status == 429:
+                self.pilot.refused()
+            raise
         self.pilot.submitted(event.sequence, len(event.request.prompt), event.request.max_tokens, event.now_s)
 
     # -- workers ------------------------------------------------------------------------------------------

@@ -146,6 +146,7 @@ class _Bucket(msgspec.Struct):
     waiting_s: float = 0.0
     system_x2_s: float = 0.0
     tokens: float = 0.0
+    refused: float = 0.0
 
 
 _NAMES = _Bucket.__struct_fields__
@@ -202,6 +203,10 @@ class Monitor:
             bucket.gap += gap
             bucket.gap_x2 += gap**2
         self._last_arrival_s = now_s
+
+    def refused(self) -> None:
+        """A request found the queue full. Those in the system hardly vary in number then, and yet the loop is no closed one."""
+        self._now.refused += 1
 
     def ended(
         self,
@@ -480,7 +485,7 @@ def _seconds(rows: np.ndarray) -> np.ndarray:
 
 
 def _is_closed(total: _Bucket) -> bool:
-    if total.seconds <= 0:
+    if total.seconds <= 0 or total.refused:
         return False
     mean = (total.running_s + total.waiting_s) / total.seconds
     variance = total.system_x2_s / total.seconds - mean**2

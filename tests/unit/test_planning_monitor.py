@@ -112,6 +112,24 @@ def test_loads_that_take_turns_are_expected_to_go_on_doing_so() -> None:
     assert watched(3, Phase(100, 448, 16, clients=32)).autopilot.monitor._remaining_s() == float("inf")
 
 
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_a_full_queue_is_no_closed_loop(is_refused: bool) -> None:
+    """As many come as are served, and the number of those that wait is what the queue holds: clients that wait for answers, or an overload."""
+    monitor, draw = Monitor(), random.Random(1)
+    for tick in range(240):
+        now_s = tick * 0.5
+        for _ in range(draw.choice([2, 3])):
+            monitor.arrived(now_s, 100)
+            monitor.ended(now_s, now_s - 10, 100, 50, 0, ttft_s=8.0, decode_s=2.0)
+            if is_refused:
+                monitor.refused()
+        monitor.sample(now_s, [(now_s - 2, 20)] * 32, 64 - draw.choice([0, 1, 2]), tick * 125)
+    load = monitor.load()
+    assert load is not None
+    assert load.is_closed is not is_refused
+    assert load.traffic.requests_per_s == pytest.approx(5.0 if is_refused else 0.0, rel=0.1)
+
+
 def test_a_pause_ends_a_load() -> None:
     monitor, draw = Monitor(), random.Random(1)
     tokens = 0
