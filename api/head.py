@@ -294,6 +294,7 @@ def _make_state(config: ServeConfig, spec: ModelSpec) -> SchedulerState:
             objective=cast("Objective", config.objective),
             slo=Slo(config.slo_ttft_s, config.slo_tpot_s),
             elastic=config.elastic,
+            tells_workers=bool(config.scale_command),
         ),
     )
     return SchedulerState(cluster, batching)

@@ -46,8 +46,8 @@ def pilot_families(stats: PilotStats) -> Iterator[Metric]:
         service.add_metric([what, "measured"], measured)
     yield service
     workers = GaugeMetricFamily("midflight_plan_workers", "Workers by what the planner says of them", labels=["state"])
-    for state in ("present", "used", "wanted", "spare"):
-        workers.add_metric([state], getattr(stats, f"workers_{state}"))
+    for state, count in stats.workers.items():
+        workers.add_metric([state], count)
     yield workers
 
 

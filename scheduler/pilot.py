@@ -31,7 +31,6 @@ from scheduler.planning.look import Answer, Question
 from scheduler.planning.monitor import Running
 from scheduler.planning.planner import plan
 from scheduler.planning.plans import NoPlan, Plan
-from scheduler.planning.sizing import Workers
 from scheduler.planning.traffic import Serving, Traffic
 from scheduler.prices import step_prices
 from scheduler.reconfiguration import Reconfiguration
@@ -353,7 +352,7 @@ class Pilot:
                 "tpot": (error.tpot_predicted_s, error.tpot_measured_s),
                 "per_token": (error.per_token_predicted_s, error.per_token_measured_s),
             }
-        workers = autopilot.workers or Workers(0, 0, 0)
+        workers = autopilot.workers
         return PilotStats(
             mode=autopilot.mode,
             gain=found.gain if found else 0.0,
@@ -363,10 +362,7 @@ class Pilot:
             stage_errors=[(e.worker, e.num_steps, e.mape, e.bias) for e in self.fleet.errors()],
             stages=stages,
             service=service,
-            workers_present=workers.present,
-            workers_used=workers.used,
-            workers_wanted=workers.wanted,
-            workers_spare=len(workers.spare),
+            workers={} if workers is None else workers.counts(),
         )
 
     def _usual(self, devices: Sequence[Device], present: Layout) -> Plan | None:

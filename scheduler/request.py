@@ -165,10 +165,8 @@ class PilotStats(msgspec.Struct, frozen=True):
     """Layout ("present" or "proposed"), hop, worker, predicted seconds per mean step."""
     service: dict[str, tuple[float, float]]
     """Predicted and measured seconds: ttft, tpot, per_token."""
-    workers_present: int
-    workers_used: int
-    workers_wanted: int
-    workers_spare: int
+    workers: dict[str, int]
+    """How many are present, used, wanted and spare; empty while nobody has looked."""
 
 
 class Engine(Protocol):

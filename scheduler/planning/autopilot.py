@@ -141,6 +141,8 @@ class Autopilot:
     def set_mode(self, now_s: float, mode: Mode) -> None:
         if mode != self.mode:
             self.mode, self._advised, self.regret_s = mode, None, 0.0
+            if mode == "off":
+                self.plan = self.cost = self.workers = self.error = None  # nobody looks any more
             self._note(now_s, "mode", f"the autopilot is {mode}" if mode != "advise" else "the autopilot advises")
 
     def committed(self, now_s: float, layout: Layout, took_s: float = 0.0) -> None:
@@ -183,7 +185,8 @@ class Autopilot:
 
     def is_due(self, now_s: float) -> bool:
         """Whether `ask` would look at the load now, if no change is under way."""
-        return self.mode != "off" and not self._is_asking and now_s - self._looked_s >= self.settings.interval_s
+        looks = self.mode != "off" or self.settings.tells_workers
+        return looks and not self._is_asking and now_s - self._looked_s >= self.settings.interval_s
 
     def ask(
         self,

@@ -11,13 +11,14 @@ class Settings(msgspec.Struct, frozen=True):
     `min_gain` is relative; `overhead` the share of the service that a change takes while it goes on, `change_s` what it is
     taken to cost beyond that and `layer_s` for each layer moved (seconds of service). `pressure_at` is the utilization from which on capacity is worth all that it
     promises. Of two proposals the one that pays more within `nearer_s` is taken. `elastic`: use no more workers than the load
-    needs. `snapshot_bytes_per_s` is what a change may put on each source's network while it serves; `kv_bytes_per_s` and
+    needs. `tells_workers`: somebody is told how many workers are wanted, so that is looked at in mode "off" as well. `snapshot_bytes_per_s` is what a change may put on each source's network while it serves; `kv_bytes_per_s` and
     `load_bytes_per_s` are what is expected of it before one was seen.
     """
 
     objective: Objective = "throughput"
     slo: Slo = Slo()
     elastic: bool = False
+    tells_workers: bool = False
     interval_s: float = 2.0
     min_gain: float = 0.03
     min_stay_s: float = 15.0

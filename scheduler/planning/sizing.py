@@ -38,6 +38,9 @@ class Workers(msgspec.Struct, frozen=True):
     wanted: int
     spare: tuple[str, ...] = ()
 
+    def counts(self) -> dict[str, int]:
+        return {"present": self.present, "used": self.used, "wanted": self.wanted, "spare": len(self.spare)}
+
 
 def num_wanted(ask: Ask, devices: Sequence[Device], num_layers: int, slo: Slo, num_serving: int) -> int:
     """The fewest workers that carry the load, while `num_serving` serve it.

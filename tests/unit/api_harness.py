@@ -58,6 +58,7 @@ class ScriptedEngine:
         self.traces: list[TraceRun] = []
         self.reports: dict[int, dict[str, Any]] = {}
         self.mode = "off"
+        self.staff = {"present": 3, "used": 2, "wanted": 2, "spare": 1}
         self.listeners: set[Callable[[dict[str, Any]], None]] = set()
         self._ended = asyncio.Event()
 
@@ -141,7 +142,7 @@ class ScriptedEngine:
     def pilot_stats(self) -> PilotStats:
         return PilotStats(
             self.mode, 0.25, 0.9, 1.5, {"shift": 2}, [("w0", 40, 0.05, -0.01)], [("present", 0, "w0", 0.012)],
-            {"tpot": (0.02, 0.021)}, 3, 2, 2, 1,
+            {"tpot": (0.02, 0.021)}, self.staff,
         )  # fmt: skip
 
     def set_autopilot(self, mode: str) -> None:

@@ -55,6 +55,9 @@ async def test_metrics(api: Api) -> None:
         'midflight_plan_workers{state="wanted"} 2.0',
     ):
         assert line in text
+    api.engine.staff = {}
+    _, text = await api.get("/metrics")
+    assert "midflight_plan_workers{" not in text, "an autoscaler would take 0 wanted for an order"
 
 
 def test_the_text_of_a_head_without_a_load() -> None:

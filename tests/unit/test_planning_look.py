@@ -84,6 +84,19 @@ def test_staffing() -> None:
     assert staffing.after(60.0, 1, 3, 60.0).wanted == 2
 
 
+def test_whoever_is_told_of_workers_hears_of_them_without_an_autopilot() -> None:
+    devices = [device("a", "a100"), device("l", "l40s")]
+    world = World(make("off", tells_workers=True), devices, devices, PRESENT, 0)
+    world.run(Phase(60, 256, 256, clients=32))
+    pilot = world.autopilot
+    assert pilot.workers is not None
+    assert pilot.workers.counts() == {"present": 2, "used": pilot.workers.used, "wanted": 2, "spare": 0}
+    assert world.changes == []
+    pilot.set_mode(world.now_s, "advise")
+    pilot.set_mode(world.now_s, "off")
+    assert pilot.workers is None, "what was said in another mode is no news"
+
+
 def test_a_change_that_has_no_room_is_not_proposed() -> None:
     """What arrives is held beside what leaves and the page pool; the answer says who lacks the memory."""
     world, question = asked()
