@@ -17,7 +17,7 @@ from scheduler.planning.cost import Facts, MigrationCost, migration_cost
 from scheduler.planning.forecast import Device, Pipeline
 from scheduler.planning.monitor import Load, Measured
 from scheduler.planning.planner import plan
-from scheduler.planning.plans import NoPlan, Plan, relative_gain
+from scheduler.planning.plans import NoPlan, Plan, gained, relative_gain
 from scheduler.planning.settings import Settings
 from scheduler.planning.sizing import Workers, num_wanted
 from scheduler.planning.traffic import Serving, Traffic
@@ -87,7 +87,7 @@ def answer(question: Question) -> Answer:
     if found.is_change and found.gain > 0 and len(present.workers) == present.num_hops and not is_shrinking:
         found, cost = _or_nearer(question, found, cost)
     if found.is_change and (short := without_room(question, found.layout)):
-        return Answer(_kept(found, present), f"{found.layout.brief()} would be {found.gain:.0%} better, but {short}",
+        return Answer(_kept(found, present), f"{found.layout.brief()} would be better: it {gained(found.gain)}, but {short}",
                       _migration(question, present), workers, staffing, _per_token(question))  # fmt: skip
     return Answer(found, "", cost, workers, staffing, _per_token(question))
 

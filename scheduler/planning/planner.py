@@ -217,7 +217,7 @@ class _Planning:
             self._look_at([k for k in near if 1 <= k <= most], options)
         for share in () if self.objective == "throughput" else _SHARES:
             self._look_again(options, share)
-        k, option = max(options.items(), key=lambda item: (item[1].score, -item[0]))
+        k, option = max(options.items(), key=lambda item: (item[1].score, item[1].split is not None, -item[0]))
         if option.split is None:
             raise NoPlan(self.setting.why_nothing_fits(most))
         best = self._improved(option)

@@ -60,7 +60,7 @@ class Plan(msgspec.Struct, frozen=True):
             lines += _describe(self.forecast)
         if self.present is not None:
             head = "present" if self.is_change else "present, kept"
-            lines.append(f"{head}: {amount(self.objective, self.present_score)}; the proposal gains {self.gain:.1%}")
+            lines.append(f"{head}: {amount(self.objective, self.present_score)}; the proposal {gained(self.gain)}")
             lines += _describe(self.present)
         if self.within_error:
             lines.append(
@@ -87,6 +87,11 @@ def why_not(objective: Objective, score: float, best: float, is_split: bool) -> 
         return "it cannot take the load" if is_split else "the weights do not fit on so few devices"
     bound = "" if is_split else "at best "
     return f"{bound}{amount(objective, score)}, {relative_gain(objective, best, score):+.1%}"
+
+
+def gained(gain: float) -> str:
+    """A relative gain in words; there is no share of nothing."""
+    return f"gains {gain:.1%}" if gain < math.inf else "can, the present layout cannot"
 
 
 def amount(objective: Objective, score: float) -> str:

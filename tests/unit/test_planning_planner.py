@@ -136,6 +136,28 @@ def test_memory_decides_how_many_stages_there_must_be() -> None:
     assert 1 <= tight.forecast.max_sequences < 200
 
 
+def test_an_overload_is_no_want_of_memory() -> None:
+    """No layout can take it, so the latency of all is endless; those that fit are still plans."""
+    facts = Facts(llama_70b())
+    devices = [device(f"w{i}", "a100", memory=80 * 10**9) for i in range(4)]
+    traffic = Traffic(requests_per_s=1000.0, prompt_tokens=512, output_tokens=128, concurrency=0.0)
+    present = layout_from_counts(0, [d.worker for d in devices], [20] * 4)
+    found = plan(facts, devices, traffic, objective="latency", present=present)
+    assert not found.is_change
+    assert found.forecast.saturated
+    assert plan(facts, devices, traffic, objective="latency").layout.num_hops >= 2
+
+
+def test_a_gain_over_nothing_is_said_in_words() -> None:
+    facts, devices = Facts(llama_70b()), [device("fast", "a100"), device("slow", "l4")]
+    present = layout_from_counts(0, ["slow", "fast"], [78, 2])
+    traffic = Traffic(requests_per_s=0.5, prompt_tokens=512, output_tokens=128, concurrency=0.0)
+    found = plan(facts, devices, traffic, objective="goodput", present=present, slo=Slo(5.0, 0.2))
+    assert found.present_score == 0.0 < found.score
+    assert "the proposal can, the present layout cannot" in found.explain()
+    assert "inf" not in found.explain()
+
+
 def test_goodput_meets_the_slo() -> None:
     facts = Facts(llama_70b())
     devices = [device(f"w{i}", "a100", memory=80 * 10**9) for i in range(4)]
