@@ -20,7 +20,7 @@ from scheduler.batching import BatchingConfig
 from scheduler.planning.autopilot import Settings
 from scheduler.planning.cost import Facts, Speed
 from scheduler.planning.plans import NoPlan
-from scheduler.planning.traffic import Serving, Slo
+from scheduler.planning.traffic import Serving, Slo, Traffic
 from scheduler.simulation.policies import Oracle, Planning, Policy
 from scheduler.simulation.results import REQUEST_COLUMNS, WINDOW_COLUMNS, request_rows, summarise, window_rows
 from scheduler.simulation.shapes import load_shape
@@ -48,6 +48,8 @@ def simulate(options: argparse.Namespace) -> int:
     """Run what `options` say (`api.cli` parses them); the exit code."""
     try:
         scenario = build(options)
+        if options.out:
+            options.out.mkdir(parents=True, exist_ok=True)  # a long simulation must not end with this
         began_s = time.perf_counter()
         outcome = scenario.simulation.run(scenario.trace)
         wall_s = time.perf_counter() - began_s
@@ -67,9 +69,13 @@ def simulate(options: argparse.Namespace) -> int:
         "times_real_time": outcome.end_s / wall_s,
         "events": outcome.events,
     }
-    if options.out:
-        _write(options.out, summary, scenario, outcome, options.window)
     print(json.dumps(summary, indent=2) if options.json else "\n".join(lines_of(summary)))
+    try:
+        if options.out:
+            _write(options.out, summary, scenario, outcome, options.window)
+    except OSError as error:
+        print(f"midflight: simulate: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -82,12 +88,17 @@ def build(options: argparse.Namespace) -> Scenario:
     spec = load_shape(options.model)
     facts, slo = Facts(spec), Slo(options.slo_ttft, options.slo_tpot)
     trace = _trace(options)
+    if options.policy == "oracle" and options.concurrency:
+        raise ValueError(
+            "--policy oracle looks ahead in the trace's arrival times, which --concurrency puts aside; leave one out"
+        )
+    traffic = trace.traffic(clients=options.concurrency)
     raw = parse_devices(options.cluster)
     serving = Serving(options.step_tokens, options.max_running, options.microbatches, options.block_size)
     if options.layout:
         first, counts = _given(options.layout, raw, spec.num_layers)
     else:
-        first, counts = _planned(Planning.of(facts, name_devices(raw, ()), serving, options.objective, slo), trace)
+        first, counts = _planned(Planning.of(facts, name_devices(raw, ()), serving, options.objective, slo), traffic)
     devices = name_devices(raw, first)
     planning = Planning.of(facts, devices, serving, options.objective, slo)
     policy = _policy(options, planning, trace)
@@ -170,10 +181,10 @@ def _trace(options: argparse.Namespace) -> Trace:
     return trace.scaled(options.rate_scale)
 
 
-def _planned(planning: Planning, trace: Trace) -> tuple[list[int], tuple[int, ...]]:
+def _planned(planning: Planning, traffic: Traffic) -> tuple[list[int], tuple[int, ...]]:
     """The planner's layout for the mean load: indices of devices in their order, and layers for each."""
     try:
-        found = planning.plan(trace.traffic(), None)
+        found = planning.plan(traffic, None)
     except NoPlan as error:
         raise ValueError(str(error)) from error
     index = {device.worker: i for i, device in enumerate(planning.devices)}
@@ -213,7 +224,6 @@ def _pilot_notes(simulation: Simulation) -> list[str]:
 
 
 def _write(folder: Path, summary: dict[str, Any], scenario: Scenario, outcome: Outcome, window_s: float) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     windows = window_rows(outcome, scenario.devices, scenario.slo, window_s)
     for name, columns, rows in (

@@ -17,6 +17,7 @@ from runtime.model.spec import ModelSpec
 
 _FAMILY = ("llama", "mistral", "qwen3", "qwen3_moe")
 _QK_NORM = ("qwen3", "qwen3_moe")
+_SIZES = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "max_position_embeddings")
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -52,6 +53,8 @@ def spec_of_config(config: Mapping[str, Any], name: str) -> ModelSpec:
     Raises:
         ValueError: when a field is missing, or the family is not counted here.
     """
+    if not isinstance(config, Mapping):
+        raise ValueError(f"{name}: a config is an object of JSON")
     kind = config.get("model_type")
     if kind not in _FAMILY or config.get("attention_bias") or config.get("mlp_only_layers"):
         raise ValueError(f"{name}: the shape of a {kind!r} model cannot be counted; possible are {', '.join(_FAMILY)}")
@@ -62,6 +65,9 @@ def spec_of_config(config: Mapping[str, Any], name: str) -> ModelSpec:
 
 
 def _count(config: Mapping[str, Any], name: str, kind: str) -> ModelSpec:
+    for field in _SIZES:
+        if not isinstance(size := config[field], int) or size < 1:
+            raise ValueError(f"{name}: {field} is {size!r}, which is no number from 1 up")
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
     head_dim = config.get("head_dim") or hidden // heads
@@ -80,7 +86,7 @@ def _count(config: Mapping[str, Any], name: str, kind: str) -> ModelSpec:
     return ModelSpec(
         name=name,
         folder=name,
-        architecture=config.get("architectures", [kind])[0],
+        architecture=(config.get("architectures") or [kind])[0],
         dtype=dtype if dtype in _BYTES else "bfloat16",
         load_format="dummy",
         num_layers=layers,

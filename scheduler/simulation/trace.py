@@ -25,6 +25,9 @@ from scheduler.planning.traffic import Traffic
 _COLUMNS = (("TIMESTAMP", "ContextTokens", "GeneratedTokens"), ("arrival_s", "prompt_tokens", "output_tokens"))
 
 
+_MOST_TOKENS, _MOST_REQUESTS = 10**9, 10**7
+
+
 @dataclass(frozen=True, slots=True)
 class Trace:
     """N requests: when they arrive (seconds from the trace's start, ascending), their prompts and outputs (tokens), ``[N]``."""
@@ -55,8 +58,9 @@ class Trace:
         """The same requests, `rate` times as fast."""
         return Trace(self.name, self.arrival_s / rate, self.prompt_tokens, self.output_tokens)
 
-    def traffic(self, seconds: float | None = None) -> Traffic:
-        """The load in means over `seconds` (default: the whole trace), as the planner wants it.
+    def traffic(self, seconds: float | None = None, *, clients: int = 0) -> Traffic:
+        """The load in means over `seconds` (default: the whole trace), as the planner wants it; or that of so many clients, who ask for these requests
+        one after the other.
 
         Raises:
             ValueError: when there are no requests.
@@ -66,10 +70,10 @@ class Trace:
         seconds = max(seconds or self.duration_s, 1e-3)
         gaps = np.diff(self.arrival_s)
         return Traffic(
-            requests_per_s=len(self) / seconds,
+            requests_per_s=0.0 if clients else len(self) / seconds,
             prompt_tokens=float(self.prompt_tokens.mean()),
             output_tokens=float(self.output_tokens.mean()),
-            concurrency=0.0,
+            concurrency=float(clients),
             arrival_cv=_cv(gaps),
             service_cv=_cv(self.output_tokens),
         )
@@ -81,7 +85,7 @@ def read_trace(path: Path) -> Trace:
     Raises:
         ValueError: it is no trace; the message names the line.
     """
-    with path.open(newline="") as lines:
+    with path.open(newline="", encoding="utf-8-sig") as lines:
         rows = csv.reader(lines)
         header = next(rows, [])
         columns = next((names for names in _COLUMNS if set(names) <= set(header)), None)
@@ -91,13 +95,16 @@ def read_trace(path: Path) -> Trace:
         at, prompt, output = (header.index(name) for name in columns)
         arrivals, prompts, outputs = [], [], []
         for number, row in enumerate(rows, start=2):
+            if not row:
+                continue
             try:
                 arrivals.append(_seconds(row[at]))
-                prompts.append(int(row[prompt]))
-                outputs.append(int(row[output]))
+                prompts.append(_tokens(row[prompt]))
+                outputs.append(_tokens(row[output]))
             except (ValueError, IndexError) as error:
                 raise ValueError(f"{path}, line {number}: {','.join(row)!r} is no request: {error}") from error
-    return _trace(path.stem, arrivals, prompts, outputs)
+    first_s = min(arrivals, default=0.0)
+    return _trace(path.stem, [at_s - first_s for at_s in arrivals], prompts, outputs)
 
 
 def make_trace(text: str, seed: int) -> Trace:
@@ -143,6 +150,10 @@ def _fields(text: str) -> dict[str, float]:
 
 def _phase(fields: dict[str, float], rng: np.random.Generator) -> tuple[Trace, float]:
     rate, duration_s = fields["rate"], fields["duration"]
+    if rate * duration_s > _MOST_REQUESTS:
+        raise ValueError(
+            f"trace: {rate:g} requests/s for {duration_s:g} s; a phase has {_MOST_REQUESTS:,} requests at most"
+        )
     count = int(rng.poisson(rate * duration_s))
     arrivals = np.sort(rng.uniform(0.0, duration_s, count))
 
@@ -163,15 +174,23 @@ def _trace(
     at = np.asarray(arrivals, dtype=float)
     order = np.argsort(at, kind="stable")
     prompt, output = np.asarray(prompts, dtype=np.int64)[order], np.asarray(outputs, dtype=np.int64)[order]
-    first = at.min() if len(at) and name != "synthetic" else 0.0
-    return Trace(name, at[order] - first, np.maximum(prompt, 1), np.maximum(output, 1))
+    return Trace(name, at[order], np.maximum(prompt, 1), np.maximum(output, 1))
+
+
+def _tokens(text: str) -> int:
+    if (tokens := int(text)) > _MOST_TOKENS:
+        raise ValueError(f"no request has more than {_MOST_TOKENS:,} tokens")
+    return tokens
 
 
 def _seconds(text: str) -> float:
     try:
-        return float(text)
+        seconds = float(text)
     except ValueError:
         return datetime.fromisoformat(text[:26]).replace(tzinfo=UTC).timestamp()
+    if not math.isfinite(seconds):
+        raise ValueError(f"{text} is no time")
+    return seconds
 
 
 def _cv(values: np.ndarray) -> float:

@@ -113,10 +113,39 @@ def test_traces_are_read(tmp_path: Path) -> None:
     assert (trace.arrival_s.tolist(), trace.prompt_tokens.tolist()) == ([0.0, 2.0], [20, 10])
     path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.9799600,4808,10\n")
     assert read_trace(path).prompt_tokens.tolist() == [4808]
-    for text, where in (("a,b\n1,2\n", "begins with"), ("arrival_s,prompt_tokens,output_tokens\n1,x,2\n", "line 2")):
-        path.write_text(text)
-        with pytest.raises(ValueError, match=where):
+    for row in ("1,x,2", "nan,1,2", "inf,1,2", f"1,{10**20},2", "1,2"):
+        path.write_text(f"arrival_s,prompt_tokens,output_tokens\n{row}\n")
+        with pytest.raises(ValueError, match="line 2"):
             read_trace(path)
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="begins with"):
+        read_trace(path)
+
+
+def test_a_trace_may_have_any_name_a_mark_and_blank_lines(tmp_path: Path) -> None:
+    path = tmp_path / "synthetic.csv"
+    path.write_text("\ufeffarrival_s,prompt_tokens,output_tokens\n1700000000.5,10,2\n\n1700000002,20,1\n\n")
+    assert read_trace(path).arrival_s.tolist() == [0.0, 1.5]
+
+
+def test_configs_that_are_none(tmp_path: Path) -> None:
+    good = json.loads(shapes._shipped().joinpath("llama-3-8b.json").read_text())
+    for config, said in (
+        ([], "object"), (good | {"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        (good | {"hidden_size": "64"}, "hidden_size is '64'"), (good | {"num_attention_heads": 0}, "num_attention_heads is 0"),
+    ):  # fmt: skip
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=said):
+            shapes.load_shape(str(tmp_path))
+    assert shapes.spec_of_config(good | {"architectures": None}, "m").architecture == "llama"
+
+
+def test_the_first_layout_is_for_the_clients_that_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """One client is served best by the fast device alone, whatever the trace's rate would be."""
+    trace = ("--trace", "poisson:rate=20,prompt=64,output=64,duration=1")
+    code, out, _ = simulate(capsys, *trace, "--concurrency", "1", "--json")
+    assert code == 0
+    assert json.loads(out)["layouts"][0]["layout"] == "w0 a100 [0, 32)"
 
 
 @pytest.mark.skipif(not AZURE.exists(), reason=f"{AZURE} is not there")
@@ -169,6 +198,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (("--trace", "poisson:rate=1", "--layout", "a100:12,a100:20"), "no (other) a100"),
         (("--trace", "poisson:rate=1", "--layout", "a100:12,l40s:21"), "33 layers"),
         (("--trace", "poisson:rate=1", "--cluster", "k80:2"), "k80"),
+        (("--trace", "poisson:rate=1e8,duration=1e8"), "10,000,000 requests at most"),
+        (("--trace", "poisson:rate=1,duration=5", "--out", "/dev/null/out"), "/dev/null"),
+        (("--trace", "poisson:rate=1", "--policy", "oracle", "--concurrency", "2"), "leave one out"),
         (("--trace", "poisson:rate=1", "--model", "llama-3-70b", "--cluster", "l4:1"), "needs"),
     ],
 )
