@@ -24,7 +24,7 @@ FULL_WITH_LESS = 0.65
 ENOUGH = 0.97
 """The share of the best throughput that fewer workers must reach in a closed loop."""
 MAX_MORE = 16
-"""Beyond so many workers it is taken for granted that capacity grows with their number."""
+"""Beyond so many workers it is taken for granted that capacity grows with their number; not that a request of theirs gets faster."""
 
 Ask = Callable[[Sequence[Device], int], Plan]
 """The planner, for these devices and this number of stages (0: any), without a present layout."""
@@ -85,7 +85,7 @@ def _with_more(ask: Ask, best: Plan, devices: Sequence[Device], num_layers: int,
     if present > MAX_MORE:
         forecast = best.forecast
         short = best.traffic.requests_per_s / (FULL * forecast.capacity_requests_per_s)
-        return min(num_layers, present + max(1, math.ceil(present * (short - 1.0))))
+        return max(present, min(num_layers, present + math.ceil(present * (short - 1.0))))
     model = max(devices, key=lambda device: device.speed.kind.bandwidth)
     low, high = 1, min(MAX_MORE, num_layers - present)
     found = present

@@ -1,9 +1,17 @@
 """A look as values: answered anywhere, dropped when it comes too late, and how many workers are wanted in the end."""
 
+from collections.abc import Sequence
+
+import pytest
+
 from runtime.layout import layout_from_counts
 from scheduler.planning.forecast import Device
 from scheduler.planning.look import Answer, Question, Staffing, answer, without_room
-from tests.unit.load_harness import Phase, World, device, make
+from scheduler.planning.planner import plan
+from scheduler.planning.plans import Plan
+from scheduler.planning.sizing import num_wanted
+from scheduler.planning.traffic import Slo, Traffic
+from tests.unit.load_harness import FACTS, Phase, World, device, make
 
 PRESENT = layout_from_counts(1, ["a", "l"], [4, 28])
 
@@ -95,6 +103,19 @@ def test_whoever_is_told_of_workers_hears_of_them_without_an_autopilot() -> None
     pilot.set_mode(world.now_s, "advise")
     pilot.set_mode(world.now_s, "off")
     assert pilot.workers is None, "what was said in another mode is no news"
+
+
+@pytest.mark.parametrize("num_devices", [4, 20])
+def test_no_more_workers_are_wanted_for_an_slo_that_nobody_meets(num_devices: int) -> None:
+    """An autoscaler would add one after the other, for ever."""
+    devices = [device(f"l{i}", "l4") for i in range(num_devices)]
+    slo = Slo(2.0, 0.001)
+    traffic = Traffic(requests_per_s=2.0, prompt_tokens=512, output_tokens=128, concurrency=0.0)
+
+    def ask(devices: Sequence[Device], num_stages: int) -> Plan:
+        return plan(FACTS, devices, traffic, objective="goodput", slo=slo, num_stages=num_stages)
+
+    assert num_wanted(ask, devices, FACTS.num_layers, slo, num_devices) == num_devices
 
 
 def test_a_change_that_has_no_room_is_not_proposed() -> None:
