@@ -7,6 +7,7 @@ nothing but its argument. What became of the load meanwhile is for `Autopilot.he
 Never true: a question holds anything that changes after it was asked.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,26 +23,38 @@ from scheduler.planning.settings import Settings
 from scheduler.planning.sizing import Workers, num_wanted
 from scheduler.planning.traffic import Serving, Traffic
 
+_SOON, _MOST_REGRETS = 10.0, 3
+"""Workers that are wanted again within so many times as long as it took to give them back were given back too soon; how often that counts."""
+
 
 @dataclass(frozen=True, slots=True)
 class Staffing:
-    """How many workers are wanted, and what the last looks said: the number if it was more, since when and what if fewer."""
+    """How many workers are wanted, and what the last looks said: the number if it was more, since when and what if fewer.
+
+    `shrunk_s` is when fewer were wanted last, `regrets` how often lately that did not last.
+    """
 
     wanted: int = 0
     more: int = 0
     less: tuple[float, int] | None = None
+    shrunk_s: float = -math.inf
+    regrets: int = 0
 
     def after(self, now_s: float, raw: int, num_serving: int, shrink_after_s: float) -> "Staffing":
-        """More when it was more twice in a row, fewer when it was fewer for long."""
-        before = self.wanted or num_serving
+        """More when it was more twice in a row, fewer when it was fewer for long: twice as long each time that more were wanted again soon."""
+        before, known = self.wanted or num_serving, (self.shrunk_s, self.regrets)
         if raw > before:
-            return Staffing(min(raw, self.more) if self.more > before else before, raw)
+            if self.more <= before:
+                return Staffing(before, raw, None, *known)
+            is_soon = now_s - self.shrunk_s < _SOON * shrink_after_s
+            regrets = min(self.regrets + 1, _MOST_REGRETS) if is_soon else 0
+            return Staffing(min(raw, self.more), raw, None, self.shrunk_s, regrets)
         if raw == before:
-            return Staffing(before)
+            return Staffing(before, 0, None, *known)
         since_s, most = self.less or (now_s, 0)
-        if now_s - since_s >= shrink_after_s:
-            return Staffing(max(most, raw))
-        return Staffing(before, 0, (since_s, max(most, raw)))
+        if now_s - since_s >= shrink_after_s * 2**self.regrets:
+            return Staffing(max(most, raw), 0, None, now_s, self.regrets)
+        return Staffing(before, 0, (since_s, max(most, raw)), *known)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """The autopilot in a world of simulated loads: it acts when it pays, never flaps, and learns what predictions are worth."""
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -150,6 +151,15 @@ def test_elastic_grows_by_as_many_as_the_load_needs() -> None:
     world.run(Phase(120, 256, 128, rate=22.0))
     assert len(world.present.workers) in (2, 3)
     assert len(world.changes) <= 2
+
+
+def test_elastic_does_not_follow_a_load_that_goes_up_and_down() -> None:
+    """By a quarter in three minutes, around what one worker carries."""
+    devices = [device(f"l{i}", "l40s") for i in range(4)]
+    world = World(make("on", elastic=True), devices, devices, layout_from_counts(1, ["l0"], [32]), 4)
+    world.run(*[Phase(20, 256, 128, rate=18.0 * (1 + math.sin(k * math.tau / 9) / 4)) for k in range(45)])
+    assert len(world.changes) <= 4
+    assert len(world.present.workers) == 2
 
 
 @pytest.mark.parametrize("phase", [Phase(240, 256, 16, rate=60.0), Phase(240, 256, 16, clients=64)])

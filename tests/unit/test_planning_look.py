@@ -118,6 +118,28 @@ def test_no_more_workers_are_wanted_for_an_slo_that_nobody_meets(num_devices: in
     assert num_wanted(ask, devices, FACTS.num_layers, slo, num_devices) == num_devices
 
 
+def test_workers_that_are_missed_soon_are_given_back_later_the_next_time() -> None:
+    staffing, waits = Staffing(2), []
+    now_s = 0.0
+    for _ in range(6):
+        began_s = now_s
+        while staffing.wanted > 1:
+            staffing = staffing.after(now_s, 1, 2, 60.0)
+            now_s += 2.0
+        waits.append(now_s - began_s)
+        for _ in range(2):
+            staffing = staffing.after(now_s, 2, 1, 60.0)
+            now_s += 2.0
+        assert staffing.wanted == 2
+    assert [round(wait_s / 60) for wait_s in waits] == [1, 2, 4, 8, 8, 8]
+    while now_s < 5000.0:  # it was right at last
+        staffing = staffing.after(now_s, 1, 2, 60.0)
+        now_s += 2.0
+    for _ in range(2):
+        staffing = staffing.after(now_s, 2, 1, 60.0)
+    assert (staffing.wanted, staffing.regrets) == (2, 0)
+
+
 def test_a_change_that_has_no_room_is_not_proposed() -> None:
     """What arrives is held beside what leaves and the page pool; the answer says who lacks the memory."""
     world, question = asked()
