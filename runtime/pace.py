@@ -170,7 +170,8 @@ def parse_paces(texts: Sequence[str]) -> tuple[str, ...]:
 
 
 def _roofline(text: str) -> Roofline:
-    fields = dict(part.strip().split("=", 1) for part in text.split(",") if "=" in part)
+    parts = (part.partition("=") for part in text.split(","))
+    fields = {key.strip(): value.strip() for key, _, value in parts}
     try:
         law = Roofline(float(fields.pop("read")), float(fields.pop("token")), fields.pop("name", ""))
     except (KeyError, ValueError):

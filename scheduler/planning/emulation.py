@@ -36,9 +36,14 @@ def speed_of_make(
 ) -> Speed:
     """The same from the fields of `Join`."""
     speed = Speed(kind_of_worker(device, device_name, num_threads))
+    law = device_name.partition(" (emulated on ")[0]
+    name, is_named, _ = law.partition(": ")
     if roofline is not None:
-        return by_roofline(spec, speed, device_name.partition(" ")[0].rstrip(":"), *roofline)
-    return speed if pace is None else emulated(speed, *pace)
+        return by_roofline(spec, speed, name if is_named else law, *roofline)
+    if pace is None:
+        return speed
+    slowed = emulated(speed, *pace)
+    return msgspec.structs.replace(slowed, kind=msgspec.structs.replace(slowed.kind, name=f"{law} (emulated)"))
 
 
 def emulated(speed: Speed, prefill: float, decode: float) -> Speed:

@@ -1,5 +1,6 @@
 """Emulated devices: the law, the words, and that a worker's own timings show it."""
 
+import msgspec
 import pytest
 import torch
 
@@ -145,7 +146,9 @@ def test_the_cost_model_begins_with_the_emulated_speed() -> None:
 
     spec = load_shape("smollm2-135m")
     plain, paced = speed_of_worker(spec, join(None)), speed_of_worker(spec, join((3.0, 5.0)))
-    assert paced.kind == plain.kind
+    assert paced.kind == msgspec.structs.replace(plain.kind, name="a100 (emulated)"), (
+        "its times are, and say so in a plan"
+    )
     assert dict(zip(TERMS, paced.scale, strict=True)) == {
         "step": 5.0, "layer": 5.0, "weights": 5.0, "products": 3.0, "kv": 5.0, "scores": 3.0, "head": 5.0, "sample": 5.0,
     }  # fmt: skip
@@ -163,6 +166,20 @@ def test_the_roofline_law_hides_the_host() -> None:
     assert "emulated on EPYC" in law.label("EPYC")
     assert law.label("EPYC").startswith("a100: 5 ms and 100 us a token")
     assert parse_paces(["read=1,token=1", "a100"]) == ("read=1,token=1", "a100")
+
+
+@pytest.mark.parametrize(
+    ("pace", "shown"),
+    [
+        ("prefill=1,decode=2.4", "prefill x1, decode x2.4 (emulated)"),
+        ("read=0.005,token=0.0001", "5 ms and 100 us a token for each layer (emulated)"),
+        ("read=0.005,token=0.0001,name=my gpu", "my gpu (emulated)"),
+    ],
+)
+def test_a_plan_names_the_emulated_device_as_one(pace: str, shown: str) -> None:
+    law = parse_pace(pace)
+    info = Join("w0", "host", 1, "cpu", law.label("AMD EPYC"), 1, 1, 1, {}, **law.announced())
+    assert speed_of_worker(load_shape("smollm2-135m"), info).kind.name == shown
 
 
 def test_the_cost_model_begins_with_the_law() -> None:
