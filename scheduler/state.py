@@ -418,7 +418,12 @@ class SchedulerState:
         """Begin what the autopilot decides."""
         pilot = self.pilot
         decision = pilot.heard(self, event.question, event.answer)
-        if decision is not None and (drained := self.members.drained() & set(decision.layout.workers)):
+        present = (
+            self.layout.workers if self.layout is not None else ()
+        )  # one that serves though it was drained is needed
+        if decision is not None and (
+            drained := (self.members.drained() & set(decision.layout.workers)).difference(present)
+        ):
             pilot.autopilot.failed(self.now_s, decision.layout, f"{min(drained)} was drained meanwhile")
         elif decision is not None and self.status == "serving" and not self.draining:
             rate = pilot.autopilot.settings.snapshot_bytes_per_s

@@ -2,8 +2,11 @@
 
 import pytest
 
+from runtime.layout import layout_from_counts
 from scheduler.batching import BatchingConfig
-from scheduler.events import Resume
+from scheduler.events import Looked, Resume
+from scheduler.planning.autopilot import Decision
+from scheduler.planning.cost import MigrationCost
 from tests.sim.cluster import SimCluster, serving_at_the_end, submit_long
 
 
@@ -34,3 +37,19 @@ def test_it_serves_when_nobody_else_is_left(seed: int) -> None:
     cluster.at(0.55, lambda: cluster.crash("w0"))
     assert serving_at_the_end(cluster, 3) == (["w0-r1"] if cluster.restarts else ["w1"])
     assert cluster.head.members.drained() == {"w1"}
+
+
+@pytest.mark.parametrize("is_idle", [False, True])
+def test_the_autopilot_moves_layers_of_one_that_serves_all_the_same(is_idle: bool) -> None:
+    """A recovery took it, as there was nobody else: no decision can do without it. An idle one gets none."""
+    cluster = SimCluster(0, num_stages=2, batching=BatchingConfig(), num_blocks=64, num_spares=1)
+    cluster.run(until=0.5)
+    head = cluster.head
+    assert head.layout is not None
+    names = ["w0", "w2" if is_idle else "w1"]
+    head.members.drain(names[1])
+    layout = layout_from_counts(0, names, [1, head.layout.num_layers - 1])
+    head.pilot.heard = lambda *_: Decision(layout, 0.5, MigrationCost(1, 1, 1, 1.0), "")  # type: ignore[method-assign]
+    cluster.handle(Looked(None, None, cluster.now))  # type: ignore[arg-type]
+    assert head.reconfiguration.is_active is not is_idle
+    assert ("drained meanwhile" in str(head.pilot.autopilot.log)) is is_idle
