@@ -59,13 +59,17 @@ class Scaler:
 
     async def _tell(self, workers: dict[str, Any]) -> bool:
         """Whether the command took it."""
-        process = await asyncio.create_subprocess_shell(
-            self._command,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL,
-            env={**self._environment, **environment_of(workers)},
-            start_new_session=True,
-        )
+        try:
+            process = await asyncio.create_subprocess_shell(
+                self._command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                env={**self._environment, **environment_of(workers)},
+                start_new_session=True,
+            )
+        except OSError as error:  # no memory, no processes left
+            log.warning("the scale command cannot be run: %s", error)
+            return False
         try:
             async with asyncio.timeout(self._timeout_s):
                 code = await process.wait()

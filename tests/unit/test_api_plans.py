@@ -115,6 +115,20 @@ async def test_the_command_is_told_what_is_wanted_once(tmp_path: Path) -> None:
     assert told.read_text() == "5 0 \n1 2 w1 w2\n"
 
 
+async def test_a_command_that_cannot_be_run_is_tried_again(tmp_path: Path) -> None:
+    """What it is to find in its environment is more than a process may have."""
+    told = tmp_path / "told"
+    scaler = Scaler(f"touch {told}", {"PATH": "/usr/bin:/bin"}, interval_s=0.01)
+    task = asyncio.create_task(scaler.run())
+    scaler.on_event(event(4, "w" * 200_000))
+    await asyncio.sleep(0.1)
+    assert not task.done()
+    assert not told.exists()
+    scaler.on_event(event(4, "w1"))
+    await until(told.exists)
+    task.cancel()
+
+
 async def test_a_command_that_fails_or_hangs_is_tried_again(tmp_path: Path) -> None:
     tries = tmp_path / "tries"
     command = f"echo x >> {tries}; case $(wc -l < {tries}) in 1) exit 3;; 2) sleep 60;; esac; touch {tries}.done"
