@@ -46,6 +46,8 @@ _ONWARD = 0.25
 """The share of the penalty for earlier changes that counts against one that takes nothing back."""
 _AT_ONCE = 3
 """Regret is added for so many intervals at most, however long nothing could be told."""
+_LONGEST_REST_S, _MOST_BLOCKED = 3600.0, 64
+"""How long a layout that could not be got to is left alone at most, and how many of them are known."""
 _JUDGED_FROM = 0.02
 """Predicted gains per token below this drown in noise and are not judged."""
 
@@ -151,6 +153,7 @@ class Autopilot:
         self._before, self._present = self._present, layout
         self._changed_s, self.regret_s, self._advised, self._trial = now_s, 0.0, None, None
         self._weighed_s = now_s
+        self._blocked.pop(layout.segments, None)
         trial, self._pending = self._pending, None
         if trial is not None and trial.decision.layout.segments == layout.segments:
             if took_s > 0 and trial.decision.cost.seconds > 0:
@@ -160,9 +163,12 @@ class Autopilot:
             self._trial = trial
 
     def failed(self, now_s: float, layout: Layout, why: str) -> None:
-        """What was decided could not be done; it is left alone for a while, twice as long each time."""
-        _, before_s = self._blocked.get(layout.segments, (0.0, self.settings.retry_s / 2))
-        self._blocked[layout.segments] = now_s + 2 * before_s, 2 * before_s
+        """What was decided could not be done; it is left alone for a while, twice as long each time, an hour at most."""
+        _, before_s = self._blocked.pop(layout.segments, (0.0, self.settings.retry_s / 2))
+        while len(self._blocked) >= _MOST_BLOCKED:
+            del self._blocked[next(iter(self._blocked))]
+        rest_s = min(2 * before_s, _LONGEST_REST_S)
+        self._blocked[layout.segments] = now_s + rest_s, rest_s
         self._pending, self.regret_s = None, 0.0
         self._note(now_s, "refused", f"{layout.brief()}: {why}")
 

@@ -121,6 +121,20 @@ def test_a_refused_layout_is_left_alone_for_longer_each_time() -> None:
     assert gaps == sorted(gaps)
 
 
+def test_a_layout_is_left_alone_for_an_hour_at_most() -> None:
+    pilot, layout = make(), layout_from_counts(1, ["a", "l"], [20, 12])
+    for _ in range(20):
+        pilot.failed(1000.0, layout, "no")
+    assert pilot._blocked[layout.segments][0] == 1000.0 + 3600.0
+    for first in range(1, 32):
+        for order in (["a", "l"], ["l", "a"], ["a", "m"], ["m", "a"]):
+            pilot.failed(1000.0, layout_from_counts(1, order, [first, 32 - first]), "no")
+    assert len(pilot._blocked) <= 64
+    pilot.failed(1000.0, layout, "no")
+    pilot.committed(2000.0, layout)
+    assert layout.segments not in pilot._blocked, "it could be got to after all"
+
+
 def test_a_load_far_below_capacity_is_no_reason_to_move() -> None:
     world = world_of(1)
     world.run(Phase(300, 128, 32, rate=0.5))
