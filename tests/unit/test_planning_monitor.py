@@ -123,7 +123,7 @@ def test_a_full_queue_is_no_closed_loop(is_refused: bool) -> None:
             monitor.ended(now_s, now_s - 10, 100, 50, 0, ttft_s=8.0, decode_s=2.0)
             if is_refused:
                 monitor.refused()
-        monitor.sample(now_s, [(now_s - 2, 20)] * 32, 64 - draw.choice([0, 1, 2]), tick * 125)
+        monitor.sample(now_s, [Running(now_s - 2, 20)] * 32, 64 - draw.choice([0, 1, 2]), tick * 125)
     load = monitor.load()
     assert load is not None
     assert load.is_closed is not is_refused
@@ -152,10 +152,10 @@ def test_a_head_that_stood_still_under_load_goes_on() -> None:
     monitor = Monitor()
     for tick in range(20):
         monitor.arrived(tick * 0.5, 100)
-        monitor.sample(tick * 0.5, [(0.0, 5)], 0, tick * 10)
+        monitor.sample(tick * 0.5, [Running(0.0, 5)], 0, tick * 10)
     for tick in range(20):
         monitor.arrived(220.0 + tick * 0.5, 100)
-        monitor.sample(220.0 + tick * 0.5, [(0.0, 5)], 0, 400 + tick * 10)
+        monitor.sample(220.0 + tick * 0.5, [Running(0.0, 5)], 0, 400 + tick * 10)
     assert monitor.load() is not None
     assert monitor.load(mixed=True) is not None
 
@@ -168,7 +168,7 @@ def test_a_pause_is_no_gap_between_arrivals() -> None:
         if is_busy and tick % 2 == 0:
             monitor.arrived(now_s, 100)
         tokens += 10 * is_busy
-        monitor.sample(now_s, [(now_s, 5)] * is_busy, 0, tokens)
+        monitor.sample(now_s, [Running(now_s, 5)] * is_busy, 0, tokens)
     load = monitor.load()
     assert load is not None
     assert load.traffic.arrival_cv < 0.5
