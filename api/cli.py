@@ -445,6 +445,7 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
         " poisson:rate=2,prompt=512,output=128,duration=300 (phases joined by +; cv=1 for lognormal lengths)",
     )
     add("--policy", choices=SIMULATED_POLICIES, default="static", help="who decides on the layout")
+    add("--elastic", action="store_true", help="the autopilot uses no more devices than the load needs")
     add("--layout", default="", metavar="a100:30,l40s:50", help="the first; default: the planner's for the mean load")
     add("--objective", choices=("throughput", "latency", "goodput"), default="throughput", help="of the planner")
     add("--slo-ttft", type=_seconds, default=2.0, metavar="SECONDS", help="to the first token")

@@ -100,7 +100,7 @@ def build(options: argparse.Namespace) -> Scenario:
     else:
         first, counts = _planned(Planning.of(facts, name_devices(raw, ()), serving, options.objective, slo), traffic)
     devices = name_devices(raw, first)
-    planning = Planning.of(facts, devices, serving, options.objective, slo)
+    planning = Planning.of(facts, devices, serving, options.objective, slo, pool_bytes=options.kv_memory)
     policy = _policy(options, planning, trace)
     free = options.policy == "oracle" and not options.paid_changes
     simulation = Simulation(
@@ -122,7 +122,9 @@ def build(options: argparse.Namespace) -> Scenario:
         memory_fraction=options.memory_fraction,
         concurrency=options.concurrency,
         autopilot="on" if options.policy == "autopilot" else "off",
-        piloting=Settings(objective=options.objective, slo=slo, load_bytes_per_s=float(options.load_rate)),
+        piloting=Settings(
+            objective=options.objective, slo=slo, elastic=options.elastic, load_bytes_per_s=float(options.load_rate)
+        ),
         limits=options.limits,
     )
     return Scenario(spec, devices, counts, trace, policy, slo, simulation)

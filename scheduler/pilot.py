@@ -241,7 +241,10 @@ class Pilot:
             pages = worker.num_pages * self._block_size * self._spec.kv_bytes_per_token_layer()
             kv_bytes = pages or self._kv_bytes or self._share_of(name, head)
             usable = worker.info.memory_available // same_host[name] - MIN_FREE_BYTES
-            found.append(Device(name, self.fleet.speed(name), max(usable, kv_bytes + worker.weight_bytes), kv_bytes))
+            memory = max(usable, kv_bytes + worker.weight_bytes)
+            if worker.room_bytes:  # its pages are what weights leave of that
+                memory, kv_bytes = worker.room_bytes, 0
+            found.append(Device(name, self.fleet.speed(name), memory, kv_bytes))
         return found
 
     def _share_of(self, name: WorkerName, head: Head) -> int:

@@ -66,9 +66,10 @@ class KvRoom:
         return min(self.capacity(a, b) for a, b in pairwise(layouts))
 
     def blocks_needed(self) -> int:
-        """What runs must go on without preemption: its blocks, one more for each sequence, and a little air."""
+        """What runs must go on without preemption: its blocks, one more for each sequence, and a little air. No more than there are: where all are
+        in use sequences wait for each other's end as it is, and a layout with more room is what they need."""
         pool, batcher = self._head.pool, self._head.batcher
-        return pool.num_used + batcher.num_running + 2
+        return min(pool.num_used + batcher.num_running + 2, max(pool.num_used, pool.target))
 
     def plan(
         self, old: Layout, new: Layout, needed: int, *, keeps_cache: bool, ends_first: bool = False

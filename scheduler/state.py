@@ -418,12 +418,11 @@ class SchedulerState:
         """Begin what the autopilot decides."""
         pilot = self.pilot
         decision = pilot.heard(self, event.question, event.answer)
-        present = (
-            self.layout.workers if self.layout is not None else ()
-        )  # one that serves though it was drained is needed
-        if decision is not None and (
-            drained := (self.members.drained() & set(decision.layout.workers)).difference(present)
-        ):
+        wanted = set(decision.layout.workers) if decision is not None else set()
+        if self.layout is not None:
+            wanted -= set(self.layout.workers)  # one that serves though it was drained is needed
+        drained = self.members.drained() & wanted
+        if decision is not None and drained:
             pilot.autopilot.failed(self.now_s, decision.layout, f"{min(drained)} was drained meanwhile")
         elif decision is not None and self.status == "serving" and not self.draining:
             rate = pilot.autopilot.settings.snapshot_bytes_per_s

@@ -259,10 +259,8 @@ class Monitor:
             return None
         for buckets in (self._buckets, self._all):
             buckets.append(bucket)
-            while (
-                buckets[0].start_s < now_s - self.settings.window_s and len(buckets) > 1
-            ):  # one may be as long, when nobody sampled
-                buckets.popleft()
+            while len(buckets) > 1 and buckets[0].start_s < now_s - self.settings.window_s:
+                buckets.popleft()  # a single one may be as long, when nobody sampled
         shift = self._shift(now_s)
         if shift is not None:
             self.shifts.append(shift)

@@ -20,8 +20,9 @@ Never true: a plan needs a clock, or the search runs in an event loop without `c
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -39,6 +40,7 @@ from scheduler.planning.traffic import Objective, Serving, Slo, Traffic, mean_st
 SERVING, SLO = Serving(), Slo()
 _EVERY_K = 12
 _TIE = 1e-6
+_AS_LARGE = 0.99
 _EXPECTED = 1.05
 """What is looked for at first takes a round so much longer than even stages would."""
 _NEAR, _AGAIN = 0.25, 4
@@ -222,7 +224,7 @@ class _Planning:
             raise NoPlan(self.setting.why_nothing_fits(most))
         best = self._improved(option)
         steady = self._in_present_order(k, best, option.num_sequences)
-        return self._result(k, steady or best, options, best if steady else None)
+        return self._result(k, steady or self._at_home(best), options, best if steady else None)
 
     # -- one number of stages ---------------------------------------------------------------------------------
 
@@ -397,6 +399,45 @@ class _Planning:
         if self.objective == "latency":
             return forecast, -math.inf if forecast.saturated else -forecast.request_s(setting.traffic)
         return forecast, pipeline.goodput(self.slo)[0]
+
+    def _at_home(self, best: _Proposal) -> _Proposal:
+        """The same cuts on devices of the same kinds that hold most of it already, where that is worse by no more than the model's error:
+        the search takes whichever of alike devices comes first."""
+        present, devices = self.present, self.setting.devices
+        if present is None or self.keeps_order:
+            return best
+        index = {device.worker: d for d, device in enumerate(devices)}
+        kept = [Counter[int]() for _ in best.layout.segments]
+        for layer, (here, there) in enumerate(zip(present.owners(), best.layout.owners(), strict=True)):
+            kept[best.layout.workers.index(there)][index[here]] += self.setting.facts.spec.layer_bytes[layer]
+        kept[0][index[present.embedding_worker]] += self.setting.facts.spec.embedding_bytes
+        kept[-1][index[present.lm_head_worker]] += self.setting.facts.spec.lm_head_bytes
+        pairs = sorted((-size, d != o, i, d) for i, o in enumerate(best.split.order) for d, size in kept[i].items())
+        chosen, taken = dict[int, int](), set[int]()
+        for _, _, i, d in pairs:
+            if i not in chosen and d not in taken and self._can_stand_in(d, best.split.order[i]):
+                chosen[i] = d
+                taken.add(d)
+        for i, o in enumerate(best.split.order):
+            if i not in chosen:
+                free = (
+                    d
+                    for d in (o, *best.split.order, *range(len(devices)))
+                    if d not in taken and self._can_stand_in(d, o)
+                )
+                chosen[i] = next(free, o)
+                taken.add(chosen[i])
+        order = tuple(chosen[i] for i in range(len(chosen)))
+        if order == best.split.order or len(set(order)) < len(order):
+            return best
+        other = self._proposal(replace(best.split, order=order))
+        return best if relative_gain(self.objective, other.score, best.score) > max(_TIE, self.error) else other
+
+    def _can_stand_in(self, d: int, o: int) -> bool:
+        """Whether device `d` is one like `o`, and has no less memory."""
+        there, here = self.setting.devices[d], self.setting.devices[o]
+        is_as_large = not there.memory_bytes or there.memory_bytes >= _AS_LARGE * here.memory_bytes
+        return there.speed.kind == here.speed.kind and is_as_large
 
     def _in_present_order(self, k: int, best: _Proposal, num_sequences: float) -> _Proposal | None:
         """The best cuts of the present order of workers, where another order is better by no more than the model's error."""

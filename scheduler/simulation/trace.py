@@ -23,8 +23,6 @@ import numpy as np
 from scheduler.planning.traffic import Traffic
 
 _COLUMNS = (("TIMESTAMP", "ContextTokens", "GeneratedTokens"), ("arrival_s", "prompt_tokens", "output_tokens"))
-
-
 _MOST_TOKENS, _MOST_REQUESTS = 10**9, 10**7
 
 

@@ -16,7 +16,7 @@ Simplified: weights come from the worker's own disk, never from a peer; a messag
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, assert_never
 
@@ -95,7 +95,7 @@ class SimWorker:
         self._facts, self._world, self._network, self._noise = facts, world, network, noise
         self._kind = device.speed.kind
         self._units: set[Unit] = set()
-        self._pool_bytes = self._num_pages = self._page_bytes = 0
+        self._pool_bytes = self._num_pages = self._page_bytes = self._room_bytes = 0
         self._block_size = 1
         self._stages: dict[Epoch, Layout] = {}
         self._costs: dict[tuple[Epoch, int], StageCost] = {}
@@ -152,7 +152,10 @@ class SimWorker:
 
     @property
     def _weight_bytes(self) -> int:
-        return sum(self._unit_bytes(unit) for unit in self._units)
+        return self._bytes_of(self._units)
+
+    def _bytes_of(self, units: Iterable[Unit]) -> int:
+        return sum(self._unit_bytes(unit) for unit in units)
 
     def _unit_bytes(self, unit: Unit) -> int:
         spec = self._facts.spec
@@ -164,24 +167,32 @@ class SimWorker:
         return self.device.memory_bytes - self._weight_bytes - self._pool_bytes
 
     def _make_pool(self, load: Load, num_layers: int) -> str:
-        """Allocate the page pool as a worker does; what is wrong, if it has no room."""
+        """Allocate the page pool as a worker does; what is wrong, if it has no room. Without `kv_bytes` its size will follow the weights."""
         self._block_size = load.block_size
         self._page_bytes = load.block_size * self._facts.spec.kv_bytes_per_token_layer()
-        free = self._memory_left()
-        budget = load.kv_bytes or min(free - MIN_FREE_BYTES, load.memory_bytes)
+        free, weights = self._memory_left(), self._bytes_of(_units_of(load.layout, self.name))
+        allowed = load.room_bytes - weights if load.room_bytes else load.memory_bytes
+        budget = load.kv_bytes or min(free - MIN_FREE_BYTES, allowed)
         self._num_pages = max(0, budget // self._page_bytes)
         if self._num_pages < max(1, num_layers) or self._num_pages * self._page_bytes > free:
             self._num_pages = self._pool_bytes = 0
             return f"no room for KV pages: {free / 1e9:.1f} GB are free beside the weights"
         self._pool_bytes = self._num_pages * self._page_bytes
+        self._room_bytes = 0 if load.kv_bytes else self._pool_bytes + weights
         return ""
+
+    def _fit_pool(self, units: Iterable[Unit]) -> None:
+        """As many pages as fit beside these units, where their number follows the weights."""
+        if self._room_bytes:
+            self._num_pages = max(0, self._room_bytes - self._bytes_of(units)) // self._page_bytes
+            self._pool_bytes = self._num_pages * self._page_bytes
 
     # -- one layout from scratch ----------------------------------------------------------------------------
 
     def _load(self, load: Load) -> None:
         layout, now_s = load.layout, self._world.now_s
         self._units = set(_units_of(layout, self.name))
-        self._pool_bytes = 0
+        self._pool_bytes = self._room_bytes = 0
         self._stages.clear()
         self._unfed.clear()
         self._sampled_s.clear()
@@ -199,8 +210,9 @@ class SimWorker:
             return
         self._open_stage(layout)
         loaded = Loaded(
-            self.name, layout.epoch, self._weight_bytes, self._num_pages, self._page_bytes, seconds, "simulated"
-        )
+            self.name, layout.epoch, self._weight_bytes, self._num_pages, self._page_bytes, seconds, "simulated",
+            room_bytes=self._room_bytes,
+        )  # fmt: skip
         self._network.to_head(now_s + seconds, loaded)
 
     def _open_stage(self, layout: Layout) -> None:
@@ -468,7 +480,9 @@ class SimWorker:
                 handover.leaving.append((index, move))
         if self.name in layout.workers:
             self._open_stage(layout)
-        self._reply(Prepared(self.name, prepare.transition, self._num_pages, self._page_bytes))
+        self._fit_pool(self._units.union(_units_of(layout, self.name)))
+        pool = self._num_pages, self._page_bytes
+        self._reply(Prepared(self.name, prepare.transition, *pool, room_bytes=self._room_bytes))
         missing = [unit for unit in _units_of(layout, self.name) if unit not in self._units]
         needed = sum(self._unit_bytes(unit) for unit in missing)
         if needed + MIN_FREE_BYTES > self._memory_left() and missing:
@@ -539,8 +553,9 @@ class SimWorker:
         self._unfed.pop(gone, None)
         self._sampled_s.pop(gone, None)
         self._units &= {unit for layout in self._stages.values() for unit in _units_of(layout, self.name)}
+        self._fit_pool(self._units)
         if not self._stages:
-            self._pool_bytes = 0
+            self._pool_bytes = self._room_bytes = 0
         self._reply(
             Retired(
                 worker=self.name,

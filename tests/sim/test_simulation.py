@@ -9,6 +9,7 @@ import pytest
 
 from runtime.layout import Layout, layout_from_counts
 from scheduler.batching import BatchingConfig
+from scheduler.planning.autopilot import Settings
 from scheduler.planning.cost import Facts
 from scheduler.planning.forecast import Device, Pipeline
 from scheduler.planning.traffic import Serving, Slo, Traffic
@@ -109,6 +110,33 @@ def test_nothing_is_lost_whatever_changes(seed: int) -> None:
     check(simulation, outcome, trace)
     assert policy.num_committed + len(policy.failures) + len(policy.wishes) == 6
     assert policy.num_committed >= 1, policy.failures
+
+
+def test_a_full_cache_is_no_reason_to_refuse_a_worker_more() -> None:
+    """Sequences preempt each other for want of blocks, so that more are about to be used than there are: a third worker brings them."""
+    policy = Scripted([(10.0, layout_from_counts(0, ["w0", "w1", "w2"], [11, 11, 10]))])
+    trace = make_trace("poisson:rate=12,prompt=300,output=80,cv=1,duration=20", 0)
+    simulation, outcome = run("a100:3", (16, 16), trace, policy, kv_bytes=96 << 20)
+    check(simulation, outcome, trace)
+    assert simulation.head.batcher.counters.preemptions > 0
+    assert policy.num_committed == 1, policy.failures
+
+
+def test_pages_make_room_for_the_layers_of_workers_that_are_given_back() -> None:
+    """Pools take nearly all that the weights leave, and follow them: for a load that one worker carries, four are one too many."""
+    trace = make_trace("poisson:rate=0.5,prompt=300,output=40,duration=240", 0)
+    devices = name_devices(parse_devices("l40s:4"), ())
+    simulation = Simulation(
+        SPEC, devices, (8, 8, 8, 8), Policy(), batching=BatchingConfig(4, 512, 64, 500, 16, prefix_cache=False),
+        rates=Rates(load_bytes_per_s=20e9), memory_fraction=0.9, autopilot="on", piloting=Settings(elastic=True),
+    )  # fmt: skip
+    outcome = simulation.run(trace)
+    check(simulation, outcome, trace)
+    assert simulation.head.layout is not None
+    (left,) = simulation.head.layout.workers
+    assert [change.outcome for change in outcome.changes] == ["committed"]
+    worker = simulation.head.members.workers[left]
+    assert 0 < worker.num_pages * worker.page_bytes <= worker.room_bytes - worker.weight_bytes
 
 
 def test_the_same_seed_is_the_same_run() -> None:

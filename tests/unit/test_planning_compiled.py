@@ -47,6 +47,15 @@ def test_no_plan_compiles_anything_that_was_not_prepared(objective: Objective, n
         assert kernel.signatures == [arguments], kernel.py_func.__name__
 
 
+def test_no_kernel_is_called_by_another() -> None:
+    """Read from disk behind its caller, it would lack a part of its constants, and a plan would end in numba's own error."""
+    kernels = {kernel.py_func.__name__ for kernel, _ in compiled.build.KERNELS}
+    for module in (compiled.bottlenecks, compiled.convoys, compiled.forecasts, compiled.steps):
+        compiled_ones = {each.py_func for each in vars(module).values() if hasattr(each, "py_func")}
+        for function in compiled_ones:
+            assert not kernels & set(function.__code__.co_names), function.__name__
+
+
 def test_the_layout_to_start_with_needs_no_compiler() -> None:
     """It is asked for in the head's event loop."""
     script = (

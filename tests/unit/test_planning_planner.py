@@ -280,6 +280,18 @@ def test_a_worker_with_two_segments_does_both() -> None:
     assert forecast.bottleneck in (0, 2)
 
 
+def test_of_alike_workers_those_are_taken_that_hold_the_layers_already() -> None:
+    """From eight stages to three, and back to eight: everybody who serves had some of it, or serves nothing that another had."""
+    facts, devices, traffic = Facts(make_spec()), cpus(*[1.0] * 8), Traffic()
+    present = layout_from_counts(3, ["w4", "w2", "w7", "w0", "w5", "w1", "w3", "w6"], [4, 4, 4, 4, 4, 4, 4, 2])
+    few = plan(facts, devices, traffic, present=present, num_stages=3).layout
+    assert all(set(few.layers_of(worker)) & set(present.layers_of(worker)) for worker in few.workers)
+    assert few.embedding_worker == "w4"
+    assert few.lm_head_worker == "w6"
+    many = plan(facts, devices, traffic, present=few, num_stages=8).layout
+    assert all(set(few.layers_of(worker)) & set(many.layers_of(worker)) for worker in few.workers)
+
+
 def test_alike_workers_do_not_change_places_for_noise() -> None:
     """One of two is 2 % slower, and the LM head makes the last stage the larger one: by itself that is worth a swap."""
     facts, devices = Facts(make_spec(num_layers=12, vocab=60_000)), cpus(1.0, 1.02)

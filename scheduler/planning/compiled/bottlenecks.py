@@ -29,9 +29,8 @@ def _or_never(layers, least):
     return layers if layers >= least else NEVER
 
 
-@kernel(F1, REAL, REAL, REAL, INT)
-def memory_caps(room, first_bytes, last_bytes, layer_bytes, num_layers):
-    """``[4, n]``: for how many layers of `layer_bytes` devices with ``room [n]`` bytes have memory in each role."""
+@part
+def _memory_caps(room, first_bytes, last_bytes, layer_bytes, num_layers):
     caps = np.empty((4, len(room)))
     for d in range(len(room)):
         for role in range(4):
@@ -43,6 +42,12 @@ def memory_caps(room, first_bytes, last_bytes, layer_bytes, num_layers):
             layers = _whole(min(left / layer_bytes, float(num_layers)))
             caps[role, d] = _or_never(layers, 1.0 if role == INNER else 0.0)
     return caps
+
+
+@kernel(F1, REAL, REAL, REAL, INT)
+def memory_caps(room, first_bytes, last_bytes, layer_bytes, num_layers):
+    """``[4, n]``: for how many layers of `layer_bytes` devices with ``room [n]`` bytes have memory in each role."""
+    return _memory_caps(room, first_bytes, last_bytes, layer_bytes, num_layers)
 
 
 @part
@@ -272,7 +277,7 @@ def with_room(room, first_bytes, last_bytes, layer_bytes, kv_bytes, num_layers, 
     for r in range(len(ks)):
         held[r] = max(1.0, in_service[r])
         while held[r] > 1.0:
-            caps = memory_caps(room, first_bytes, last_bytes, layer_bytes + held[r] * kv_bytes, num_layers)
+            caps = _memory_caps(room, first_bytes, last_bytes, layer_bytes + held[r] * kv_bytes, num_layers)
             if _can_hold(caps, ks[r], num_layers, devices, count, ranked, sums):
                 break
             held[r] = max(1.0, held[r] / 2.0)

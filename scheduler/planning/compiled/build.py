@@ -27,7 +27,11 @@ _PLANNING = Path(__file__).parent.parent
 
 
 def kernel(*arguments: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Compile for these types of arguments in `compile_all`, or on first use: no interpreter's lock, cached on disk where that is possible."""
+    """Compile for these types of arguments in `compile_all`, or on first use: no interpreter's lock, cached on disk where that is possible.
+
+    No kernel calls another, only parts. numba keeps a kernel's constants under its name; a caller read from disk brings those that it needs
+    itself, and the kernel, read after it, would miss the others (0.68: "'descr' is NULL").
+    """
 
     def decorate(function: Callable[..., Any]) -> Any:
         options = {"nogil": True, "error_model": "numpy"}

@@ -189,12 +189,8 @@ def most_in_service(law, chain, limits):
     return _most_in_service(law, chain, limits)
 
 
-@kernel(LAW, CHAIN, REAL, F1, F2)
-def settle(law, chain, places, point, stages):
-    """The point at which the load settles with at most `places` in service, into ``point [6]`` and ``stages [5, S]``.
-
-    Returns the most requests/s that could be served, those that are, whether more arrive than that, and the wait before the first chunk.
-    """
+@part
+def _settle(law, chain, places, point, stages):
     amounts, head, busy = _scratch(law, chain)
     asked = law.load[RATE]
     grid = _grid(places)
@@ -217,12 +213,21 @@ def settle(law, chain, places, point, stages):
     return most, asked, False, wait_seconds(law, places, point, asked)
 
 
+@kernel(LAW, CHAIN, REAL, F1, F2)
+def settle(law, chain, places, point, stages):
+    """The point at which the load settles with at most `places` in service, into ``point [6]`` and ``stages [5, S]``.
+
+    Returns the most requests/s that could be served, those that are, whether more arrive than that, and the wait before the first chunk.
+    """
+    return _settle(law, chain, places, point, stages)
+
+
 @kernel(LAW, CHAIN, LIMITS)
 def request_seconds(law, chain, limits):
     """Mean seconds from a request's arrival to its last token, inf where more arrive than can be served; and how many are in service."""
     point, stages = np.empty(6), np.empty((5, len(chain.devices)))
     places, _ = _most_in_service(law, chain, limits)
-    _, rate, is_saturated, wait_s = settle(law, chain, places, point, stages)
+    _, rate, is_saturated, wait_s = _settle(law, chain, places, point, stages)
     in_service = point[P_IN_SERVICE] * min(1.0, rate / point[P_RATE])
     if is_saturated:
         return math.inf, in_service
