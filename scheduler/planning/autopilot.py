@@ -1,6 +1,6 @@
 """When to change the layout: the planner's proposals against what a change costs, and what became of earlier ones. Pure.
 
-Every `interval_s` the planner is asked: `ask` gives a question, somebody answers it (`planning.look`; in a thread, if need be),
+Every `interval_s` the planner is asked, and as soon as enough is known of a load that has changed: `ask` gives a question, somebody answers it (`planning.look`; in a thread, if need be),
 and `heard` decides. Its gain is taken with a grain of salt: times `trust`, which is what came
 true of earlier predictions, and times the *pressure*, since more capacity is worth nothing to a load that has enough of it.
 
@@ -139,6 +139,8 @@ class Autopilot:
         shift = self.monitor.sample(now_s, running, waiting, generated_tokens)
         if shift is not None:
             self._note(now_s, "shift", shift.text(), before=shift.before, after=shift.after)
+            known_s = shift.began_s + self.settings.min_age_s
+            self._looked_s = min(self._looked_s, known_s - self.settings.interval_s)
 
     def set_mode(self, now_s: float, mode: Mode) -> None:
         if mode != self.mode:
