@@ -480,7 +480,13 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="KV pages per worker; default: a share of what is free",
     )
-    add("--memory-fraction", type=_share, default=0.5, metavar="X", help="that share; the rest is for arriving weights")
+    add(
+        "--memory-fraction",
+        type=_share,
+        default=0.9,
+        metavar="X",
+        help="that share; layers that arrive take it from the pages",
+    )
     add(
         "--load-rate", type=_size, default=2 << 30, metavar="SIZE", help="bytes of weights that a host reads per second"
     )

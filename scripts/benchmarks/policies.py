@@ -48,8 +48,8 @@ LIMITS = "autopilot, limits set"
 SLO = Slo(ttft_s=5.0, tpot_s=0.5)
 MAX_RUNNING = {2: 96, 8: 256, 64: 512}
 KV_BYTES = {2: 0, 8: 16 * 10**9, 64: 10 * 10**9}
-"""Of each worker's page pool: enough for the sequences in service on as many layers as the layouts give to a worker, and small enough that layers can move beside it. 0: half of
-what the weights leave."""
+"""Of each worker's page pool: enough for the sequences in service on as many layers as the layouts give to a worker, and small enough that layers can move beside it. 0: nine tenths of what
+the weights leave at first, and then what they leave of that."""
 PARTS = {
     "pipelive": [("prompts", 512.0, 16.0), ("answers", 128.0, 512.0), ("prompts again", 512.0, 16.0)],
     "steady": [("steady", 512.0, 128.0)],
@@ -202,7 +202,7 @@ def _simulate(cluster: Cluster, arm: str, layout: Layout) -> dict[str, Any]:
         batching=BatchingConfig(num_microbatches=0, max_step_tokens=512, max_running=cluster.serving.max_running, max_queue=1 << 20, prefix_cache=False),
         rates=Rates(load_bytes_per_s=LOAD_BYTES_PER_S, free_changes=arm == "oracle"),
         kv_bytes=KV_BYTES[len(cluster.raw)],
-        memory_fraction=0.5,
+        memory_fraction=0.9,
         autopilot="on" if arm.startswith("autopilot") else "off",
         limits=arm == LIMITS,
         piloting=Settings(
