@@ -7,7 +7,8 @@ by enough to matter. So it forgets a load that is over at once, and noise never:
 
 Five things are compared on both sides of a cut (Welch's test, many cuts, hence the high threshold): the logarithms of
 prompt and output lengths and of expected outputs, in an open loop the arrivals per second, in a closed loop the number of clients. A loop is taken
-for closed when the number of requests in the system hardly varies: then the rate is the server's doing, not the clients'.
+for closed when the number of requests in the system hardly varies while all of them are served and come again, twice: then the rate is
+the server's doing, not the clients'. For a moment the number of an open loop hardly varies either, so what was found last holds until so many have come.
 
 An output's length is known when it ends, so right after a shift only short ones are. Those still running stand in with
 what they have put out, or with the mean of those that ended when that is more; requests that came before the shift do not
@@ -151,6 +152,9 @@ class _Bucket(msgspec.Struct):
 
 _NAMES = _Bucket.__struct_fields__
 _AT = {name: index for index, name in enumerate(_NAMES)}
+_TURNS = 2.0
+"""Requests must have come this many times as often as there are in the system, for it to be told whether their number varies."""
+_LATEST = 3
 _CLOSED_BELOW = 0.2
 """Variance over mean of the number in the system: 0 in a closed loop, about 1 when arrivals are independent."""
 _MAX_OUTPUTS = 512
@@ -179,6 +183,7 @@ class Monitor:
         self._outputs: deque[tuple[float, float, int]] = deque(maxlen=_MAX_OUTPUTS)
         """When a request ended, when it had arrived, and its output tokens."""
         self._log_shares: deque[float] = deque(maxlen=_MANY_SHARES)
+        self._is_closed = False
         self._share = 0.0
         """The share of its limit that an output takes, where all of them took about the same; 0 where limits say nothing."""
         self._output = 128.0
@@ -267,6 +272,7 @@ class Monitor:
             while self._buckets and self._buckets[0].start_s < shift.began_s:
                 self._buckets.popleft()
             self._since_s = shift.began_s
+        self._look_at_loop()
         return shift
 
     def _is_idle(self, bucket: _Bucket) -> bool:
@@ -275,7 +281,7 @@ class Monitor:
             if self._idle_s > self.settings.idle_s:
                 self._buckets.clear()
                 self._all.clear()
-                self._since_s = bucket.start_s
+                self._since_s, self._is_closed = bucket.start_s, False
             self._idle_s = 0.0
         else:
             self._idle_s += bucket.seconds
@@ -303,7 +309,7 @@ class Monitor:
             self._prompt, self._output = prompt, output
         if is_idle:
             return self._pause(prompt, output)
-        is_closed = _is_closed(total)
+        is_closed = self._is_closed
         rate = total.arrivals / total.seconds
         peak = float(np.percentile((rows[:, _AT["running_s"]] + rows[:, _AT["waiting_s"]]) / _seconds(rows), 95))
         traffic = Traffic(
@@ -431,12 +437,20 @@ class Monitor:
             z = abs(mean1 - mean0) / math.sqrt(variance / n0 + variance / n1)
             if abs(mean1 - mean0) > needed:
                 found.append((what, z, math.exp(mean0), math.exp(mean1)))
-        closed = _is_closed(until), _is_closed(after)
-        if all(closed):
-            found += self._clients(until, after)
-        elif not any(closed):
+        if not self._is_closed:
             found += self._arrivals(rows_before, rows_after)
+        elif _is_constant(until) and _is_constant(after):
+            found += self._clients(until, after)
         return found
+
+    def _look_at_loop(self) -> None:
+        """Whether the loop is closed, once enough requests have come to tell. The last seconds are left out: their clients may be more or fewer,
+        which is a shift."""
+        if len(self._buckets) <= _LATEST:
+            return
+        total = _Bucket(*map(float, _rows(self._buckets)[:-_LATEST].sum(axis=0)))
+        if total.seconds > 0 and total.arrivals * total.seconds >= _TURNS * (total.running_s + total.waiting_s):
+            self._is_closed = _is_constant(total)
 
     def _clients(self, before: _Bucket, after: _Bucket) -> list[tuple[str, float, float, float]]:
         """In a closed loop the number of clients is known, not estimated: a second or two of it is enough."""
@@ -482,7 +496,8 @@ def _seconds(rows: np.ndarray) -> np.ndarray:
     return np.maximum(rows[:, _AT["seconds"]], 1e-9)
 
 
-def _is_closed(total: _Bucket) -> bool:
+def _is_constant(total: _Bucket) -> bool:
+    """Whether the number of requests in the system hardly varied, and none was turned away."""
     if total.seconds <= 0 or total.refused:
         return False
     mean = (total.running_s + total.waiting_s) / total.seconds

@@ -39,6 +39,27 @@ def test_an_open_loop_is_seen_as_it_is(seed: int) -> None:
     assert load.traffic.output_tokens == pytest.approx(64, rel=0.15)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_an_open_loop_that_fills_the_server_is_not_taken_for_clients(seed: int) -> None:
+    """Slow requests pile up until as many end as come: for some seconds at a time their number hardly varies."""
+    monitor, draw, running, tokens = Monitor(), random.Random(seed), list[tuple[float, float]](), 0
+    next_s = 0.0
+    for tick in range(1, 241):
+        now_s = tick * 0.5
+        while next_s < now_s:
+            monitor.arrived(next_s, 64)
+            running.append((next_s, next_s + draw.uniform(4.0, 8.0)))
+            next_s += draw.expovariate(3.5)
+        for arrived_s, ends_s in [request for request in running if request[1] <= now_s]:
+            monitor.ended(ends_s, arrived_s, 64, 24, 0, ttft_s=0.5, decode_s=ends_s - arrived_s - 0.5)
+            running.remove((arrived_s, ends_s))
+        tokens += 2 * len(running)
+        monitor.sample(now_s, [Running(arrived_s, 8) for arrived_s, _ in running], 0, tokens)
+        load = monitor.load()
+        assert load is None or not load.is_closed, now_s
+    assert "clients" not in {shift.what for shift in monitor.shifts}
+
+
 def test_no_load_is_none() -> None:
     monitor = Monitor()
     for tick in range(100):
