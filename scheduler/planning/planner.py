@@ -27,13 +27,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from runtime.layout import Layout, layout_from_counts
-from scheduler.planning.convoy import round_seconds, weighted
 from scheduler.planning.cost import Facts, unit_times
 from scheduler.planning.exact import MOST_DEVICES, FewDevices
 from scheduler.planning.forecast import Cluster, Device, Forecast, Pipeline
 from scheduler.planning.plans import Candidate, NoPlan, Plan, relative_gain, why_not
 from scheduler.planning.points import Point, Points, Setting
-from scheduler.planning.rounds import FEW, StepTimes
+from scheduler.planning.rounds import FEW
 from scheduler.planning.splits import SLACK, Problem, Split, split_near, split_order
 from scheduler.planning.traffic import Objective, Serving, Slo, Traffic, mean_steps
 
@@ -95,8 +94,7 @@ def plan(
 def default_counts(facts: Facts, devices: Sequence[Device], serving: Serving = SERVING) -> tuple[int, ...]:
     """Layers per stage for these devices in this order: the layout to start with, before any traffic was seen.
 
-    It is the answer for 128 tokens in and out and 16 sequences a stage: the split whose busiest stage has as little to do as can be, then layer by
-    layer the one near it with the shortest round. Every stage gets a layer at least. Nothing is compiled for it.
+    It is the answer for 128 tokens in and out and 16 sequences a stage. Every stage gets a layer at least. Nothing is compiled for it.
 
     Raises:
         ValueError: when there are more devices than layers.
@@ -109,12 +107,11 @@ def default_counts(facts: Facts, devices: Sequence[Device], serving: Serving = S
     in_service = min(traffic.concurrency, float(serving.max_running))
     steps = mean_steps(traffic, serving, serving.microbatches(k), in_service)
     times, share = unit_times(facts, cluster.speeds, steps.works), float(steps.prefill_share[0])
-    kinds = StepTimes(times.fixed + cluster.hops(steps.works), times.layers[:, :, facts.kind_of_layer], times.last)
     mean = np.array([1.0 - share, share])
     problem = Problem(
-        stage=mean @ kinds.stage,
-        layers=np.tensordot(mean, kinds.layers, axes=1),
-        last=mean @ kinds.last,
+        stage=mean @ (times.fixed + cluster.hops(steps.works)),
+        layers=np.tensordot(mean, times.layers, axes=1)[:, facts.kind_of_layer],
+        last=mean @ times.last,
         room=np.where(cluster.memory > 0.0, cluster.memory, np.inf),
         layer_bytes=facts.layer_bytes,
         first_bytes=float(facts.spec.embedding_bytes),
@@ -128,33 +125,7 @@ def default_counts(facts: Facts, devices: Sequence[Device], serving: Serving = S
     room[-1] -= problem.last[-1]
     shares = np.cumsum(np.maximum(room, 0.0) / problem.layers.mean(axis=1))
     even = shares[:-1] / shares[-1] * facts.num_layers
-    counts = (split_near(problem, order, split.largest, even, empty_ends=False) or split).counts
-    return _shortened(np.array(counts), kinds, share, problem.in_flight)
-
-
-def _shortened(counts: np.ndarray, times: StepTimes, share: float, in_flight: float) -> tuple[int, ...]:
-    """These layers per stage, or some near them with a shorter round: single layers move while that helps. `times` are of a fast and of a slow step,
-    with the layers ``[2, k, L]``; memory is not asked."""
-    k = len(counts)
-    until = np.concatenate([np.zeros((2, k, 1)), times.layers.cumsum(axis=2)], axis=2)
-    kind, stage = np.arange(2)[:, None, None], np.arange(k)
-    moves = np.eye(k, dtype=int)[:, None] - np.eye(k, dtype=int)[None]
-    while True:
-        near = counts + moves.reshape(-1, k)
-        near = np.concatenate([counts[None], near[(near > 0).all(axis=1)]])
-        stops = near.cumsum(axis=1)
-        stages = until[kind, stage, stops] - until[kind, stage, stops - near] + times.stage[:, None]
-        stages[:, :, -1] += times.last[:, None, -1]
-        fast, slow = stages
-        mean = weighted(share, fast, slow)
-        seconds = round_seconds(
-            share, in_flight, mean.sum(axis=1), mean.max(axis=1), slow.sum(axis=1), fast.sum(axis=1), fast.max(axis=1)
-        )
-        seconds += _TIE * np.square(mean).sum(axis=1) / mean[0].max()  # of equals the more even ones
-        best = int(seconds.argmin())
-        if seconds[best] >= seconds[0] * (1.0 - _TIE / k):
-            return tuple(counts.tolist())
-        counts = near[best]
+    return (split_near(problem, order, split.largest, even, empty_ends=False) or split).counts
 
 
 @dataclass(slots=True)
