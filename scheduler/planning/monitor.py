@@ -304,7 +304,8 @@ class Monitor:
         if not total.arrivals and system <= 0 and not is_idle:
             return None
         prompt = total.prompt / total.arrivals if total.arrivals else self._prompt
-        output = self._mean_output(-math.inf if mixed else self._since_s or 0.0, buckets[0].start_s)
+        since_s = -math.inf if mixed else (self._since_s or 0.0) + self.settings.bucket_s * bool(self.shifts)
+        output = self._mean_output(since_s, buckets[0].start_s)
         if not mixed:
             self._prompt, self._output = prompt, output
         if is_idle:
@@ -354,7 +355,8 @@ class Monitor:
         )
 
     def _mean_output(self, since_s: float, first_s: float) -> float:
-        """Of requests that arrived since then and ended from `first_s` on, or still run."""
+        """Of requests that arrived since then and ended from `first_s` on, or still run. (After a shift, from the second bucket on: in the first one
+        requests of the load before may have come, and those that are long count for many.)"""
         ended = [o for ended_s, arrived_s, o in self._outputs if ended_s >= first_s and arrived_s >= since_s]
         mean = sum(ended) / len(ended) if ended else min(self._output, 16.0)
         again = 2 if len(ended) < _FEW_ENDED else 1

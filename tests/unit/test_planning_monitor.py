@@ -99,6 +99,16 @@ def test_where_outputs_keep_to_their_limits_longer_ones_are_known_when_they_arri
     assert load.traffic.output_tokens == pytest.approx(448, rel=0.25)
 
 
+@pytest.mark.parametrize("until_s", [60.5, 61.0])
+def test_long_requests_of_the_second_of_the_shift_are_no_part_of_the_load_after_it(until_s: float) -> None:
+    """A part of the old load is in the first bucket of the new one. Its requests want thirty times as much."""
+    world = watched(2, Phase(until_s, 256, 480, rate=10.0, limit=1.0), Phase(4, 256, 16, rate=10.0, limit=1.0))
+    assert world.autopilot.monitor.shifts[-1].what == "expected output tokens"
+    load = world.autopilot.monitor.load()
+    assert load is not None
+    assert load.traffic.output_tokens == pytest.approx(16, rel=0.2)
+
+
 def test_limits_that_nobody_keeps_to_say_nothing() -> None:
     """Outputs are as they are under one limit for all; then clients ask for a tenth, and get what they got before."""
     world = watched(2, Phase(60, 256, 32, rate=4.0), Phase(60, 256, 32, rate=4.0, limit=3.0))
