@@ -76,7 +76,7 @@ from scheduler.events import (
 from scheduler.lineup import Lineup
 from scheduler.membership import Membership, weights_of
 from scheduler.pilot import Pilot
-from scheduler.planning.autopilot import Mode, Settings
+from scheduler.planning.autopilot import Decision, Mode, Settings
 from scheduler.planning.cost import Facts
 from scheduler.planning.emulation import speed_of_worker
 from scheduler.planning.forecast import Device
@@ -416,25 +416,28 @@ class SchedulerState:
 
     def _looked(self, event: Looked, effects: list[Effect]) -> None:
         """Begin what the autopilot decides."""
-        pilot = self.pilot
-        decision = pilot.heard(self, event.question, event.answer)
-        wanted = set(decision.layout.workers) if decision is not None else set()
-        if self.layout is not None:
-            wanted -= set(self.layout.workers)  # one that serves though it was drained is needed
-        drained = self.members.drained() & wanted
-        if decision is not None and drained:
-            pilot.autopilot.failed(self.now_s, decision.layout, f"{min(drained)} was drained meanwhile")
-        elif decision is not None and self.status == "serving" and not self.draining:
-            rate = pilot.autopilot.settings.snapshot_bytes_per_s
+        decision = self.pilot.heard(self, event.question, event.answer)
+        if decision is not None:
+            self._decided(decision)
+        self._pass_on(effects)
+
+    def _decided(self, decision: Decision) -> None:
+        autopilot = self.pilot.autopilot
+        serving = self.layout.workers if self.layout is not None else ()
+        # one that serves though it was drained is needed
+        drained = self.members.drained().intersection(decision.layout.workers).difference(serving)
+        if drained:
+            autopilot.failed(self.now_s, decision.layout, f"{min(drained)} was drained meanwhile")
+        elif self.status == "serving" and not self.draining:
+            rate = autopilot.settings.snapshot_bytes_per_s
             change = Change(self.next_change, decision.layout, "live", PILOT_DEADLINE_S, rate)
             try:
                 self._change_layout(ChangeLayout(change, False, self.now_s))
-                pilot.asked(change.id, decision.layout)
+                self.pilot.asked(change.id, decision.layout)
             except Refused as error:
-                pilot.autopilot.failed(self.now_s, decision.layout, str(error))
-        elif decision is not None:
-            pilot.autopilot.failed(self.now_s, decision.layout, "the server no longer serves")
-        self._pass_on(effects)
+                autopilot.failed(self.now_s, decision.layout, str(error))
+        else:
+            autopilot.failed(self.now_s, decision.layout, "the server no longer serves")
 
     def _pass_on(self, effects: list[Effect]) -> None:
         pilot = self.pilot

@@ -266,13 +266,14 @@ class Monitor:
             buckets.append(bucket)
             while len(buckets) > 1 and buckets[0].start_s < now_s - self.settings.window_s:
                 buckets.popleft()  # a single one may be as long, when nobody sampled
-        shift = self._shift(now_s)
+        rows = _rows(self._buckets)
+        shift = self._shift(now_s, rows)
         if shift is not None:
             self.shifts.append(shift)
             while self._buckets and self._buckets[0].start_s < shift.began_s:
                 self._buckets.popleft()
             self._since_s = shift.began_s
-        self._look_at_loop()
+        self._look_at_loop(rows[len(rows) - len(self._buckets) :])
         return shift
 
     def _is_idle(self, bucket: _Bucket) -> bool:
@@ -298,7 +299,7 @@ class Monitor:
         if not buckets:
             return None
         rows = _rows(buckets)
-        total = _Bucket(*map(float, rows.sum(axis=0)))
+        total = _total(rows)
         system = (total.running_s + total.waiting_s) / total.seconds
         is_idle = self.settings.idle_s < self._idle_s < math.inf
         if not total.arrivals and system <= 0 and not is_idle:
@@ -393,9 +394,8 @@ class Monitor:
 
     # -- changes of load ----------------------------------------------------------------------------------------
 
-    def _shift(self, now_s: float) -> Shift | None:
-        """The strongest of the differences that are beyond doubt; the latest cut among equals."""
-        rows = _rows(self._buckets)
+    def _shift(self, now_s: float, rows: np.ndarray) -> Shift | None:
+        """The strongest of the differences that are beyond doubt in the window's `rows`; the latest cut among equals."""
         n = len(rows)
         sums = np.concatenate([np.zeros((1, rows.shape[1])), np.cumsum(rows, axis=0)])
         best: tuple[float, int, str, float, float] | None = None
@@ -445,12 +445,10 @@ class Monitor:
             found += self._clients(until, after)
         return found
 
-    def _look_at_loop(self) -> None:
+    def _look_at_loop(self, rows: np.ndarray) -> None:
         """Whether the loop is closed, once enough requests have come to tell. The last seconds are left out: their clients may be more or fewer,
         which is a shift."""
-        if len(self._buckets) <= _LATEST:
-            return
-        total = _Bucket(*map(float, _rows(self._buckets)[:-_LATEST].sum(axis=0)))
+        total = _total(rows[:-_LATEST])
         if total.seconds > 0 and total.arrivals * total.seconds >= _TURNS * (total.running_s + total.waiting_s):
             self._is_closed = _is_constant(total)
 
@@ -492,6 +490,10 @@ def _burst(counts: np.ndarray) -> float:
 def _rows(buckets: Iterable[_Bucket]) -> np.ndarray:
     """``[number of buckets, number of fields]``"""
     return np.array([msgspec.structs.astuple(bucket) for bucket in buckets])
+
+
+def _total(rows: np.ndarray) -> _Bucket:
+    return _Bucket(*map(float, rows.sum(axis=0)))
 
 
 def _seconds(rows: np.ndarray) -> np.ndarray:

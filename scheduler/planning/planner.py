@@ -378,11 +378,13 @@ class _Planning:
         if present is None or self.keeps_order:
             return best
         index = {device.worker: d for d, device in enumerate(devices)}
+        spec, owners = self.setting.facts.spec, present.owners()
         kept = [Counter[int]() for _ in best.layout.segments]
-        for layer, (here, there) in enumerate(zip(present.owners(), best.layout.owners(), strict=True)):
-            kept[best.layout.workers.index(there)][index[here]] += self.setting.facts.spec.layer_bytes[layer]
-        kept[0][index[present.embedding_worker]] += self.setting.facts.spec.embedding_bytes
-        kept[-1][index[present.lm_head_worker]] += self.setting.facts.spec.lm_head_bytes
+        for held, segment in zip(kept, best.layout.segments, strict=True):
+            for layer in segment.layers:
+                held[index[owners[layer]]] += spec.layer_bytes[layer]
+        kept[0][index[present.embedding_worker]] += spec.embedding_bytes
+        kept[-1][index[present.lm_head_worker]] += spec.lm_head_bytes
         pairs = sorted((-size, d != o, i, d) for i, o in enumerate(best.split.order) for d, size in kept[i].items())
         chosen, taken = dict[int, int](), set[int]()
         for _, _, i, d in pairs:
