@@ -1,22 +1,33 @@
-"""This process's heap on huge pages, for one that runs briefly and often beside others that fill the caches.
+"""Memory on huge pages: this process's heap, and files in memory that several processes map.
 
-Between two steps the head sleeps, and the workers' weights go through the caches and the table of translated addresses (TLB) of the
-core that it wakes on. What it then touches is spread over some hundred pages of 4 KiB, and in a virtual machine a translation
-that is missing is looked up through two page tables. A huge page of 2 MiB needs one entry for what took 512.
+The table of translated addresses (TLB) of a core is small, and in a virtual machine a translation that is missing is looked up through
+two page tables. A huge page of 2 MiB needs one entry for what took 512. That matters to two kinds of memory:
 
-The kernel does that on request, in place, while the process runs (``MADV_COLLAPSE``, Linux 6.1). Only memory that is there at the time
-is gathered, so call it when everything is loaded.
+- weights, which every step reads from front to back: an entry for each 4 KiB, used once;
+- the heap of a head that runs briefly and often beside workers: between two steps it sleeps, the workers' weights go through the caches
+  and the table of the core that it wakes on, and what it then touches is spread over some hundred pages.
+
+The kernel does that on request, in place, while the process runs (``MADV_COLLAPSE``, Linux 6.1), whatever the system's setting for huge
+pages is. Only memory that is there at the time is gathered, so the heap's turn is when everything is loaded; of a file, a
+byte in each huge page will do.
 
 Never true: anything but speed depends on it. Where it cannot be had, nothing happens.
 """
 
 import ctypes
+import functools
+import mmap
+import os
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Self
 
 HUGE_PAGE_BYTES = 2 << 20
 
 _MADV_COLLAPSE = 25
+_MAP_FIXED = 0x10
 _MAX_MAPPING_BYTES = 256 << 20
 """What is larger is no heap, and not worth the copying."""
 _MAPS = Path("/proc/self/maps")
@@ -28,10 +39,8 @@ def gather_heap() -> int:
     """Put what this process has allocated so far on huge pages; the bytes that now are. Takes about a millisecond for each page."""
     try:
         lines = _MAPS.read_text().splitlines()
-        advise = ctypes.CDLL(None, use_errno=True).madvise
-    except (OSError, AttributeError):  # not Linux
+    except OSError:  # not Linux
         return 0
-    advise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
     num_gathered = 0
     for found in filter(None, map(_HEAP.fullmatch, lines)):
         begin, end = (int(address, 16) for address in found.groups())
@@ -39,5 +48,70 @@ def gather_heap() -> int:
             continue
         first = -(-begin // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
         for address in range(first, end - HUGE_PAGE_BYTES + 1, HUGE_PAGE_BYTES):
-            num_gathered += advise(address, HUGE_PAGE_BYTES, _MADV_COLLAPSE) == 0  # fails where nothing is there yet
+            num_gathered += _collapse(address)  # fails where nothing is there yet
     return num_gathered * HUGE_PAGE_BYTES
+
+
+class MappedFile(mmap.mmap):
+    """A file as memory that other processes map, too, at an address at which its huge pages can be used; it begins at byte `begin` of the mapping."""
+
+    begin: int
+    num_bytes: int
+
+    @classmethod
+    def of(cls, descriptor: int, num_bytes: int, *, is_writable: bool) -> Self:
+        """The first `num_bytes` of a file.
+
+        Raises:
+            OSError, ValueError: it cannot be mapped.
+        """
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if is_writable else 0)
+        libc = _libc() if num_bytes >= HUGE_PAGE_BYTES else None
+        if libc is None:
+            mapped = cls(descriptor, num_bytes, flags=mmap.MAP_SHARED, prot=protection)
+            mapped.begin, mapped.num_bytes = 0, num_bytes
+            return mapped
+        # a range that is larger by a huge page has an address in it that is a multiple of one; what unmaps the range unmaps the file
+        mapped = cls(-1, num_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        mapped.begin, mapped.num_bytes = -mapped._address() % HUGE_PAGE_BYTES, num_bytes
+        address = mapped._address() + mapped.begin
+        if libc.mmap(address, num_bytes, protection, mmap.MAP_SHARED | _MAP_FIXED, descriptor, 0) != address:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        return mapped
+
+    def settle(self, rest: Callable[[], None] = lambda: None) -> int:
+        """Put the file, which is empty, on huge pages; the bytes that now are. What is left at its end stays as it is.
+
+        `rest` is called after each of them: a page that the system had not used yet takes some milliseconds.
+        """
+        num_settled = 0
+        address = self._address() + self.begin
+        while address % HUGE_PAGE_BYTES == 0 and num_settled + HUGE_PAGE_BYTES <= self.num_bytes:
+            self[self.begin + num_settled] = 0
+            if not _collapse(address + num_settled):
+                break
+            num_settled += HUGE_PAGE_BYTES
+            rest()
+        return num_settled
+
+    def _address(self) -> int:
+        return ctypes.addressof(ctypes.c_char.from_buffer(self))
+
+
+def _collapse(address: int) -> bool:
+    """Have one huge page at this address, if there is memory."""
+    libc = _libc()
+    return libc is not None and libc.madvise(address, HUGE_PAGE_BYTES, _MADV_COLLAPSE) == 0
+
+
+@functools.cache
+def _libc() -> Any:
+    """The C library, None where it knows nothing of this."""
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+        libc.mmap.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long
+        libc.mmap.restype = ctypes.c_void_p
+    except (OSError, AttributeError):
+        return None
+    return libc if sys.platform == "linux" else None

@@ -301,11 +301,12 @@ class Fetch(msgspec.Struct, frozen=True, array_like=True, tag=13):
 
 
 class Loan(msgspec.Struct, frozen=True, array_like=True):
-    """Memory that another process of the same host can map: `descriptor` of process `pid`, a file of this random name."""
+    """Memory that another process of the same host can map: `descriptor` of process `pid`, a file of this random name, from byte `offset` on."""
 
     pid: int
     descriptor: int
     file: str
+    offset: int = 0
 
 
 class LentPart(msgspec.Struct, frozen=True, array_like=True):

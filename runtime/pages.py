@@ -10,6 +10,9 @@ another file by now) maps nothing that was not meant: the file's random name is 
 
 Memory of another NUMA node is slower for ever, so processes that run on other nodes are of another `place` and do not lend to each other.
 
+What is read in every step should lie on huge pages (`runtime.hugepages`): a large tensor does from the start, and `together` puts those of a
+unit that are smaller than a few of them into one file.
+
 Where there is no ``memfd_create`` or ``/proc``, or no descriptor is left, tensors are as large and as good, and not to be lent.
 """
 
@@ -23,9 +26,11 @@ import resource
 import secrets
 import warnings
 import weakref
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from runtime.hugepages import HUGE_PAGE_BYTES, MappedFile
 from runtime.messages import Loan
 
 if TYPE_CHECKING:
@@ -33,6 +38,10 @@ if TYPE_CHECKING:
 
 OWN_PAGES_BYTES = 256 << 10
 """What is smaller is in the heap."""
+LARGE_BYTES = 8 * HUGE_PAGE_BYTES
+"""What is smaller shares huge pages with others, if with any: alone it would leave a good part of its last one empty."""
+ALIGNMENT = 64
+"""Of tensors that share a file: a cache line."""
 RESERVED_FILES = 256
 """Descriptors that weights leave free."""
 
@@ -48,6 +57,13 @@ class LoanGone(LoanError):
 class _File(NamedTuple):
     descriptor: int
     name: str
+
+
+class _Place(NamedTuple):
+    """Where a tensor lies."""
+
+    file: _File
+    offset: int
     num_bytes: int
 
 
@@ -55,31 +71,70 @@ warnings.filterwarnings("ignore", "The given buffer is not writable")  # what is
 
 _OPEN = os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
 """Whatever the descriptor has become meanwhile, nothing waits for it."""
-_files: dict[int, _File] = {}
-"""By the address at which it is mapped."""
+_places: dict[int, _Place] = {}
+"""Of the tensors that may be lent, by their addresses."""
+_mapped: "weakref.WeakValueDictionary[str, _Mapping]" = weakref.WeakValueDictionary()
+"""What was borrowed, by the names of the files: each is mapped once, however many tensors are in it."""
 
 
-def empty(shape: tuple[int, ...], dtype: "torch.dtype") -> "torch.Tensor":
+def empty(shape: tuple[int, ...], dtype: "torch.dtype", rest: Callable[[], None] = lambda: None) -> "torch.Tensor":
     """An empty CPU tensor. A large one has pages of its own, which go back to the system the moment it dies; the heap
-    would keep them, in pieces, and a worker that loads layer after layer would grow by what it has already dropped."""
+    would keep them, in pieces, and a worker that loads layer after layer would grow by what it has already dropped.
+
+    `rest` is called between pieces of the work, where there are any."""
     import torch
 
     num_bytes = math.prod(shape) * dtype.itemsize
     if num_bytes < OWN_PAGES_BYTES:
         return torch.empty(shape, dtype=dtype)
-    made = _make_file(num_bytes)
-    if made is None:
+    mapping = _make_file(num_bytes)
+    if mapping is None:
         pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         return torch.frombuffer(pages, dtype=dtype).view(shape)
-    return _tensor(*made, shape, dtype)
+    if num_bytes >= LARGE_BYTES:
+        mapping.settle(rest)
+    return mapping.tensor(0, shape, dtype)
+
+
+def together(
+    parts: Mapping[str, "torch.Tensor"], rest: Callable[[], None] = lambda: None
+) -> Mapping[str, "torch.Tensor"]:
+    """The same CPU tensors, those of a middle size as copies in one file, on huge pages as far as there are any. What shares a file already stays.
+
+    `rest` is called between pieces of the work, each of some milliseconds at most.
+    """
+    import torch
+
+    moving = [name for name, part in parts.items() if OWN_PAGES_BYTES <= part.nbytes < LARGE_BYTES]
+    places = [_places.get(parts[name].data_ptr()) for name in moving]
+    if len(moving) < 2 or (None not in places and len({place.file for place in places if place}) == 1):
+        return parts
+    offsets, num_bytes = [], 0
+    for name in moving:
+        offsets.append(num_bytes)
+        num_bytes += -(-parts[name].nbytes // ALIGNMENT) * ALIGNMENT
+    left = -num_bytes % HUGE_PAGE_BYTES
+    if left < HUGE_PAGE_BYTES // 2:
+        num_bytes += left  # rather a little memory than half a huge page in small ones
+    mapping = _make_file(num_bytes)
+    if mapping is None:
+        return parts
+    mapping.settle(rest)
+    copies = dict(parts)
+    for name, offset in zip(moving, offsets, strict=True):
+        part = parts[name].contiguous()
+        copies[name] = mapping.tensor(offset, tuple(part.shape), part.dtype)
+        copies[name].view(-1).view(torch.uint8).copy_(part.view(-1).view(torch.uint8))
+        rest()
+    return copies
 
 
 def lend(tensor: "torch.Tensor") -> Loan | None:
     """How another process gets at the memory of `tensor`; None when it can't."""
-    file = _files.get(tensor.data_ptr())
-    if file is None or file.num_bytes != tensor.nbytes or not tensor.is_contiguous():
+    place = _places.get(tensor.data_ptr())
+    if place is None or place.num_bytes != tensor.nbytes or not tensor.is_contiguous():
         return None
-    return Loan(os.getpid(), file.descriptor, file.name)
+    return Loan(os.getpid(), place.file.descriptor, place.file.name, place.offset)
 
 
 def borrow(loan: Loan, shape: tuple[int, ...], dtype: "torch.dtype") -> "torch.Tensor":
@@ -88,7 +143,13 @@ def borrow(loan: Loan, shape: tuple[int, ...], dtype: "torch.dtype") -> "torch.T
     Raises:
         LoanError: it is gone, or this process may not have it.
     """
-    num_bytes = math.prod(shape) * dtype.itemsize
+    mapping = _mapped.get(loan.file) or _map_loan(loan)
+    if loan.offset + math.prod(shape) * dtype.itemsize > mapping.num_bytes:
+        raise LoanGone(f"process {loan.pid} has let go of it")
+    return mapping.tensor(loan.offset, shape, dtype)
+
+
+def _map_loan(loan: Loan) -> "_Mapping":
     try:
         descriptor = os.open(f"/proc/{loan.pid}/fd/{loan.descriptor}", _OPEN)
     except OSError as error:
@@ -98,16 +159,17 @@ def borrow(loan: Loan, shape: tuple[int, ...], dtype: "torch.dtype") -> "torch.T
         if _is_short(descriptor):
             raise LoanError("no descriptor is left")
         found = os.readlink(f"/proc/self/fd/{descriptor}").removeprefix("/memfd:").partition(" ")[0]
-        if found != loan.file or os.fstat(descriptor).st_size != num_bytes:
+        if found != loan.file:
             raise LoanGone(f"process {loan.pid} has let go of it")
-        pages = mmap.mmap(descriptor, num_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
-    except OSError as error:
+        mapping = _Mapping.take(_File(descriptor, loan.file), os.fstat(descriptor).st_size, is_writable=False)
+    except (OSError, ValueError) as error:
         os.close(descriptor)
         raise LoanError(f"it cannot be mapped: {error.strerror}") from None
     except BaseException:
         os.close(descriptor)
         raise
-    return _tensor(pages, _File(descriptor, loan.file, num_bytes), shape, dtype)
+    _mapped[loan.file] = mapping
+    return mapping
 
 
 @functools.cache
@@ -142,7 +204,32 @@ def _numbers(text: str) -> set[int]:
     return numbers
 
 
-def _make_file(num_bytes: int) -> tuple[mmap.mmap, _File] | None:
+class _Mapping(MappedFile):
+    """A file in the memory of this process, for as long as a tensor is in it."""
+
+    file: _File
+    addresses: list[int]
+    """Of the tensors."""
+
+    @classmethod
+    def take(cls, file: _File, num_bytes: int, *, is_writable: bool) -> "_Mapping":
+        """Map it; from then on its descriptor is closed with the mapping. Raises as `MappedFile.of`."""
+        mapping = cls.of(file.descriptor, num_bytes, is_writable=is_writable)
+        mapping.file, mapping.addresses = file, []
+        weakref.finalize(mapping, _forget, mapping.addresses, file).atexit = False
+        return mapping
+
+    def tensor(self, offset: int, shape: tuple[int, ...], dtype: "torch.dtype") -> "torch.Tensor":
+        """The tensor that begins at this place of the file."""
+        import torch
+
+        tensor = torch.frombuffer(self, dtype=dtype, count=math.prod(shape), offset=self.begin + offset).view(shape)
+        _places[tensor.data_ptr()] = _Place(self.file, offset, tensor.nbytes)
+        self.addresses.append(tensor.data_ptr())
+        return tensor
+
+
+def _make_file(num_bytes: int) -> _Mapping | None:
     """None where there is no such thing, or descriptors are short."""
     name = f"midflight-{secrets.token_hex(8)}"
     try:
@@ -152,7 +239,7 @@ def _make_file(num_bytes: int) -> tuple[mmap.mmap, _File] | None:
     try:
         if not _is_short(descriptor):
             os.ftruncate(descriptor, num_bytes)
-            return mmap.mmap(descriptor, num_bytes), _File(descriptor, name, num_bytes)
+            return _Mapping.take(_File(descriptor, name), num_bytes, is_writable=True)
     except OSError:
         pass
     os.close(descriptor)
@@ -165,17 +252,8 @@ def _is_short(descriptor: int) -> bool:
     return soft != resource.RLIM_INFINITY and descriptor >= soft - RESERVED_FILES
 
 
-def _tensor(pages: mmap.mmap, file: _File, shape: tuple[int, ...], dtype: "torch.dtype") -> "torch.Tensor":
-    import torch
-
-    tensor = torch.frombuffer(pages, dtype=dtype).view(shape)
-    address = tensor.data_ptr()
-    _files[address] = file
-    weakref.finalize(pages, _forget, address, file).atexit = False
-    return tensor
-
-
-def _forget(address: int, file: _File) -> None:
-    if _files.get(address) == file:
-        del _files[address]
+def _forget(addresses: list[int], file: _File) -> None:
+    for address in addresses:
+        if address in _places and _places[address].file == file:
+            del _places[address]
     os.close(file.descriptor)

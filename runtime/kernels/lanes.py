@@ -181,9 +181,14 @@ def offset(builder, address, index, size):
     return builder.add(address, builder.mul(index, I64(size)))
 
 
-def prefetch_line(builder, address):
-    """Ask for the cache line at an address; any address will do. Too many at once are dropped by the processor."""
-    call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer(builder, address, I8), I32(0), I32(3), I32(1))
+def prefetch_line(builder, address, level=1):
+    """Ask a cache, the first or the second one, for the line at an address; any address will do.
+
+    The first one can wait for a dozen or two of lines at a time, which limits what a core can read from memory (by a third on a Zen 4);
+    the second one for more. Too many at once are dropped by the processor.
+    """
+    locality = I32(4 - level)
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer(builder, address, I8), I32(0), locality, I32(1))
 
 
 def splat(builder, scalar):

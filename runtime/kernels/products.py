@@ -78,7 +78,7 @@ def pack(*weights: Weight, rest: Callable[[], None] = lambda: None) -> Packed:
     """
     num_columns = sum(weight.shape[0] for weight in weights)
     depth, dtype = weights[0].shape[1], weights[0].dtype
-    packed = _panels(num_columns, depth, dtype, PANEL)
+    packed = _panels(num_columns, depth, dtype, PANEL, rest)
     first = 0
     for weight in weights:
         for block in _blocks(weight, PANEL):
@@ -95,7 +95,7 @@ def pack_gate_up(gate: Weight, up: Weight, rest: Callable[[], None] = lambda: No
     """
     half = PANEL // 2
     num_columns, depth = gate.shape
-    packed = _panels(num_columns, depth, gate.dtype, half)
+    packed = _panels(num_columns, depth, gate.dtype, half, rest)
     for begin, weight in ((0, gate), (half, up)):
         first = 0
         for block in _blocks(weight, half):
@@ -123,7 +123,7 @@ def _pack_int8(weights: tuple[torch.Tensor, ...], width: int, rest: Callable[[],
     num_columns, depth = weights[0].shape
     if depth % 2:
         raise ValueError(f"a packed product needs an even number of inputs, got {depth}")
-    packed = empty((-(-num_columns // width), panel_bytes(depth)), torch.int8)
+    packed = empty((-(-num_columns // width), panel_bytes(depth)), torch.int8, rest)
     for i, weight in enumerate(weights):
         fill_panels(packed, i * width, width, weight, rest)
     return Packed(packed.view(-1).numpy(), num_columns, depth)
@@ -136,7 +136,9 @@ def _blocks(weight: Weight, width: int) -> Iterable[torch.Tensor]:
     return weight.split(num_rows) if isinstance(weight, torch.Tensor) else weight.blocks(num_rows)
 
 
-def _panels(num_columns: int, depth: int, dtype: torch.dtype, width: int) -> torch.Tensor:
+def _panels(
+    num_columns: int, depth: int, dtype: torch.dtype, width: int, rest: Callable[[], None]
+) -> torch.Tensor:
     """Room for panels as ``[num_panels, units of depth, PANEL]``; a unit is a pair of bfloat16, or one element.
 
     Raises:
@@ -145,7 +147,7 @@ def _panels(num_columns: int, depth: int, dtype: torch.dtype, width: int) -> tor
     if depth % 2:
         raise ValueError(f"a packed product needs an even number of inputs, got {depth}")
     unit, num_units = (torch.int32, depth // 2) if dtype is torch.bfloat16 else (dtype, depth)
-    packed = empty((-(-num_columns // width), num_units, PANEL), unit)
+    packed = empty((-(-num_columns // width), num_units, PANEL), unit, rest)
     if num_columns % width:
         packed[-1] = 0
     return packed

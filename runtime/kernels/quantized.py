@@ -130,6 +130,7 @@ class _Int8Line:
     """As `WholeLine`, of integers that are widened in registers."""
 
     num_prefetches = max(1, 2 * PANEL // CACHE_LINE)
+    prefetch_level = 1
 
     @staticmethod
     def num_bytes(unit: Unit) -> int:

@@ -2,9 +2,9 @@
 
 How it works: the sums of `num_rows` rows and `PANEL` columns stay in vector registers while the depth runs by; each
 step loads one line of the panel and, per row, one element (in bfloat16 one pair) of x that it spreads over all lanes.
-A tile of `TILE_ROWS` rows fills the registers, and reads the panel as few times as they allow. All the while, the tiles
-that share a piece of a panel ask the cache for the piece that follows it in memory, each for its part: multiplying and
-reading memory overlap, which is worth a third of the time with 8 to 32 rows.
+A tile of `TILE_ROWS` rows fills the registers, and reads the panel as few times as they allow. A single tile reads memory
+as it goes, which the processor foresees. Several that share a piece of a panel ask the second-level cache for the piece that
+follows it in memory, each for its part: multiplying and reading memory overlap, which is worth a fifth of the time with 8 rows.
 
 The tiles are compiled once per storage type, into a function that kernels call by its address (`tile_address`, then
 `tile_rows`): code inside a kernel is compiled anew with each kernel above it, and the tiles are most of the code.
@@ -48,7 +48,7 @@ def _make_tile(num_rows: int):
 
         `x`, `w`, `out` are addresses; strides are in bytes; `depth` is even; `like` is an array of x's storage type.
         Meanwhile, for every `CACHE_LINE` read of the panel, the cache is asked for the line `pace` bytes further than
-        the last, from `ahead` on.
+        the last, from `ahead` on: with a `pace` of 0 for the same one, which costs nothing that can be measured.
         """
         signature = types.void(like, *[types.intp] * 6, types.boolean, types.intp, types.intp)
 
@@ -79,6 +79,7 @@ class WholeLine:
     """How a tile reads a line of a panel, `Unit.depth` depths of all its columns, in the storage type of x."""
 
     num_prefetches = TILE_VECTORS
+    prefetch_level = 2
 
     @staticmethod
     def num_bytes(unit: Unit) -> int:
@@ -98,7 +99,7 @@ def run_depth(builder, unit, kind, x_rows, w, depth, sums, ahead, pace):
         w_terms = kind.terms(builder, unit, offset(builder, w, loop.index, kind.num_bytes(unit)))
         for j in range(kind.num_prefetches):
             index = builder.add(builder.mul(loop.index, I64(kind.num_prefetches)), I64(j))
-            prefetch_line(builder, builder.add(ahead, builder.mul(index, pace)))
+            prefetch_line(builder, builder.add(ahead, builder.mul(index, pace)), kind.prefetch_level)
         for i, row in enumerate(x_rows):
             place = pointer(builder, offset(builder, row, loop.index, unit.size), unit.stored)
             x_terms = unit.terms(builder, [splat(builder, builder.load(place, align=unit.align))])
@@ -120,7 +121,7 @@ def _rows(like, num_rows, x, x_stride, w, depth, out, out_stride, add):
     for i in range(num_tiles):
         stop = (i + 1) * num_rows // num_tiles
         x_tile, out_tile = x + first * x_stride, out + first * out_stride
-        pace = CACHE_LINE // num_tiles
+        pace = CACHE_LINE // num_tiles if num_tiles > 1 else 0
         ahead = w + block_bytes + i * pace * (block_bytes // CACHE_LINE)
         if stop - first == 1:
             tile_1(like, x_tile, x_stride, w, depth, out_tile, out_stride, add, ahead, pace)

@@ -37,6 +37,7 @@ from runtime.kernels.products import (
 from runtime.kernels.quantized import GROUP, quantized_tile_address
 from runtime.kernels.tiles import tile_address
 from runtime.model.checkpoint import Stored
+from runtime.pages import together
 
 Parts: TypeAlias = Mapping[str, torch.Tensor]
 """The tensors of a unit as it holds them, by names of its own."""
@@ -483,7 +484,7 @@ def _layer_parts(
         rows = {name: _rows(state[f"{name}.weight"], dtype) for found in (*names.values(), gate_up) for name in found}
         packed = {part: pack(*(rows[name] for name in found), rest=rest) for part, found in names.items()}
         packed["gate_up"] = pack_gate_up(rows[gate_up[0]], rows[gate_up[1]], rest)
-    return small | {name: torch.from_numpy(weight.data) for name, weight in packed.items()}
+    return together(small | {name: torch.from_numpy(weight.data) for name, weight in packed.items()}, rest)
 
 
 def _frequencies(config: Any) -> tuple[torch.Tensor, float]:

@@ -1,24 +1,27 @@
-"""The heap on huge pages: the kernel says so, and what was written stays."""
+"""The heap and files on huge pages: the kernel says so, and what was written stays."""
 
 import ctypes
 import mmap
+import os
+import random
 import re
 from pathlib import Path
 
 import pytest
 
-from runtime.hugepages import HUGE_PAGE_BYTES, gather_heap
+from runtime import hugepages
+from runtime.hugepages import HUGE_PAGE_BYTES, MappedFile, gather_heap
 
 SIZE = 4 * HUGE_PAGE_BYTES
 
 
-def huge_bytes_at(address: int) -> int:
+def huge_bytes_at(address: int, kind: str = "AnonHugePages:") -> int:
     """Of the mapping that holds `address`, what the kernel has on huge pages."""
     is_there = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
             is_there = int(found[1], 16) <= address < int(found[2], 16)
-        elif is_there and line.startswith("AnonHugePages:"):
+        elif is_there and line.startswith(kind):
             return int(line.split()[1]) << 10
     raise AssertionError("there is no such mapping")
 
@@ -51,3 +54,41 @@ def test_what_is_there_is_gathered_and_unchanged(region):
     assert gather_heap() >= SIZE - HUGE_PAGE_BYTES
     assert huge_bytes_at(address) >= SIZE - HUGE_PAGE_BYTES
     assert bytes(region) == bytes(range(256)) * (SIZE // 256)
+
+
+def test_a_file_is_settled_before_it_is_written_to_and_others_see_it():
+    if not kernel_collapses():
+        pytest.skip("this kernel has no MADV_COLLAPSE")
+    size = 2 * HUGE_PAGE_BYTES + 5000
+    descriptor = os.memfd_create("test")
+    os.ftruncate(descriptor, size)
+    mapped = MappedFile.of(descriptor, size, is_writable=True)
+    rests = []
+    settled = mapped.settle(lambda: rests.append(1))
+    if not settled:
+        pytest.skip("this kernel has no huge pages for files in memory")
+    assert settled == 2 * HUGE_PAGE_BYTES
+    assert len(rests) == 2
+    content = random.Random(1).randbytes(size)
+    mapped[mapped.begin : mapped.begin + size] = content
+    other = MappedFile.of(descriptor, size, is_writable=False)
+    assert other[other.begin : other.begin + size] == content
+    for mapping in (mapped, other):
+        address = ctypes.addressof(ctypes.c_char.from_buffer(mapping, mapping.begin))
+        assert huge_bytes_at(address, "ShmemPmdMapped:") == 2 * HUGE_PAGE_BYTES
+    os.close(descriptor)
+
+
+def test_a_small_file_and_one_that_cannot_be_settled_are_mapped_all_the_same(monkeypatch):
+    for size in (5000, HUGE_PAGE_BYTES + 1):
+        descriptor = os.memfd_create("test")
+        os.ftruncate(descriptor, size)
+        monkeypatch.setattr(hugepages, "_collapse", lambda address: False)
+        mapped = MappedFile.of(descriptor, size, is_writable=True)
+        assert mapped.settle() == 0
+        mapped[mapped.begin + size - 1] = 7
+        os.lseek(descriptor, size - 1, os.SEEK_SET)
+        assert os.read(descriptor, 10) == b"\x07"
+        os.close(descriptor)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        MappedFile.of(descriptor, HUGE_PAGE_BYTES, is_writable=True)

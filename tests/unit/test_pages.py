@@ -92,7 +92,7 @@ def test_another_file_is_not_taken_for_it() -> None:
     with pytest.raises(pages.LoanError, match="has let go of it"):
         pages.borrow(Loan(one.pid, other.descriptor, one.file), SHAPE, torch.float32)
     with pytest.raises(pages.LoanError, match="has let go of it"):
-        pages.borrow(one, (10, 10), torch.float32)
+        pages.borrow(one, (1001, 300), torch.float32)
     with pytest.raises(pages.LoanError, match="does not give it"):
         pages.borrow(Loan(1 << 22, 3, one.file), SHAPE, torch.float32)
 
@@ -104,6 +104,55 @@ def test_only_whole_large_tensors_are_lent() -> None:
     assert pages.lend(tensor.T) is None
     assert pages.lend(pages.empty((4,), torch.float32)) is None
     assert pages.lend(torch.empty(SHAPE)) is None
+
+
+UNIT = {"qkv": (900, 500), "o": (500, 333), "down": (2, 300_000), "norm": (500,)}
+
+
+def a_unit() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return {
+        name: pages.empty(shape, torch.bfloat16).copy_(torch.randn(shape, generator=generator))
+        for name, shape in UNIT.items()
+    }
+
+
+def take_a_unit(pipe: Connection) -> bool:
+    loans = pipe.recv()
+    before = num_files()
+    parts = {name: pages.borrow(loan, UNIT[name], torch.bfloat16) for name, loan in loans.items()}
+    assert num_files() == before + 1, "one file is opened, once"
+    again = {name: pages.lend(part) for name, part in parts.items()}
+    assert pages.together(parts) is parts
+    return all(torch.equal(part, a_unit()[name]) for name, part in parts.items()) and all(
+        loan is not None and loan.offset == loans[name].offset for name, loan in again.items()
+    )
+
+
+def test_what_is_put_together_is_one_file_and_lent_as_before() -> None:
+    before = num_files()
+    parts = a_unit()
+    gathered = pages.together(parts)
+    assert all(torch.equal(gathered[name], part) for name, part in parts.items())
+    assert gathered["norm"] is parts["norm"], "what is small stays in the heap"
+    assert all(part.data_ptr() % pages.ALIGNMENT == 0 for part in gathered.values())
+    loans = {name: pages.lend(part) for name, part in gathered.items() if name != "norm"}
+    assert None not in loans.values()
+    assert len({loan.file for loan in loans.values() if loan is not None}) == 1
+    assert pages.together(gathered) is gathered
+    del parts
+    assert num_files() == before + 1
+    process, pipe = elsewhere(take_a_unit)
+    pipe.send(loans)
+    assert pipe.recv()
+    process.join(10.0)
+    pipe.close()
+    process.close()
+    part = gathered["o"]
+    del gathered
+    assert num_files() == before + 1, "as long as one part lives"
+    del part
+    assert num_files() == before
 
 
 def test_without_files_it_is_a_tensor_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
