@@ -1,7 +1,8 @@
 """Causal grouped-query attention over KV pages, for ragged batches of decode rows and prefill chunks.
 
 How it works: a query behind its prompt (decode) walks the row's pages twice: once for the scores of all its heads, and,
-after the softmax, once for the weighted sum of the values. Queries inside the prompt (prefill) pack the keys and values of
+after the softmax, once for the weighted sum of the values; all the while the cache is asked for what comes some pages later, be
+it the row's values or the keys of the next row. Queries inside the prompt (prefill) pack the keys and values of
 their context, one KV head after the other, into the panels of `products`, and work through blocks of queries against blocks
 of keys with the same tiles as the weights use, with a running maximum and sum. Blocks of keys lie at fixed positions.
 
@@ -34,7 +35,7 @@ from runtime.kernels.softmax import (
 from runtime.kernels.spans import copy_bytes, store_scaled
 from runtime.kernels.tiles import tile_rows
 
-AHEAD = 32
+AHEAD = 64
 """Positions by which decode asks the cache for keys and values before it needs them."""
 QUERY_BLOCK = 4 * ROWS if HAS_AMX else 48
 """Query rows (token and head) worked on together in prefill: whole tiles."""
@@ -100,6 +101,7 @@ def paged_attention(
     `floats`, `packed` and `places` are flat scratch of `scratch_sizes`.
     """
     group, line = q.shape[1] // data.shape[3], q.shape[1] * q.shape[2] * q.itemsize
+    block_size = data.shape[2]
     for r in range(len(context_lens)):
         first, stop = query_starts[r], query_starts[r + 1]
         position = context_lens[r] - (stop - first)
@@ -112,9 +114,11 @@ def paged_attention(
             )  # fmt: skip
         for t in range(first + num_prefill, stop):
             query, target = address(q) + t * line, address(out) + t * line
+            following = r if t + 1 < stop else min(r + 1, len(context_lens) - 1)
+            lowest = max(0, context_lens[following] - window) // block_size if window > 0 else 0
             _attend_one(
                 query, data, page_of_block, block_tables, r, position + t - first, group, scale, window, softcap,
-                target, floats,
+                target, floats, following, lowest, (context_lens[following] - 1) // block_size,
             )  # fmt: skip
 
 
@@ -122,26 +126,33 @@ def paged_attention(
 
 
 @part
-def _attend_one(query, data, page_of_block, block_tables, r, position, group, scale, window, softcap, target, floats):
-    """All heads of the query of row `r` at `position`; `query` and `target` are addresses."""
+def _attend_one(
+    query, data, page_of_block, block_tables, r, position, group, scale, window, softcap, target, floats, following,
+    lowest, highest,
+):  # fmt: skip
+    """All heads of the query of row `r` at `position`; `query` and `target` are addresses. `lowest` and `highest` are the blocks of the row
+    `following` that are read next."""
     block_size, num_kv_heads, head_dim, size = data.shape[2], data.shape[3], data.shape[4], data.itemsize
     head, line = head_dim * size, num_kv_heads * head_dim * size
     num_heads = num_kv_heads * group
     stop = position + 1
     start = max(0, stop - window) if window > 0 else 0
     shape, pace = (num_kv_heads, group, head_dim), line // num_heads
-    end = (stop + block_size - 1) // block_size
+    begin, end = start // block_size, (stop + block_size - 1) // block_size
     ahead_blocks = max(1, AHEAD // block_size)
     scores_stride = (stop - start + 2 * LANES - 1) // LANES * LANES
     sums_stride = (head_dim + LANES - 1) // LANES * LANES
     scores = address(floats)
     sums = scores + num_heads * scores_stride * 4
-    for block in range(start // block_size, end):
+    for block in range(begin, end):
         first, last = max(start, block * block_size), min(stop, (block + 1) * block_size)
         page = address(data) + page_of_block[block_tables[r, block]] * 2 * block_size * line
-        ahead = (
-            address(data) + page_of_block[block_tables[r, min(block + ahead_blocks, end - 1)]] * 2 * block_size * line
-        )
+        later = block + ahead_blocks
+        if later < end:
+            ahead = page_of_block[block_tables[r, later]] * 2
+        else:
+            ahead = page_of_block[block_tables[r, min(begin + later - end, end - 1)]] * 2 + 1
+        ahead = address(data) + ahead * block_size * line
         for j in range(first, last, LANES):
             keys = page + (j - block * block_size) * line
             place = scores + (j - start) * 4
@@ -158,11 +169,15 @@ def _attend_one(query, data, page_of_block, block_tables, r, position, group, sc
         floats[totals + h] = weigh(floats, place, 0, stop - start, stop - start, factor, top, place)
     for i in range(num_heads * sums_stride):
         floats[num_heads * scores_stride + i] = _ZERO
-    for block in range(start // block_size, end):
+    for block in range(begin, end):
         first, last = max(start, block * block_size), min(stop, (block + 1) * block_size)
         page = address(data) + (page_of_block[block_tables[r, block]] * 2 + 1) * block_size * line
         values = page + (first - block * block_size) * line
-        ahead = page_of_block[block_tables[r, min(block + ahead_blocks, end - 1)]] * 2 + 1
+        later = block + ahead_blocks
+        if later < end:
+            ahead = page_of_block[block_tables[r, later]] * 2 + 1
+        else:
+            ahead = page_of_block[block_tables[following, min(lowest + later - end, highest)]] * 2
         ahead = address(data) + ahead * block_size * line
         for h in range(num_kv_heads):
             weights = scores + (h * group * scores_stride + first - start) * 4

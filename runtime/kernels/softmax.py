@@ -52,7 +52,7 @@ def score_keys(typingctx, like, queries, keys, stride, count, shape, out, out_st
     """out[h, i] = query h . key i of its KV head, for all heads and i < LANES; keys from `count` on repeat the last.
 
     `shape` is (num_kv_heads, group, head_dim), head_dim even. Queries, and the KV heads of a key, lie side by side, all
-    of the storage type of `like`. Meanwhile the cache is asked for ``num_heads * LANES`` places, `pace` bytes apart
+    of the storage type of `like`. Meanwhile the second-level cache is asked for ``num_heads * LANES`` places, `pace` bytes apart
     from `ahead` on.
     """
 
@@ -76,7 +76,7 @@ def score_keys(typingctx, like, queries, keys, stride, count, shape, out, out_st
                 line = builder.add(ahead, builder.mul(head, builder.mul(pace, I64(LANES))))
                 for i, total in enumerate(totals):
                     builder.store(constant(FLOAT, 0.0), total)
-                    prefetch_line(builder, builder.add(line, builder.mul(pace, I64(i))))
+                    prefetch_line(builder, builder.add(line, builder.mul(pace, I64(i))), level=2)
 
                 def body(first, mask, query=query, places=places):
                     q_terms = unit.terms(builder, [unit.load(builder, query, first, mask)])
@@ -187,8 +187,8 @@ def _make_mix(group: int):
     def mix(typingctx, like, weights, weights_stride, values, stride, count, head_dim, sums, sums_stride, ahead, pace):
         """sums[g, :head_dim] += weights[g, :count] @ values[:count, :head_dim], for g < group.
 
-        Weights and sums are float32, values of the storage type of `like`. Meanwhile the cache is asked for
-        ``2 * count`` places, `pace` bytes apart from `ahead` on.
+        Weights and sums are float32, values of the storage type of `like`. Meanwhile the second-level cache is asked
+        for ``2 * count`` places, `pace` bytes apart from `ahead` on.
         """
 
         def codegen(context, builder, signature, args):
@@ -209,8 +209,8 @@ def _make_mix(group: int):
                 with cgutils.for_range(builder, count) as loop:
                     row = builder.add(values, builder.mul(loop.index, stride))
                     line = builder.add(ahead, builder.mul(builder.add(loop.index, loop.index), pace))
-                    prefetch_line(builder, line)
-                    prefetch_line(builder, builder.add(line, pace))
+                    prefetch_line(builder, line, level=2)
+                    prefetch_line(builder, builder.add(line, pace), level=2)
                     parts = [load_wide(builder, element, row, start, mask) for start in starts]
                     places = [pointer(builder, offset(builder, line, loop.index, 4), FLOAT) for line in weight_rows]
                     spread = [splat(builder, builder.load(place)) for place in places]
