@@ -31,7 +31,7 @@ from api.signals import Signals, Stopped, first_of, unless_stopped
 from api.status import StatusReporter, Terminal, TerminalHandler, ready_lines
 from api.text import Text, load_text
 from runtime.garbage import settle
-from runtime.hugepages import gather_heap
+from kvstore.hugepages import gather_heap
 from runtime.launcher import LocalWorker
 from runtime.model.config import inspect_model
 from runtime.model.spec import ModelSpec

@@ -2,20 +2,22 @@
 
 How it works: a range of addresses is reserved once, for the most that there may ever be. Its first `num_bytes` are to be
 used; what lies beyond is given back to the system. On the host that is an anonymous mapping: the system commits what is
-touched, and takes back what `madvise` says is not needed. Devices bring their own (`runtime.cuda.virtual`).
+touched, and takes back what `madvise` says is not needed. A thread touches what will soon be needed, so that no step waits
+for the system. Devices bring their own (`runtime.cuda.virtual`).
 
 What is never true: the range moves; a byte below `num_bytes` is taken away.
 """
 
 import mmap
-import sys
+import threading
 from typing import Protocol
 
 import torch
 
-_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-if sys.platform == "linux":
-    _FLAGS |= 0x4000  # MAP_NORESERVE, which Python does not name: what is only reserved counts for nothing
+from kvstore.hugepages import HUGE_PAGE_BYTES, Range
+
+LEAD_BYTES = 16 * HUGE_PAGE_BYTES
+"""How much memory beyond what is used the host has at hand."""
 
 
 class PageMemory(Protocol):
@@ -33,23 +35,71 @@ class PageMemory(Protocol):
         """
         ...
 
+    def reach(self, num_bytes: int) -> None:
+        """So many bytes are in use now, and what follows will be soon."""
+        ...
+
 
 class HostMemory:
-    """`PageMemory` on the host.
+    """`PageMemory` on the host, on huge pages where the system has some.
 
     Raises:
         OSError, ValueError: the system does not reserve so much.
     """
 
     def __init__(self, capacity: int) -> None:
-        self._map = mmap.mmap(-1, capacity, flags=_FLAGS)
-        self.data = torch.frombuffer(self._map, dtype=torch.uint8)
+        self._range = Range.of(capacity)
+        self.data = torch.frombuffer(self._range, dtype=torch.uint8, count=capacity, offset=self._range.begin)
         self.num_bytes = 0
+        self._wanted = 0
+        self._present = 0
+        """Bytes that the thread has had so far."""
+        self._is_running = False
+        self._state = threading.Lock()
+        """Of the three; held for moments only, since who runs steps takes it too."""
+        self._working = threading.Lock()
+        """Held while the system looks for the memory of a huge page, and while memory goes."""
 
     def resize(self, num_bytes: int) -> int:
         assert 0 <= num_bytes <= len(self.data), f"{num_bytes} bytes of a range of {len(self.data)}"
-        start, stop = (-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in (num_bytes, self.num_bytes))
-        if start < stop:
-            self._map.madvise(mmap.MADV_DONTNEED, start, min(stop, len(self.data)) - start)
-        self.num_bytes = num_bytes
+        start, stop = (_up(size, mmap.PAGESIZE) for size in (num_bytes, self.num_bytes))
+        if start >= stop:
+            self.num_bytes = num_bytes
+            return num_bytes
+        with self._working:
+            self.num_bytes = num_bytes
+            with self._state:
+                self._wanted, self._present = min(self._wanted, num_bytes), min(self._present, start)
+            self._range.give_back(start, min(stop, len(self.data)))
         return num_bytes
+
+    def reach(self, num_bytes: int) -> None:
+        wanted = min(num_bytes + LEAD_BYTES, self.num_bytes)
+        if wanted < self._present + LEAD_BYTES // 2 and wanted < self.num_bytes:
+            return  # there is enough for a while
+        with self._state:
+            self._wanted = max(self._wanted, wanted)
+            if self._is_running or self._present + HUGE_PAGE_BYTES > self._wanted:
+                return
+            self._is_running = True
+        threading.Thread(target=self._populate, name="pages", daemon=True).start()
+
+    def _populate(self) -> None:
+        while True:
+            with self._working:
+                start, stop = self._present, _down(self._present + HUGE_PAGE_BYTES, HUGE_PAGE_BYTES)
+                with self._state:
+                    if stop > self._wanted:
+                        self._is_running = False
+                        return
+                if not self._range.populate(start, stop):
+                    return  # and never again: it is still marked as running
+                self._present = stop
+
+
+def _up(num_bytes: int, multiple: int) -> int:
+    return -(-num_bytes // multiple) * multiple
+
+
+def _down(num_bytes: int, multiple: int) -> int:
+    return num_bytes // multiple * multiple

@@ -21,7 +21,7 @@ import torch
 import xxhash
 
 from kvstore.ids import BlockId, PageId
-from kvstore.page_memory import PageMemory
+from kvstore.page_memory import HostMemory, PageMemory
 
 NO_PAGE = -1
 """What `PagePool.page_of` holds for a block without a page."""
@@ -58,7 +58,7 @@ class PagePool:
 
     Raises:
         ValueError: when a size is not positive, or more pages are wanted than an int32 can number.
-        MemoryError: `memory` has not got a single page.
+        MemoryError: `memory` has not got a single page, or the host has no range of addresses that large.
     """
 
     def __init__(
@@ -79,6 +79,12 @@ class PagePool:
         self.block_size = block_size
         self.page_bytes = 2 * block_size * num_kv_heads * head_dim * dtype.itemsize
         shape = (2, block_size, num_kv_heads, head_dim)
+        self._is_fixed = memory is None
+        if memory is None and torch.device(device).type == "cpu":
+            try:
+                memory = HostMemory(num_pages * self.page_bytes)
+            except (OSError, ValueError) as error:
+                raise MemoryError(f"there is no room for {num_pages} pages of {self.page_bytes:,} bytes") from error
         if memory is None:
             data = torch.empty((num_pages, *shape), dtype=dtype, device=device)
         else:
@@ -87,12 +93,15 @@ class PagePool:
             num_pages = memory.resize(min(num_pages, capacity) * self.page_bytes) // self.page_bytes
             if num_pages < 1:
                 raise MemoryError(f"there is no memory for a single page of {self.page_bytes:,} bytes")
+            memory.reach(0)
         self.num_pages = num_pages
         """The pages that are there, from 0 on."""
         self.data = data
         """``[capacity, 2, block_size, num_kv_heads, head_dim]``, 0 is K and 1 is V; only the first `num_pages` may be touched.
         The base pointer never moves."""
         self._memory = memory
+        self._num_reached = 0
+        """Pages up to the last one that was ever taken."""
         # On the host, clearing pages through a numpy view of the bytes skips torch's indexing machinery.
         self._bytes = data.view(torch.uint8).reshape(len(data), -1).numpy() if data.is_cpu else None
         self._free = np.empty(len(data), dtype=np.int32)
@@ -162,12 +171,13 @@ class PagePool:
         Raises:
             PoolExhausted: more are in use; then nothing has changed.
         """
-        if self._memory is None:
+        if self._is_fixed or self._memory is None:
             return self.num_pages
         num_pages, before = min(num_pages, len(self.data)), self.num_pages
         if num_pages < before:
             num_pages = self._vacate(num_pages, in_pieces=in_pieces)
             self._memory.resize(num_pages * self.page_bytes)
+            self._num_reached = min(self._num_reached, num_pages)
         else:
             num_pages = min(num_pages, self._memory.resize(num_pages * self.page_bytes) // self.page_bytes)
             count = num_pages - before
@@ -303,6 +313,9 @@ class PagePool:
             raise PoolExhausted(count, self._num_free, self.num_pages, len(self._row_of))
         self._num_free -= count
         pages = self._free[self._num_free : self._num_free + count][::-1].copy()
+        if count and self._memory is not None and (reached := int(pages.max()) + 1) > self._num_reached:
+            self._num_reached = reached
+            self._memory.reach(reached * self.page_bytes)
         if self._bytes is not None:
             self._bytes[pages] = 0
         else:

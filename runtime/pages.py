@@ -10,7 +10,7 @@ another file by now) maps nothing that was not meant: the file's random name is 
 
 Memory of another NUMA node is slower for ever, so processes that run on other nodes are of another `place` and do not lend to each other.
 
-What is read in every step should lie on huge pages (`runtime.hugepages`): a large tensor does from the start, and `together` puts those of a
+What is read in every step should lie on huge pages (`kvstore.hugepages`): a large tensor does from the start, and `together` puts those of a
 unit that are smaller than a few of them into one file.
 
 Where there is no ``memfd_create`` or ``/proc``, or no descriptor is left, tensors are as large and as good, and not to be lent.
@@ -30,7 +30,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from runtime.hugepages import HUGE_PAGE_BYTES, MappedFile
+from kvstore.hugepages import HUGE_PAGE_BYTES, MappedFile
 from runtime.messages import Loan
 
 if TYPE_CHECKING:

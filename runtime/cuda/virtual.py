@@ -194,3 +194,6 @@ class DeviceMemory:
         # The first piece stays: it is by that one that torch knows whose memory this is.
         self.num_bytes = min(num_bytes, self._range.map(max(1, num_bytes)))
         return self.num_bytes
+
+    def reach(self, num_bytes: int) -> None:
+        """Nothing: what is mapped is there."""

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from runtime import hugepages
-from runtime.hugepages import HUGE_PAGE_BYTES, MappedFile, gather_heap
+from kvstore import hugepages
+from kvstore.hugepages import HUGE_PAGE_BYTES, MappedFile, gather_heap
 
 SIZE = 4 * HUGE_PAGE_BYTES
 

@@ -1,11 +1,13 @@
 """Memory for pages: what is given back is gone from the process, what stays is as it was, and nothing moves."""
 
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from kvstore.page_memory import HostMemory
+from kvstore.page_memory import LEAD_BYTES, HostMemory
 from kvstore.page_pool import PagePool
 
 MIB = 1 << 20
@@ -76,3 +78,87 @@ def test_a_range_that_the_system_refuses_is_an_error() -> None:
         HostMemory(1 << 62)
     with pytest.raises(AssertionError, match="of a range of"):
         HostMemory(MIB).resize(MIB + 1)
+
+
+def wait_until(is_so) -> None:
+    limit_s = time.monotonic() + 10.0
+    while not is_so():
+        assert time.monotonic() < limit_s
+        time.sleep(0.01)
+
+
+def test_what_is_used_soon_is_there_before_and_as_it_was() -> None:
+    before = resident()
+    memory = HostMemory(256 * MIB)
+    if not memory._range.populate(0, 2 * MIB):
+        pytest.skip("this kernel has no MADV_POPULATE_WRITE")
+    memory.resize(200 * MIB + 5)
+    memory.data[: 3 * MIB] = 5
+    memory.reach(10 * MIB)
+    wait_until(lambda: resident() - before > 10 * MIB + LEAD_BYTES - NOISE)
+    assert resident() - before < 10 * MIB + LEAD_BYTES + NOISE
+    assert bool((memory.data[: 3 * MIB] == 5).all())
+    for used in range(10, 200):
+        memory.reach(used * MIB)
+    wait_until(lambda: resident() - before > 200 * MIB - NOISE)
+    memory.resize(20 * MIB)
+    assert resident() - before < 20 * MIB + NOISE
+    memory.reach(20 * MIB)
+    memory.resize(150 * MIB)
+    memory.reach(100 * MIB)
+    wait_until(lambda: resident() - before > 100 * MIB + LEAD_BYTES - NOISE)
+    assert resident() - before < 100 * MIB + LEAD_BYTES + NOISE
+    assert bool((memory.data[: 3 * MIB] == 5).all())
+
+
+def test_who_uses_it_never_waits_for_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = HostMemory(64 * MIB)
+    asked, let_go = threading.Event(), threading.Event()
+
+    def slow(start: int, stop: int) -> bool:
+        asked.set()
+        return let_go.wait(10.0)
+
+    monkeypatch.setattr(memory._range, "populate", slow)
+    memory.resize(64 * MIB)
+    memory.reach(0)
+    assert asked.wait(10.0)
+    memory.reach(40 * MIB)
+    assert not let_go.is_set(), "it has returned while the system was still busy"
+    let_go.set()
+
+
+def test_where_memory_cannot_be_had_beforehand_it_comes_when_it_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = HostMemory(64 * MIB)
+    calls = []
+    monkeypatch.setattr(memory._range, "populate", lambda start, stop: calls.append(start) or False)
+    memory.resize(64 * MIB)
+    for used in range(64):
+        memory.reach(used * MIB)
+        time.sleep(0.001)
+    assert len(calls) == 1
+    memory.data.fill_(1)
+    memory.resize(5 * MIB)
+    memory.resize(64 * MIB)
+    assert int(memory.data[:10].sum()) == 10
+
+
+def test_a_pool_says_how_far_it_is_used() -> None:
+    reached = []
+
+    class Telling(HostMemory):
+        def reach(self, num_bytes: int) -> None:
+            reached.append(num_bytes)
+
+    pool = PagePool(100, 4, 2, 8, torch.float32, "cpu", Telling(MIB))
+    pool.hold([0, 1])
+    pool.ensure(range(10))
+    pool.ensure(range(5))
+    pool.release_blocks(range(10))
+    pool.ensure(range(10))
+    assert reached == [0, 20 * pool.page_bytes], "again only when it is more than before"
+    pool.release_blocks(range(10))
+    pool.resize(10)
+    pool.resize(100)
+    pool.ensure(range(7))
+    assert reached[2:] == [14 * pool.page_bytes], "what was given back must come again"

@@ -1,19 +1,22 @@
-"""Memory on huge pages: this process's heap, and files in memory that several processes map.
+"""Memory on huge pages: this process's heap, files in memory that several processes map, and ranges of addresses.
 
 The table of translated addresses (TLB) of a core is small, and in a virtual machine a translation that is missing is looked up through
-two page tables. A huge page of 2 MiB needs one entry for what took 512. That matters to two kinds of memory:
+two page tables. A huge page of 2 MiB needs one entry for what took 512. That matters to three kinds of memory:
 
 - weights, which every step reads from front to back: an entry for each 4 KiB, used once;
+- keys and values, a few KiB here and there;
 - the heap of a head that runs briefly and often beside workers: between two steps it sleeps, the workers' weights go through the caches
   and the table of the core that it wakes on, and what it then touches is spread over some hundred pages.
 
 The kernel does that on request, in place, while the process runs (``MADV_COLLAPSE``, Linux 6.1), whatever the system's setting for huge
 pages is. Only memory that is there at the time is gathered, so the heap's turn is when everything is loaded; of a file, a
-byte in each huge page will do.
+byte in each huge page will do. A new range of addresses (`Range`) has them as it comes to be used, which takes milliseconds each where a
+virtual machine's host has to find the memory first: so it is filled beforehand (`Range.populate`), by a thread that may wait.
 
 Never true: anything but speed depends on it. Where it cannot be had, nothing happens.
 """
 
+import contextlib
 import ctypes
 import functools
 import mmap
@@ -26,8 +29,10 @@ from typing import Any, Self
 
 HUGE_PAGE_BYTES = 2 << 20
 
-_MADV_COLLAPSE = 25
+_MADV_COLLAPSE, _MADV_POPULATE = 25, 23
 _MAP_FIXED = 0x10
+_MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
+"""What is only reserved counts for nothing. Python names none of these."""
 _MAX_MAPPING_BYTES = 256 << 20
 """What is larger is no heap, and not worth the copying."""
 _MAPS = Path("/proc/self/maps")
@@ -93,6 +98,38 @@ class MappedFile(mmap.mmap):
             num_settled += HUGE_PAGE_BYTES
             rest()
         return num_settled
+
+    def _address(self) -> int:
+        return ctypes.addressof(ctypes.c_char.from_buffer(self))
+
+
+class Range(mmap.mmap):
+    """Addresses from byte `begin` of the mapping on, at a multiple of a huge page, for memory that comes when it is touched."""
+
+    begin: int
+
+    @classmethod
+    def of(cls, num_bytes: int) -> Self:
+        """A range of `num_bytes`.
+
+        Raises:
+            OSError, ValueError: the system does not reserve so much.
+        """
+        reserved = cls(-1, num_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+        reserved.begin = -reserved._address() % HUGE_PAGE_BYTES
+        if (advice := getattr(mmap, "MADV_HUGEPAGE", None)) is not None:
+            with contextlib.suppress(OSError):  # a kernel without them
+                reserved.madvise(advice)
+        return reserved
+
+    def populate(self, start: int, stop: int) -> bool:
+        """Have the memory of these bytes after `begin`, multiples of a page, now; what is in it stays. False where that cannot be done."""
+        libc = _libc()
+        return libc is not None and libc.madvise(self._address() + self.begin + start, stop - start, _MADV_POPULATE) == 0
+
+    def give_back(self, start: int, stop: int) -> None:
+        """The memory of these bytes after `begin`, `start` a multiple of a page, is the system's again."""
+        self.madvise(mmap.MADV_DONTNEED, self.begin + start, stop - start)
 
     def _address(self) -> int:
         return ctypes.addressof(ctypes.c_char.from_buffer(self))
