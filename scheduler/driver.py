@@ -363,7 +363,7 @@ class Driver:
 
     async def plan_view(self) -> dict[str, Any]:
         """What the planner says of the present load; see `scheduler.pilot.Pilot.view`."""
-        await self._loop.run_in_executor(None, compiled.prepare)  # at once, but in a head that has just begun
+        await self._loop.run_in_executor(None, compiled.prepare)
         state = self._state
         state.now_s = self._loop.time()
         question, answered = state.pilot.question(state), None
@@ -575,7 +575,7 @@ class Driver:
                 assert door is not None
                 door.evict(effect.worker)
             case Look():
-                answering = self._loop.run_in_executor(None, answer, effect.question)
+                answering = self._loop.run_in_executor(None, _answer_prepared, effect.question)
                 answering.add_done_callback(partial(self._answered, effect.question))
             case Report():
                 log.log(getattr(logging, effect.level.upper()), "%s", effect.text)
@@ -639,6 +639,11 @@ class Driver:
         traced = decode_to_head(reply)
         assert isinstance(traced, Traced)
         return traced, traced.clock_s - (begun_s + ended_s) / 2, (ended_s - begun_s) / 2
+
+
+def _answer_prepared(question: Question) -> Answer:
+    compiled.prepare()  # at once, but where nothing was on disk
+    return answer(question)
 
 
 def _option(wish: dict[str, Any], name: str, default: Any, is_valid: Callable[[Any], bool], wanted: str) -> Any:

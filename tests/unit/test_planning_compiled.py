@@ -83,6 +83,34 @@ def test_without_a_place_for_the_cache_it_compiles_all_the_same(tmp_path: Path) 
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_on_no_disk_is_compiled_by_another_process(tmp_path: Path) -> None:
+    """A server that compiles takes the interpreter's lock, and half a core, from the requests that it has."""
+    script = (
+        "from scheduler.planning import compiled\n"
+        "compiled.prepare()\n"
+        "kernels = [kernel for kernel, _ in compiled.build.KERNELS]\n"
+        "assert kernels and all(sum(kernel.stats.cache_hits.values()) == 1 for kernel in kernels)\n"
+        "assert not any(kernel.stats.cache_misses for kernel in kernels)\n"
+        "compiled._compile_elsewhere = None\n"  # is not asked again
+        "compiled.prepare()\n"
+    )
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, check=True)
+    (index, *_) = tmp_path.rglob("*.nbi")
+    index.unlink()
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, check=True)
+
+
+def test_where_another_process_cannot_compile_this_one_does(tmp_path: Path) -> None:
+    script = (
+        "import sys; from scheduler.planning import compiled; sys.executable = '/bin/false'\n"
+        "compiled.prepare(); assert compiled.build.is_cached()\n"
+    )
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, check=True)
+
+
 @pytest.mark.parametrize("experts", [0, 8])
 @pytest.mark.parametrize("in_service", [1.0, 3.0, 40.0])
 def test_the_loops_see_the_units_that_numpy_sees(experts: int, in_service: float) -> None:

@@ -48,6 +48,19 @@ def kernel(*arguments: Any) -> Callable[[Callable[..., Any]], Any]:
     return decorate
 
 
+def is_cached() -> bool | None:
+    """Whether every kernel is here or on disk already; None where there is no disk to look at, or numba does not say."""
+    try:
+        return all(
+            arguments in compiled.overloads
+            or compiled._cache._index_key(arguments, compiled.targetctx.codegen())
+            in compiled._cache._cache_file._load_index()
+            for compiled, arguments in KERNELS
+        )
+    except (AttributeError, OSError):  # no cache at all, or one of another version of numba
+        return None
+
+
 def compile_all() -> None:
     """Compile every kernel, or read it from disk, unless that was done."""
     for compiled, arguments in KERNELS:
