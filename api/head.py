@@ -30,16 +30,16 @@ from api.scaling import Scaler
 from api.signals import Signals, Stopped, first_of, unless_stopped
 from api.status import StatusReporter, Terminal, TerminalHandler, ready_lines
 from api.text import Text, load_text
-from runtime.garbage import settle
 from kvstore.hugepages import gather_heap
+from runtime.garbage import settle
 from runtime.launcher import LocalWorker
 from runtime.model.config import inspect_model
 from runtime.model.spec import ModelSpec
 from runtime.rpc import Door, DoorError
+from scheduler import compiling
 from scheduler.batching import BatchingConfig
 from scheduler.driver import Driver
 from scheduler.lanes import LookAhead
-from scheduler.planning import compiled
 from scheduler.planning.autopilot import Mode, Settings
 from scheduler.planning.traffic import Objective, Slo
 from scheduler.state import ClusterConfig, SchedulerState
@@ -98,7 +98,7 @@ class _Head:
             driver.start(door)
             self._launch(door.address, driver, loop)
             # workers take longer to load than this does, and no plan is asked for before
-            threading.Thread(target=compiled.prepare, name="prepare the planner", daemon=True).start()
+            threading.Thread(target=compiling.prepare, name="prepare the planner", daemon=True).start()
             text = await unless_stopped(signals, _load_text, spec)
             runner = make_runner(build_app(driver, text, _settings(config, spec)))
             await _listen(runner, config)

@@ -125,7 +125,9 @@ class Range(mmap.mmap):
     def populate(self, start: int, stop: int) -> bool:
         """Have the memory of these bytes after `begin`, multiples of a page, now; what is in it stays. False where that cannot be done."""
         libc = _libc()
-        return libc is not None and libc.madvise(self._address() + self.begin + start, stop - start, _MADV_POPULATE) == 0
+        return (
+            libc is not None and libc.madvise(self._address() + self.begin + start, stop - start, _MADV_POPULATE) == 0
+        )
 
     def give_back(self, start: int, stop: int) -> None:
         """The memory of these bytes after `begin`, `start` a multiple of a page, is the system's again."""

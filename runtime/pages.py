@@ -164,7 +164,7 @@ def _map_loan(loan: Loan) -> "_Mapping":
         mapping = _Mapping.take(_File(descriptor, loan.file), os.fstat(descriptor).st_size, is_writable=False)
     except (OSError, ValueError) as error:
         os.close(descriptor)
-        raise LoanError(f"it cannot be mapped: {error.strerror}") from None
+        raise LoanError(f"it cannot be mapped: {error}") from None
     except BaseException:
         os.close(descriptor)
         raise

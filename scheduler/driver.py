@@ -31,6 +31,7 @@ from runtime.messages import (
 )
 from runtime.rpc import Door, DoorError
 from runtime.trace import Tracer
+from scheduler import compiling
 from scheduler.course import Change
 from scheduler.events import (
     AbortChange,
@@ -56,7 +57,6 @@ from scheduler.events import (
     Wake,
 )
 from scheduler.pilot import SNAPSHOT_BYTES_PER_S
-from scheduler.planning import compiled
 from scheduler.planning.autopilot import Mode
 from scheduler.planning.look import Answer, Question, answer
 from scheduler.planning.sizing import Workers
@@ -363,7 +363,7 @@ class Driver:
 
     async def plan_view(self) -> dict[str, Any]:
         """What the planner says of the present load; see `scheduler.pilot.Pilot.view`."""
-        await self._loop.run_in_executor(None, compiled.prepare)
+        await self._loop.run_in_executor(None, compiling.prepare)
         state = self._state
         state.now_s = self._loop.time()
         question, answered = state.pilot.question(state), None
@@ -642,7 +642,7 @@ class Driver:
 
 
 def _answer_prepared(question: Question) -> Answer:
-    compiled.prepare()  # at once, but where nothing was on disk
+    compiling.prepare()  # at once, but where nothing was on disk
     return answer(question)
 
 

@@ -136,9 +136,7 @@ def _blocks(weight: Weight, width: int) -> Iterable[torch.Tensor]:
     return weight.split(num_rows) if isinstance(weight, torch.Tensor) else weight.blocks(num_rows)
 
 
-def _panels(
-    num_columns: int, depth: int, dtype: torch.dtype, width: int, rest: Callable[[], None]
-) -> torch.Tensor:
+def _panels(num_columns: int, depth: int, dtype: torch.dtype, width: int, rest: Callable[[], None]) -> torch.Tensor:
     """Room for panels as ``[num_panels, units of depth, PANEL]``; a unit is a pair of bfloat16, or one element.
 
     Raises:

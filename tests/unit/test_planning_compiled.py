@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from runtime.layout import layout_from_counts
+from scheduler.compiling import prepare
 from scheduler.planning import compiled
 from scheduler.planning.cost import TERMS, Facts, Speed, unit_times
 from scheduler.planning.devices import lookup
@@ -32,7 +33,7 @@ def cluster_of(num_devices: int, memory: int = 0) -> list[Device]:
 @pytest.mark.parametrize("num_devices", [3, 10])
 def test_no_plan_compiles_anything_that_was_not_prepared(objective: Objective, num_devices: int) -> None:
     """What compiles in an event loop stops it for seconds: arrays of another kind than declared would."""
-    compiled.prepare()
+    prepare()
     present = layout_from_counts(0, ["w1", "w0"], [4, 8])
     for windows in ((), (64, None) * 6):
         facts = Facts(make_spec(num_layers=12, windows=windows))
@@ -86,13 +87,14 @@ def test_without_a_place_for_the_cache_it_compiles_all_the_same(tmp_path: Path) 
 def test_what_is_on_no_disk_is_compiled_by_another_process(tmp_path: Path) -> None:
     """A server that compiles takes the interpreter's lock, and half a core, from the requests that it has."""
     script = (
+        "from scheduler import compiling\n"
         "from scheduler.planning import compiled\n"
-        "compiled.prepare()\n"
+        "compiling.prepare()\n"
         "kernels = [kernel for kernel, _ in compiled.build.KERNELS]\n"
         "assert kernels and all(sum(kernel.stats.cache_hits.values()) == 1 for kernel in kernels)\n"
         "assert not any(kernel.stats.cache_misses for kernel in kernels)\n"
-        "compiled._compile_elsewhere = None\n"  # is not asked again
-        "compiled.prepare()\n"
+        "compiling._compile_elsewhere = None\n"  # is not asked again
+        "compiling.prepare()\n"
     )
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
     for _ in range(2):
@@ -104,8 +106,8 @@ def test_what_is_on_no_disk_is_compiled_by_another_process(tmp_path: Path) -> No
 
 def test_where_another_process_cannot_compile_this_one_does(tmp_path: Path) -> None:
     script = (
-        "import sys; from scheduler.planning import compiled; sys.executable = '/bin/false'\n"
-        "compiled.prepare(); assert compiled.build.is_cached()\n"
+        "import sys; from scheduler import compiling; from scheduler.planning import compiled; sys.executable = '/bin/false'\n"
+        "compiling.prepare(); assert compiled.build.is_cached()\n"
     )
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, check=True)
