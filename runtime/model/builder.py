@@ -20,6 +20,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import torch
 
 from runtime.batch import LayerKV, StepBatch
+from runtime.kernels import has_kernels
 from runtime.model.checkpoint import ModelError, Stored, Unit
 from runtime.model.config import load_config, load_transformers_config, open_weights
 from runtime.model.spec import ModelSpec
@@ -89,6 +90,10 @@ class UnitBuilder:
         self._vocab_size = spec.vocab_size
         self._quantize = spec.quantize
         self.implementation = self._choose(implementation, spec)
+        self._packs = (
+            self.implementation != "lean" and has_kernels(device, self._dtype) and torch.get_num_threads() == 1
+        )
+        """Whether generic units hold packed weights; our kernels have one thread."""
         self.rest: Callable[[], None] = lambda: None
         self._generic: Any = None
         self._embedding: weakref.ref[Any] | None = None
@@ -101,6 +106,10 @@ class UnitBuilder:
             from runtime.model import lean
 
             packing = lean.form(self._device, self._dtype, self._quantize)
+        elif self._packs:
+            from runtime.model import packed_linear
+
+            packing = packed_linear.form()
         config = (self._folder / "config.json").read_bytes()
         mark = repr((self._weights.identity(), str(self._dtype), self.implementation, packing)).encode()
         return hashlib.blake2b(config + mark, digest_size=16).hexdigest()
@@ -184,7 +193,8 @@ class UnitBuilder:
         if self._generic is None:
             from runtime.model.generic import GenericModel
 
-            self._generic = GenericModel(load_transformers_config(self._folder), dtype=self._dtype, device=self._device)
+            config = load_transformers_config(self._folder)
+            self._generic = GenericModel(config, dtype=self._dtype, device=self._device, packs=self._packs)
         return self._generic
 
     def _stored(self, unit: Unit) -> dict[str, Stored]:

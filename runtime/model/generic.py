@@ -3,7 +3,8 @@
 The whole model is built on the meta device, where it costs no memory. A unit takes its modules out of that skeleton
 and gives them real tensors; the other layers never exist. Attention inside a layer goes through `transformers`' own
 registry: the function registered here hands q, k and v to the paged attention, so the layer's code is the
-architecture's own, unchanged, and so are its numbers.
+architecture's own, unchanged, and so are its numbers. On the CPU a worker of one thread packs the weights of linear layers for our own
+kernels (`runtime.model.packed_linear`).
 
 What `transformers` does between the layers (embedding, final norm, LM head, scaling and capping of logits) is done
 here by hand, for the few forms there are. An architecture outside the tested list must therefore pass
@@ -22,9 +23,10 @@ from torch import nn
 
 from runtime.attention import attend
 from runtime.batch import LayerKV, StepBatch
+from runtime.model import packed_linear
 from runtime.model.checkpoint import ModelError, Unit, Weights
 from runtime.model.rules import refuse_unservable
-from runtime.pages import empty
+from runtime.pages import empty, together
 
 Parts: TypeAlias = Mapping[str, torch.Tensor]
 Rest: TypeAlias = Callable[[], None]
@@ -41,14 +43,16 @@ _EXPERT_PARTS = {"w1": "gate", "w3": "up", "w2": "down", "gate_proj": "gate", "u
 class GenericModel:
     """The skeleton of one architecture. Units are made one at a time and hold only their own tensors.
 
-    `config` is the `transformers` config; `dtype` and `device` those of the units.
+    `config` is the `transformers` config; `dtype` and `device` those of the units; `packs` says whether weights are packed, for kernels that
+    must know the dtype on this device.
 
     Raises:
         ModelError: the architecture cannot be served through the attention interface.
     """
 
-    def __init__(self, config: Any, *, dtype: torch.dtype, device: str) -> None:
+    def __init__(self, config: Any, *, dtype: torch.dtype, device: str, packs: bool = False) -> None:
         self.device = torch.device(device)
+        self.packs = packs
         self.dtype = dtype
         self.skeleton = build_skeleton(config, dtype)
         self.config = self.skeleton.config
@@ -86,7 +90,11 @@ class GenericModel:
         wanted = {name: tensor for name, tensor in module.state_dict().items() if name not in state}
         if wanted:
             state.update(self._collect(wanted, weights, unit, tuple(state), rest))
+        if self.packs:
+            state = _pack(module, state, rest)
         module.load_state_dict(state, strict=True, assign=True)
+        if self.packs:
+            packed_linear.settle(module)
         for parameter in module.parameters():
             parameter.requires_grad_(False)
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]
@@ -173,6 +181,17 @@ class GenericModel:
                     child._buffers[name] = child._buffers[name].to(self.device)  # type: ignore[union-attr]
 
 
+def _pack(module: nn.Module, state: Parts, rest: Rest) -> dict[str, torch.Tensor]:
+    """Have `module` ready for packed weights; the state that it then loads. What is flat was packed by somebody else."""
+    linears = packed_linear.packable(module)
+    packed = dict(state)
+    for name in (f"{name}.weight" for name in linears):
+        if packed[name].ndim == 2:
+            packed[name] = packed_linear.pack_flat(packed[name], rest)
+    packed_linear.replace(module, linears)
+    return dict(together(packed, rest))
+
+
 class GenericLayer:
     """One decoder layer of `transformers`. Call: hidden ``[T, hidden]`` to ``[T, hidden]``; K and V go to `kv`."""
 
@@ -236,8 +255,9 @@ class GenericHead:
         self.nbytes = num_bytes(module)
 
     @property
-    def weight(self) -> torch.Tensor:
-        return self._lm_head.weight  # type: ignore[return-value]
+    def weight(self) -> torch.Tensor | None:
+        """``[vocab, hidden]``, for an embedding that is tied to it; None where it is packed."""
+        return None if isinstance(self._lm_head, packed_linear.PackedLinear) else self._lm_head.weight  # type: ignore[return-value]
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = self._lm_head(self._norm(hidden))  # type: ignore[operator]

@@ -5,10 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from msgspec.structs import replace
+from torch import nn
 
+from runtime.model import packed_linear
 from runtime.model.checkpoint import ModelError
 from runtime.model.config import inspect_model, load_transformers_config, open_weights
 from runtime.model.generic import GenericModel
+from runtime.model.packed_linear import PackedLinear
 from tests.tiny_models import KINDS, NUM_LAYERS, write_tiny
 from tests.unit.model_harness import Chain, assert_equal_logits, reference_logits
 
@@ -16,22 +19,84 @@ CHUNKS = (17, 1, 30, 1, 1, 5)
 """Prefill in uneven chunks with decode steps between; 55 tokens, past every window."""
 
 
-def generic_chain(folder: Path, dtype: torch.dtype = torch.float32) -> Chain:
+def generic_chain(folder: Path, dtype: torch.dtype = torch.float32, *, packs: bool = False) -> Chain:
     config = load_transformers_config(folder)
     weights = open_weights(folder, config, load_format="safetensors")
-    model = GenericModel(config, dtype=dtype, device="cpu")
+    model = GenericModel(config, dtype=dtype, device="cpu", packs=packs)
     layers = {index: model.layer(index, weights) for index in range(config.num_hidden_layers)}
     spec = inspect_model(folder, dtype=str(dtype).removeprefix("torch."))
     return Chain(spec, model.embedding(weights), layers, model.lm_head(weights))
 
 
+@pytest.mark.parametrize("packs", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_units_equal_the_whole_model(kind: str, tmp_path: Path):
+def test_units_equal_the_whole_model(kind: str, packs: bool, tmp_path: Path):
     folder = write_tiny(kind, tmp_path)
     tokens = torch.randint(3, 280, (2, sum(CHUNKS)), generator=torch.Generator().manual_seed(1))
     expected = reference_logits(folder, tokens)
-    found = generic_chain(folder).run(tokens, CHUNKS)
+    chain = generic_chain(folder, packs=packs)
+    found = chain.run(tokens, CHUNKS)
     assert_equal_logits(found, expected)
+    linears = [
+        module for layer in chain.layers.values() for module in layer.module.modules() if type(module) is nn.Linear
+    ]
+    assert bool(linears) != packs, "a packed layer has no other copy of its weights"
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "mixtral"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_equal_unit_is_made_of_packed_parts(kind: str, dtype: torch.dtype, tmp_path: Path):
+    folder = write_tiny(kind, tmp_path)
+    config = load_transformers_config(folder)
+    weights = open_weights(folder, config, load_format="safetensors")
+    model = GenericModel(config, dtype=dtype, device="cpu", packs=True)
+    first = generic_chain(folder, dtype, packs=True)
+    again = {index: model.layer(index, weights, first.layers[index].parts) for index in first.layers}
+    for index, layer in again.items():
+        for name, part in first.layers[index].parts.items():
+            assert layer.parts[name].data_ptr() == part.data_ptr(), "what a peer lends is not packed or copied again"
+    head = model.lm_head(weights, first.lm_head.parts)
+    assert head.weight is None, "there is nothing for an embedding to share"
+    tokens = torch.randint(3, 280, (2, 20), generator=torch.Generator().manual_seed(2))
+    second = Chain(first.spec, first.embedding, again, head)
+    assert torch.equal(first.run(tokens, (20,)), second.run(tokens, (20,)))
+
+
+def test_a_row_of_a_packed_layer_does_not_depend_on_the_others(tmp_path: Path):
+    chain = generic_chain(write_tiny("gemma3", tmp_path), torch.bfloat16, packs=True)
+    (linear, *_) = (m for m in chain.layers[0].module.modules() if isinstance(m, PackedLinear))
+    x = torch.randn(300, linear.in_features, generator=torch.Generator().manual_seed(3)).bfloat16()
+    whole = linear(x[None])
+    assert whole.shape == (1, 300, linear.out_features)
+    assert torch.equal(whole[0, 7:8], linear(x[7:8]))
+    assert torch.equal(whole[0, 190:196], linear(x[190:196]))
+
+
+@pytest.mark.parametrize("shape", [(6, 70), (64, 64), (2, 1)])
+def test_a_packed_linear_is_a_linear(shape: tuple[int, int]):
+    generator = torch.Generator().manual_seed(4)
+    for bias in (False, True):
+        linear = nn.Linear(*shape, bias=bias)
+        module = nn.Sequential(linear)
+        state = {
+            name: packed_linear.pack_flat(p.detach(), lambda: None) if p.ndim == 2 else p
+            for name, p in module.state_dict().items()
+        }
+        packed_linear.replace(module, packed_linear.packable(module))
+        module.load_state_dict(state, assign=True)
+        packed_linear.settle(module)
+        x = torch.randn(3, 5, shape[0], generator=generator)
+        torch.testing.assert_close(module(x.transpose(0, 1)), linear(x.transpose(0, 1)))
+
+
+def test_what_is_not_a_plain_linear_layer_stays():
+    class Own(nn.Linear):
+        pass
+
+    module = nn.ModuleDict(
+        {"odd": nn.Linear(3, 4), "own": Own(4, 4), "plain": nn.Linear(4, 4), "norm": nn.LayerNorm(4)}
+    )
+    assert list(packed_linear.packable(module)) == ["plain"]
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral", "gemma3"])

@@ -1,0 +1,91 @@
+"""`nn.Linear` on the kernels of `runtime.kernels`, for layers whose code is the architecture's own.
+
+How it works: the weight of every plain `nn.Linear` of a module is packed once, and the packed form is the only one. A product then runs
+at the speed of memory for few rows, and a row's result does not depend on how many others share it, which torch's own does not
+promise. It runs on one thread, so a worker that has several leaves the products to torch.
+
+Never true: a linear layer of another class is touched, or one with an odd number of inputs.
+"""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from torch import nn
+
+from runtime.kernels import storage
+from runtime.kernels.products import PANEL, PLAIN, ROW_BLOCK, pack, product
+from runtime.kernels.quantized import GROUP
+from runtime.kernels.tiles import tile_address
+
+_NOTHING = np.empty(0, np.float32)
+_WIDENED = np.empty((GROUP, PANEL), np.float32)
+"""Scratch that a product of this kind never touches."""
+
+
+class PackedLinear(nn.Module):
+    """``[..., in_features]`` to ``[..., out_features]`` in the dtype of x, which is that of `weight`, packed and flat."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        """Of the shape and dtype of `linear`, with parameters on the meta device, to be loaded."""
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        num_elements = -(-self.out_features // PANEL) * PANEL * self.in_features
+        weight = torch.empty(num_elements, dtype=linear.weight.dtype, device="meta")
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if linear.bias is None else nn.Parameter(torch.empty_like(linear.bias, device="meta"))
+        self._arrays: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    def settle(self) -> None:
+        """To be called when the parameters are there for good."""
+        bias = _NOTHING if self.bias is None else self.bias.detach().float().numpy()
+        weight = storage(self.weight)
+        self._arrays = tile_address(weight.dtype), weight, bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert self._arrays is not None, "settle comes first"
+        tiles, weight, bias = self._arrays
+        rows = x.reshape(-1, self.in_features).contiguous()
+        result = torch.empty((len(rows), self.out_features), dtype=x.dtype)
+        given, out = storage(rows), storage(result)
+        sums = np.empty((min(len(rows), ROW_BLOCK), PANEL), np.float32)
+        for first in range(0, len(rows), ROW_BLOCK):
+            count = min(len(rows) - first, ROW_BLOCK)
+            product(
+                tiles, given, first, count, weight, PLAIN, bias, out, out, first, self.out_features, sums, _WIDENED
+            )  # fmt: skip
+        return result.view(*x.shape[:-1], self.out_features)
+
+
+def packable(module: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers in it, by name, that `PackedLinear` can stand in for."""
+    return {
+        name: child
+        for name, child in module.named_modules()
+        if type(child) is nn.Linear and child.in_features % 2 == 0 and not child._forward_hooks
+    }
+
+
+def replace(module: nn.Module, linears: Mapping[str, nn.Linear]) -> None:
+    """Put a `PackedLinear` in the place of each of these."""
+    for name, linear in linears.items():
+        parent, _, last = name.rpartition(".")
+        setattr(module.get_submodule(parent), last, PackedLinear(linear))
+
+
+def settle(module: nn.Module) -> None:
+    """`PackedLinear.settle` for every one in it."""
+    for child in module.modules():
+        if isinstance(child, PackedLinear):
+            child.settle()
+
+
+def pack_flat(weight: torch.Tensor, rest: Callable[[], None]) -> torch.Tensor:
+    """``[out_features, in_features]`` as `PackedLinear` holds it."""
+    packed = torch.from_numpy(pack(weight, rest=rest).data)
+    return packed.view(weight.dtype)
+
+
+def form() -> str:
+    """What a packed weight depends on besides itself."""
+    return f"linear panels of {PANEL}"
