@@ -24,6 +24,7 @@ from runtime.kernels import has_kernels
 from runtime.model.checkpoint import ModelError, Stored, Unit
 from runtime.model.config import load_config, load_transformers_config, open_weights
 from runtime.model.spec import ModelSpec
+from runtime.pages import together
 
 Implementation: TypeAlias = Literal["auto", "lean", "transformers"]
 
@@ -126,6 +127,8 @@ class UnitBuilder:
             from runtime.model import lean
 
             if parts is not None:
+                if torch.device(self._device).type == "cpu":
+                    parts = together(parts, self.rest)
                 return lean.LeanLayer.from_parts(self._config, index, parts, self._device, self._dtype)
             stored = self._stored(index)
             return lean.LeanLayer(self._config, index, stored, self._device, self._dtype, self._quantize, self.rest)

@@ -1,11 +1,13 @@
 """The builder's units, whichever implementation it picks, give what `transformers` gives, and hold what they say."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from runtime import pages
 from runtime.model.builder import UnitBuilder
 from runtime.model.config import ModelError, inspect_model
 from tests.tiny_models import KINDS, write_tiny
@@ -20,10 +22,23 @@ def built_chain(folder: Path, dtype: str = "float32", load_format: str = "safete
     return Chain(spec, builder.embedding(), {i: builder.layer(i) for i in range(spec.num_layers)}, builder.lm_head())
 
 
+@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Of the worker: with one, weights of `transformers`' layers are packed."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
+    return request.param
+
+
+@pytest.fixture
+def two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+
 def some_tokens(length: int) -> torch.Tensor:
     return torch.randint(3, 280, (2, length), generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_automatic_choice_equals_transformers(kind: str, tmp_path: Path):
     folder = write_tiny(kind, tmp_path)
@@ -32,6 +47,7 @@ def test_the_automatic_choice_equals_transformers(kind: str, tmp_path: Path):
     assert_equal_logits(found, reference_logits(folder, tokens))
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("implementation", ["lean", "transformers"])
 def test_half_precision_is_close_to_float32(implementation: str, dtype: str, tmp_path: Path):
@@ -80,6 +96,37 @@ def test_lean_is_refused_where_it_cannot(tmp_path: Path):
         UnitBuilder(spec, device="cpu", implementation="lean")
 
 
+def test_workers_with_and_without_packed_weights_do_not_exchange_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    spec = inspect_model(write_tiny("mixtral", tmp_path), dtype="float32")
+    forms = []
+    for count in (1, 2, 4):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
+        forms.append(UnitBuilder(spec, device="cpu").form())
+    assert forms[0] != forms[1] == forms[2]
+
+
+def test_parts_that_came_one_by_one_lie_together_in_the_layer(tmp_path: Path):
+    """As weights from a peer on another host do; those of one on this host lie together already."""
+    folder = write_tiny("llama", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config.update(hidden_size=512, intermediate_size=1024, num_attention_heads=8, num_key_value_heads=4, head_dim=64)
+    (folder / "config.json").write_text(json.dumps(config))
+    spec = inspect_model(folder, dtype="float32", load_format="dummy")
+    builder = UnitBuilder(spec, device="cpu")
+    first = builder.layer(1)
+    if pages.lend(first.parts["down"]) is None:
+        pytest.skip("there are no files in memory here")
+    arrived = {name: pages.empty(tuple(part.shape), part.dtype).copy_(part) for name, part in first.parts.items()}
+    second = builder.layer(1, arrived)
+    large = [name for name, part in first.parts.items() if part.nbytes >= pages.OWN_PAGES_BYTES]
+    assert len(large) == 4
+    for layer in (first, second):
+        assert len({pages.lend(layer.parts[name]).file for name in large}) == 1  # type: ignore[union-attr]
+    third = builder.layer(1, second.parts)
+    assert all(third.parts[name].data_ptr() == second.parts[name].data_ptr() for name in large)
+
+
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("kind", KINDS)
 def test_units_weigh_what_the_spec_says(kind: str, tmp_path: Path):
     chain = built_chain(write_tiny(kind, tmp_path), "bfloat16", implementation="transformers")
@@ -87,6 +134,7 @@ def test_units_weigh_what_the_spec_says(kind: str, tmp_path: Path):
     assert (chain.lm_head.nbytes, chain.embedding.nbytes) == (chain.spec.lm_head_bytes, chain.spec.embedding_bytes)
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("head_first", [False, True])
 def test_tied_ends_share_one_tensor(head_first: bool, tmp_path: Path):
     spec = inspect_model(write_tiny("llama_tied", tmp_path), dtype="float32")
@@ -106,6 +154,7 @@ def test_a_tied_end_that_is_gone_is_read_again(tmp_path: Path):
     assert torch.equal(chain.run(some_tokens(5), (5,)), expected)
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_untied_ends_are_two_tensors(tmp_path: Path):
     chain = built_chain(write_tiny("llama", tmp_path), implementation="transformers")
     assert chain.embedding.weight.data_ptr() != chain.lm_head.weight.data_ptr()
