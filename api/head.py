@@ -12,7 +12,6 @@ import logging
 import os
 import re
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +35,6 @@ from runtime.launcher import LocalWorker
 from runtime.model.config import inspect_model
 from runtime.model.spec import ModelSpec
 from runtime.rpc import Door, DoorError
-from scheduler import compiling
 from scheduler.batching import BatchingConfig
 from scheduler.driver import Driver
 from scheduler.lanes import LookAhead
@@ -97,8 +95,7 @@ class _Head:
         try:
             driver.start(door)
             self._launch(door.address, driver, loop)
-            # workers take longer to load than this does, and no plan is asked for before
-            threading.Thread(target=compiling.prepare, name="prepare the planner", daemon=True).start()
+            driver.prepare_planner()  # which takes about as long as workers do to load
             text = await unless_stopped(signals, _load_text, spec)
             runner = make_runner(build_app(driver, text, _settings(config, spec)))
             await _listen(runner, config)

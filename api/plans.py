@@ -14,7 +14,15 @@ from scheduler.planning.autopilot import MODES, Mode
 
 
 async def plan(request: web.Request) -> web.Response:
-    return json_response(await request.app[CONTEXT].engine.plan_view())
+    try:
+        return json_response(await request.app[CONTEXT].engine.plan_view())
+    except TimeoutError:
+        raise ApiError(
+            "the planner is still being compiled, once for this version on this machine and behind everything else; try again in half a minute",
+            status=503,
+            code="planner_not_ready",
+            headers={"Retry-After": "30"},
+        ) from None
 
 
 async def autopilot(request: web.Request) -> web.Response:

@@ -29,10 +29,10 @@ from typing import Any, Self
 
 HUGE_PAGE_BYTES = 2 << 20
 
-_MADV_COLLAPSE, _MADV_POPULATE = 25, 23
+_MADV_COLLAPSE, _MADV_POPULATE_WRITE = 25, 23
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
-"""What is only reserved counts for nothing. Python names none of these."""
+"""What is only reserved counts for nothing. Linux' names and numbers; Python has none of them."""
 _MAX_MAPPING_BYTES = 256 << 20
 """What is larger is no heap, and not worth the copying."""
 _MAPS = Path("/proc/self/maps")
@@ -71,20 +71,20 @@ class MappedFile(mmap.mmap):
             OSError, ValueError: it cannot be mapped.
         """
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if is_writable else 0)
-        libc = _libc() if num_bytes >= HUGE_PAGE_BYTES else None
+        libc = _libc()
         if libc is None:
             mapped = cls(descriptor, num_bytes, flags=mmap.MAP_SHARED, prot=protection)
             mapped.begin, mapped.num_bytes = 0, num_bytes
             return mapped
         # a range that is larger by a huge page has an address in it that is a multiple of one; what unmaps the range unmaps the file
-        mapped = cls(-1, num_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        mapped = cls(-1, num_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
         mapped.begin, mapped.num_bytes = -mapped._address() % HUGE_PAGE_BYTES, num_bytes
         address = mapped._address() + mapped.begin
         if libc.mmap(address, num_bytes, protection, mmap.MAP_SHARED | _MAP_FIXED, descriptor, 0) != address:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
         return mapped
 
-    def settle(self, rest: Callable[[], None] = lambda: None) -> int:
+    def take_huge_pages(self, rest: Callable[[], None] = lambda: None) -> int:
         """Put the file, which is empty, on huge pages; the bytes that now are. What is left at its end stays as it is.
 
         `rest` is called after each of them: a page that the system had not used yet takes some milliseconds.
@@ -126,12 +126,13 @@ class Range(mmap.mmap):
         """Have the memory of these bytes after `begin`, multiples of a page, now; what is in it stays. False where that cannot be done."""
         libc = _libc()
         return (
-            libc is not None and libc.madvise(self._address() + self.begin + start, stop - start, _MADV_POPULATE) == 0
+            libc is not None
+            and libc.madvise(self._address() + self.begin + start, stop - start, _MADV_POPULATE_WRITE) == 0
         )
 
     def give_back(self, start: int, stop: int) -> None:
-        """The memory of these bytes after `begin`, `start` a multiple of a page, is the system's again."""
-        self.madvise(mmap.MADV_DONTNEED, self.begin + start, stop - start)
+        """The memory of these bytes after `begin`, as far as the range goes, `start` a multiple of a page, is the system's again."""
+        self.madvise(mmap.MADV_DONTNEED, self.begin + start, min(stop, len(self) - self.begin) - start)
 
     def _address(self) -> int:
         return ctypes.addressof(ctypes.c_char.from_buffer(self))

@@ -55,8 +55,10 @@ class HostMemory:
         self._present = 0
         """Bytes that the thread has had so far."""
         self._is_running = False
+        self._can_populate = True
+        """False once the system has refused to: what was short may be short again."""
         self._state = threading.Lock()
-        """Of the three; held for moments only, since who runs steps takes it too."""
+        """Held for moments only, since who runs steps takes it too."""
         self._working = threading.Lock()
         """Held while the system looks for the memory of a huge page, and while memory goes."""
 
@@ -66,11 +68,12 @@ class HostMemory:
         if start >= stop:
             self.num_bytes = num_bytes
             return num_bytes
+        with self._state:
+            self._wanted = 0  # the thread is to end now, not with what it was asked for
         with self._working:
             self.num_bytes = num_bytes
-            with self._state:
-                self._wanted, self._present = min(self._wanted, num_bytes), min(self._present, start)
-            self._range.give_back(start, min(stop, len(self.data)))
+            self._present = min(self._present, start)
+            self._range.give_back(start, _up(stop, HUGE_PAGE_BYTES))  # the last byte brought its whole page
         return num_bytes
 
     def reach(self, num_bytes: int) -> None:
@@ -79,27 +82,31 @@ class HostMemory:
             return  # there is enough for a while
         with self._state:
             self._wanted = max(self._wanted, wanted)
-            if self._is_running or self._present + HUGE_PAGE_BYTES > self._wanted:
+            if self._is_running or not self._can_populate or self._next() > self._wanted:
                 return
             self._is_running = True
-        threading.Thread(target=self._populate, name="pages", daemon=True).start()
+        try:
+            threading.Thread(target=self._populate, name="pages", daemon=True).start()
+        except RuntimeError:  # no threads are left: then pages come when they are touched
+            self._is_running = self._can_populate = False
 
     def _populate(self) -> None:
         while True:
             with self._working:
-                start, stop = self._present, _down(self._present + HUGE_PAGE_BYTES, HUGE_PAGE_BYTES)
+                stop = self._next()
                 with self._state:
-                    if stop > self._wanted:
+                    if stop > self._wanted or not self._can_populate:
                         self._is_running = False
                         return
-                if not self._range.populate(start, stop):
-                    return  # and never again: it is still marked as running
-                self._present = stop
+                if self._range.populate(self._present, stop):
+                    self._present = stop
+                else:
+                    self._can_populate = False
+
+    def _next(self) -> int:
+        """Where the next huge page ends."""
+        return (self._present + HUGE_PAGE_BYTES) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
 
 
 def _up(num_bytes: int, multiple: int) -> int:
     return -(-num_bytes // multiple) * multiple
-
-
-def _down(num_bytes: int, multiple: int) -> int:
-    return num_bytes // multiple * multiple

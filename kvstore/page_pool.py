@@ -311,11 +311,11 @@ class PagePool:
     def _take(self, count: int) -> np.ndarray:
         if count > self._num_free:
             raise PoolExhausted(count, self._num_free, self.num_pages, len(self._row_of))
-        self._num_free -= count
-        pages = self._free[self._num_free : self._num_free + count][::-1].copy()
+        pages = self._free[self._num_free - count : self._num_free][::-1].copy()
         if count and self._memory is not None and (reached := int(pages.max()) + 1) > self._num_reached:
-            self._num_reached = reached
             self._memory.reach(reached * self.page_bytes)
+            self._num_reached = reached
+        self._num_free -= count
         if self._bytes is not None:
             self._bytes[pages] = 0
         else:

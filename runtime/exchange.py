@@ -162,7 +162,7 @@ class Importer:
                 raise FetchFailed(f"{peer} does not hold unit {unit} in the same form")
             raw = tensors[0]
             missing = (message.num_bytes if missing is None else missing) - raw.nbytes
-            _put(parts, message, raw, peer)
+            _put(parts, message, raw, peer, rest)
             rest()
         return parts
 
@@ -185,11 +185,13 @@ def _name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _put(parts: dict[str, torch.Tensor], message: Weights, raw: torch.Tensor, peer: WorkerName) -> None:
+def _put(
+    parts: dict[str, torch.Tensor], message: Weights, raw: torch.Tensor, peer: WorkerName, rest: Callable[[], None]
+) -> None:
     if checksum(raw) != message.checksum:
         raise FetchFailed(f"{peer} sent {message.name}, and it arrived damaged")
     if message.name not in parts:
-        parts[message.name] = empty(message.shape, getattr(torch, message.dtype))
+        parts[message.name] = empty(message.shape, getattr(torch, message.dtype), rest)
     parts[message.name].view(-1).view(torch.uint8)[message.offset : message.offset + raw.nbytes] = raw
 
 

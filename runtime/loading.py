@@ -487,8 +487,12 @@ class Loader:
             from runtime.model import lean
 
             lean.warm_up(self._device.device, dtype, spec.quantize)
-        else:
-            attention.warm_up(self._device.device, dtype)
+            return
+        attention.warm_up(self._device.device, dtype)
+        if self._builder is not None and self._builder.packs:
+            from runtime.model import packed_linear
+
+            packed_linear.warm_up(dtype)
 
     def _get(self, key: UnitKey) -> Any:
         if isinstance(key, int):

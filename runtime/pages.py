@@ -20,7 +20,6 @@ import contextlib
 import errno
 import functools
 import math
-import mmap
 import os
 import resource
 import secrets
@@ -30,7 +29,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from kvstore.hugepages import HUGE_PAGE_BYTES, MappedFile
+from kvstore.hugepages import HUGE_PAGE_BYTES, MappedFile, Range
 from runtime.messages import Loan
 
 if TYPE_CHECKING:
@@ -65,6 +64,7 @@ class _Place(NamedTuple):
     file: _File
     offset: int
     num_bytes: int
+    is_borrowed: bool
 
 
 warnings.filterwarnings("ignore", "The given buffer is not writable")  # what is borrowed is not, and nobody tries
@@ -89,25 +89,28 @@ def empty(shape: tuple[int, ...], dtype: "torch.dtype", rest: Callable[[], None]
         return torch.empty(shape, dtype=dtype)
     mapping = _make_file(num_bytes)
     if mapping is None:
-        pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        return torch.frombuffer(pages, dtype=dtype).view(shape)
+        pages = Range.of(num_bytes)
+        return torch.frombuffer(pages, dtype=dtype, count=math.prod(shape), offset=pages.begin).view(shape)
     if num_bytes >= LARGE_BYTES:
-        mapping.settle(rest)
+        mapping.take_huge_pages(rest)
     return mapping.tensor(0, shape, dtype)
 
 
 def together(
     parts: Mapping[str, "torch.Tensor"], rest: Callable[[], None] = lambda: None
 ) -> Mapping[str, "torch.Tensor"]:
-    """The same CPU tensors, those of a middle size as copies in one file, on huge pages as far as there are any. What shares a file already stays.
+    """The same CPU tensors, those of a middle size as copies in one file, on huge pages as far as there are any. What is borrowed stays, and what
+    shares a file already.
 
     `rest` is called between pieces of the work, each of some milliseconds at most.
     """
     import torch
 
-    moving = [name for name, part in parts.items() if OWN_PAGES_BYTES <= part.nbytes < LARGE_BYTES]
-    places = [_places.get(parts[name].data_ptr()) for name in moving]
-    if len(moving) < 2 or (None not in places and len({place.file for place in places if place}) == 1):
+    middle = {name: part for name, part in parts.items() if OWN_PAGES_BYTES <= part.nbytes < LARGE_BYTES}
+    found = {name: _places.get(part.data_ptr()) for name, part in middle.items()}
+    moving = [name for name, place in found.items() if place is None or not place.is_borrowed]
+    files = {place.file if place is not None else None for place in map(found.get, moving)}
+    if len(moving) < 2 or (None not in files and len(files) == 1):
         return parts
     offsets, num_bytes = [], 0
     for name in moving:
@@ -119,7 +122,7 @@ def together(
     mapping = _make_file(num_bytes)
     if mapping is None:
         return parts
-    mapping.settle(rest)
+    mapping.take_huge_pages(rest)
     copies = dict(parts)
     for name, offset in zip(moving, offsets, strict=True):
         part = parts[name].contiguous()
@@ -144,8 +147,9 @@ def borrow(loan: Loan, shape: tuple[int, ...], dtype: "torch.dtype") -> "torch.T
         LoanError: it is gone, or this process may not have it.
     """
     mapping = _mapped.get(loan.file) or _map_loan(loan)
-    if loan.offset + math.prod(shape) * dtype.itemsize > mapping.num_bytes:
-        raise LoanGone(f"process {loan.pid} has let go of it")
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if loan.offset < 0 or loan.offset % ALIGNMENT or loan.offset + num_bytes > mapping.num_bytes:
+        raise LoanError(f"{num_bytes:,} bytes from {loan.offset:,} on are not in its file of {mapping.num_bytes:,}")
     return mapping.tensor(loan.offset, shape, dtype)
 
 
@@ -208,14 +212,15 @@ class _Mapping(MappedFile):
     """A file in the memory of this process, for as long as a tensor is in it."""
 
     file: _File
-    addresses: list[int]
+    addresses: set[int]
     """Of the tensors."""
+    is_borrowed: bool
 
     @classmethod
     def take(cls, file: _File, num_bytes: int, *, is_writable: bool) -> "_Mapping":
         """Map it; from then on its descriptor is closed with the mapping. Raises as `MappedFile.of`."""
         mapping = cls.of(file.descriptor, num_bytes, is_writable=is_writable)
-        mapping.file, mapping.addresses = file, []
+        mapping.file, mapping.addresses, mapping.is_borrowed = file, set(), not is_writable
         weakref.finalize(mapping, _forget, mapping.addresses, file).atexit = False
         return mapping
 
@@ -224,8 +229,8 @@ class _Mapping(MappedFile):
         import torch
 
         tensor = torch.frombuffer(self, dtype=dtype, count=math.prod(shape), offset=self.begin + offset).view(shape)
-        _places[tensor.data_ptr()] = _Place(self.file, offset, tensor.nbytes)
-        self.addresses.append(tensor.data_ptr())
+        _places[tensor.data_ptr()] = _Place(self.file, offset, tensor.nbytes, self.is_borrowed)
+        self.addresses.add(tensor.data_ptr())
         return tensor
 
 
@@ -240,7 +245,7 @@ def _make_file(num_bytes: int) -> _Mapping | None:
         if not _is_short(descriptor):
             os.ftruncate(descriptor, num_bytes)
             return _Mapping.take(_File(descriptor, name), num_bytes, is_writable=True)
-    except OSError:
+    except (OSError, ValueError):
         pass
     os.close(descriptor)
     return None
@@ -252,7 +257,7 @@ def _is_short(descriptor: int) -> bool:
     return soft != resource.RLIM_INFINITY and descriptor >= soft - RESERVED_FILES
 
 
-def _forget(addresses: list[int], file: _File) -> None:
+def _forget(addresses: set[int], file: _File) -> None:
     for address in addresses:
         if address in _places and _places[address].file == file:
             del _places[address]

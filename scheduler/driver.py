@@ -89,6 +89,8 @@ _RATE = (
     f"{SNAPSHOT_BYTES_PER_S:,}"
 )
 AUDIT_TIMEOUT_S = 30.0
+PLANNER_TIMEOUT_S = 15.0
+"""How long who asks for a plan waits for a planner that is being compiled."""
 TRACE_TIMEOUT_S = 10.0
 _TRACED_AS = {SendStep: "send step", Send: "send", Emit: "emit", EvictWorker: "evict", Report: "report", Look: "look"}
 
@@ -113,6 +115,8 @@ class Driver:
         self._unended: list[int] = []
         self._tracer = Tracer()
         self._workers: Workers | None = None
+        self._prepared: asyncio.Future[None] | None = None
+        self._answering: asyncio.Task[Answer] | None = None
 
     # -- life ---------------------------------------------------------------------------------------------
 
@@ -362,8 +366,8 @@ class Driver:
     # -- planning -----------------------------------------------------------------------------------------
 
     async def plan_view(self) -> dict[str, Any]:
-        """What the planner says of the present load; see `scheduler.pilot.Pilot.view`."""
-        await self._loop.run_in_executor(None, compiling.prepare)
+        """What the planner says of the present load; see `scheduler.pilot.Pilot.view`. Raises TimeoutError while it is being compiled."""
+        await asyncio.wait_for(asyncio.shield(self.prepare_planner()), PLANNER_TIMEOUT_S)
         state = self._state
         state.now_s = self._loop.time()
         question, answered = state.pilot.question(state), None
@@ -373,6 +377,16 @@ class Driver:
             if state.layout is None or state.layout.segments != question.present.segments:
                 question = answered = None  # it was for a layout that is gone
         return state.pilot.view(state, question, answered)
+
+    def prepare_planner(self) -> "asyncio.Future[None]":
+        """Have the planner's loops, before it is asked; done when they are there. Asking again costs nothing."""
+        if self._prepared is None:
+            self._prepared = compiling.prepare_beside(self._loop)
+        return self._prepared
+
+    async def _answer(self, question: Question) -> Answer:
+        await asyncio.shield(self.prepare_planner())
+        return await self._loop.run_in_executor(None, answer, question)
 
     def _answered(self, question: Question, answering: "asyncio.Future[Answer]") -> None:
         """Hand the answer on; a planner that fails must not keep the autopilot from asking again."""
@@ -575,8 +589,8 @@ class Driver:
                 assert door is not None
                 door.evict(effect.worker)
             case Look():
-                answering = self._loop.run_in_executor(None, _answer_prepared, effect.question)
-                answering.add_done_callback(partial(self._answered, effect.question))
+                self._answering = self._loop.create_task(self._answer(effect.question))
+                self._answering.add_done_callback(partial(self._answered, effect.question))
             case Report():
                 log.log(getattr(logging, effect.level.upper()), "%s", effect.text)
                 self._tell({"type": "note", "level": effect.level, "text": effect.text})
@@ -639,11 +653,6 @@ class Driver:
         traced = decode_to_head(reply)
         assert isinstance(traced, Traced)
         return traced, traced.clock_s - (begun_s + ended_s) / 2, (ended_s - begun_s) / 2
-
-
-def _answer_prepared(question: Question) -> Answer:
-    compiling.prepare()  # at once, but where nothing was on disk
-    return answer(question)
 
 
 def _option(wish: dict[str, Any], name: str, default: Any, is_valid: Callable[[Any], bool], wanted: str) -> Any:

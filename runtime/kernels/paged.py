@@ -139,7 +139,7 @@ def _attend_one(
     start = max(0, stop - window) if window > 0 else 0
     shape, pace = (num_kv_heads, group, head_dim), line // num_heads
     begin, end = start // block_size, (stop + block_size - 1) // block_size
-    ahead_blocks = max(1, AHEAD // block_size)
+    ahead_blocks = min(max(1, AHEAD // block_size), end - begin)
     scores_stride = (stop - start + 2 * LANES - 1) // LANES * LANES
     sums_stride = (head_dim + LANES - 1) // LANES * LANES
     scores = address(floats)

@@ -131,6 +131,8 @@ class _Int8Line:
 
     num_prefetches = max(1, 2 * PANEL // CACHE_LINE)
     prefetch_level = 1
+    """Integers come in half as many lines as bfloat16 while there is twice as much to do with each: here the first level has the time, and is the
+    faster one (3.4 instead of 5.3 ms with one row, on a Zen 4)."""
 
     @staticmethod
     def num_bytes(unit: Unit) -> int:

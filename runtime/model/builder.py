@@ -91,9 +91,7 @@ class UnitBuilder:
         self._vocab_size = spec.vocab_size
         self._quantize = spec.quantize
         self.implementation = self._choose(implementation, spec)
-        self._packs = (
-            self.implementation != "lean" and has_kernels(device, self._dtype) and torch.get_num_threads() == 1
-        )
+        self.packs = self.implementation != "lean" and has_kernels(device, self._dtype) and torch.get_num_threads() == 1
         """Whether generic units hold packed weights; our kernels have one thread."""
         self.rest: Callable[[], None] = lambda: None
         self._generic: Any = None
@@ -107,7 +105,7 @@ class UnitBuilder:
             from runtime.model import lean
 
             packing = lean.form(self._device, self._dtype, self._quantize)
-        elif self._packs:
+        elif self.packs:
             from runtime.model import packed_linear
 
             packing = packed_linear.form()
@@ -149,7 +147,7 @@ class UnitBuilder:
         return unit
 
     def lm_head(self, parts: Parts | None = None) -> Head:
-        """As `layer`. On the CPU the lean head packs its weight, so it is a second copy even when it is tied."""
+        """As `layer`. Where weights are packed, the head's is a second copy even when it is tied."""
         shared = self._shared(self._embedding) if parts is None else None
         if self.implementation == "lean":
             unit = self._lean_head(shared, parts)
@@ -197,7 +195,7 @@ class UnitBuilder:
             from runtime.model.generic import GenericModel
 
             config = load_transformers_config(self._folder)
-            self._generic = GenericModel(config, dtype=self._dtype, device=self._device, packs=self._packs)
+            self._generic = GenericModel(config, dtype=self._dtype, device=self._device, packs=self.packs)
         return self._generic
 
     def _stored(self, unit: Unit) -> dict[str, Stored]:

@@ -203,7 +203,7 @@ class _InFile:
         return self.info.shape
 
     def whole(self) -> "torch.Tensor":
-        raw = empty(self.shape, self._as_stored())
+        raw = empty(self.shape, self._as_stored(), self.rest)
         self._read(0, raw)
         return raw if raw.dtype == self.dtype else empty(self.shape, self.dtype).copy_(raw)
 

@@ -91,10 +91,10 @@ class GenericModel:
         if wanted:
             state.update(self._collect(wanted, weights, unit, tuple(state), rest))
         if self.packs:
-            state = _pack(module, state, rest)
+            _pack(module, state, rest)
         module.load_state_dict(state, strict=True, assign=True)
         if self.packs:
-            packed_linear.settle(module)
+            packed_linear.bind(module)
         for parameter in module.parameters():
             parameter.requires_grad_(False)
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]
@@ -181,15 +181,15 @@ class GenericModel:
                     child._buffers[name] = child._buffers[name].to(self.device)  # type: ignore[union-attr]
 
 
-def _pack(module: nn.Module, state: Parts, rest: Rest) -> dict[str, torch.Tensor]:
-    """Have `module` ready for packed weights; the state that it then loads. What is flat was packed by somebody else."""
+def _pack(module: nn.Module, state: dict[str, torch.Tensor], rest: Rest) -> None:
+    """Have `module` ready for packed weights, and pack those of `state`, of which each is dropped when it is. What is flat was packed by somebody
+    else."""
     linears = packed_linear.packable(module)
-    packed = dict(state)
     for name in (f"{name}.weight" for name in linears):
-        if packed[name].ndim == 2:
-            packed[name] = packed_linear.pack_flat(packed[name], rest)
+        if state[name].ndim == 2:
+            state[name] = packed_linear.pack_flat(state[name], rest)
     packed_linear.replace(module, linears)
-    return dict(together(packed, rest))
+    state.update(together(state, rest))
 
 
 class GenericLayer:

@@ -24,7 +24,11 @@ _WIDENED = np.empty((GROUP, PANEL), np.float32)
 
 
 class PackedLinear(nn.Module):
-    """``[..., in_features]`` to ``[..., out_features]`` in the dtype of x, which is that of `weight`, packed and flat."""
+    """``[..., in_features]`` to ``[..., out_features]`` in the dtype of x, which is that of `weight`, packed and flat.
+
+    Raises:
+        ValueError: x has another dtype, or another number of inputs.
+    """
 
     def __init__(self, linear: nn.Linear) -> None:
         """Of the shape and dtype of `linear`, with parameters on the meta device, to be loaded."""
@@ -36,14 +40,18 @@ class PackedLinear(nn.Module):
         self.bias = None if linear.bias is None else nn.Parameter(torch.empty_like(linear.bias, device="meta"))
         self._arrays: tuple[int, np.ndarray, np.ndarray] | None = None
 
-    def settle(self) -> None:
+    def bind(self) -> None:
         """To be called when the parameters are there for good."""
         bias = _NOTHING if self.bias is None else self.bias.detach().float().numpy()
         weight = storage(self.weight)
         self._arrays = tile_address(weight.dtype), weight, bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        assert self._arrays is not None, "settle comes first"
+        assert self._arrays is not None, "bind comes first"
+        if x.dtype is not self.weight.dtype or x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"a linear layer of {self.in_features} inputs in {self.weight.dtype} got {list(x.shape)} in {x.dtype}"
+            )
         tiles, weight, bias = self._arrays
         rows = x.reshape(-1, self.in_features).contiguous()
         result = torch.empty((len(rows), self.out_features), dtype=x.dtype)
@@ -73,17 +81,28 @@ def replace(module: nn.Module, linears: Mapping[str, nn.Linear]) -> None:
         setattr(module.get_submodule(parent), last, PackedLinear(linear))
 
 
-def settle(module: nn.Module) -> None:
-    """`PackedLinear.settle` for every one in it."""
+def bind(module: nn.Module) -> None:
+    """`PackedLinear.bind` for every one in it."""
     for child in module.modules():
         if isinstance(child, PackedLinear):
-            child.settle()
+            child.bind()
 
 
 def pack_flat(weight: torch.Tensor, rest: Callable[[], None]) -> torch.Tensor:
     """``[out_features, in_features]`` as `PackedLinear` holds it."""
     packed = torch.from_numpy(pack(weight, rest=rest).data)
     return packed.view(weight.dtype)
+
+
+def warm_up(dtype: torch.dtype) -> None:
+    """Compile what it needs for this dtype, or load it from the disk cache."""
+    module = nn.Sequential(nn.Linear(2, 2, dtype=dtype))
+    state = module.state_dict()
+    state["0.weight"] = pack_flat(state["0.weight"], lambda: None)
+    replace(module, packable(module))
+    module.load_state_dict(state, assign=True)
+    bind(module)
+    module(torch.zeros(1, 2, dtype=dtype))
 
 
 def form() -> str:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from runtime.batch import LayerKV, StepBatch
+from runtime.kernels import has_kernels
 from runtime.model.checkpoint import ModelError, SafetensorsWeights
 from runtime.model.generic import GenericModel, build_skeleton
 from runtime.model.rules import rope_parameters
@@ -115,7 +116,9 @@ def _difference(config: Any) -> float:
         tokens = torch.randint(1, _VOCAB, (_NUM_ROWS, sum(_CHUNKS)))
         with torch.inference_mode():
             expected = model(tokens, use_cache=False).logits.float()
-        found = _run(GenericModel(config, dtype=torch.float32, device="cpu"), weights, tokens)
+        forms = (False, True) if has_kernels("cpu", torch.float32) else (False,)  # weights are packed in some workers
+        models = [GenericModel(config, dtype=torch.float32, device="cpu", packs=packs) for packs in forms]
+        found = torch.stack([_run(model, weights, tokens) for model in models])
     return float((found - expected).abs().max() / expected.abs().max())
 
 

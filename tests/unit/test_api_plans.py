@@ -43,6 +43,16 @@ async def test_what_is_no_mode_is_refused(api: Api, body: Any) -> None:
     assert api.engine.mode == "off"
 
 
+async def test_a_plan_that_cannot_be_made_yet_is_asked_for_again(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def not_yet() -> dict[str, Any]:
+        raise TimeoutError
+
+    monkeypatch.setattr(api.engine, "plan_view", not_yet)
+    status, text = await api.get("/admin/plan")
+    assert status == 503
+    assert "planner is still being compiled" in str(text)
+
+
 async def test_metrics(api: Api) -> None:
     _, text = await api.get("/metrics")
     for line in (

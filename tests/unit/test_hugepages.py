@@ -64,7 +64,7 @@ def test_a_file_is_settled_before_it_is_written_to_and_others_see_it():
     os.ftruncate(descriptor, size)
     mapped = MappedFile.of(descriptor, size, is_writable=True)
     rests = []
-    settled = mapped.settle(lambda: rests.append(1))
+    settled = mapped.take_huge_pages(lambda: rests.append(1))
     if not settled:
         pytest.skip("this kernel has no huge pages for files in memory")
     assert settled == 2 * HUGE_PAGE_BYTES
@@ -85,7 +85,7 @@ def test_a_small_file_and_one_that_cannot_be_settled_are_mapped_all_the_same(mon
         os.ftruncate(descriptor, size)
         monkeypatch.setattr(hugepages, "_collapse", lambda address: False)
         mapped = MappedFile.of(descriptor, size, is_writable=True)
-        assert mapped.settle() == 0
+        assert mapped.take_huge_pages() == 0
         mapped[mapped.begin + size - 1] = 7
         os.lseek(descriptor, size - 1, os.SEEK_SET)
         assert os.read(descriptor, 10) == b"\x07"

@@ -84,9 +84,24 @@ def test_a_packed_linear_is_a_linear(shape: tuple[int, int]):
         }
         packed_linear.replace(module, packed_linear.packable(module))
         module.load_state_dict(state, assign=True)
-        packed_linear.settle(module)
+        packed_linear.bind(module)
         x = torch.randn(3, 5, shape[0], generator=generator)
         torch.testing.assert_close(module(x.transpose(0, 1)), linear(x.transpose(0, 1)))
+
+
+def test_a_packed_linear_refuses_what_its_kernel_would_misread():
+    """Rows of another type would be read with strides that are not the weight's."""
+    module = nn.Sequential(nn.Linear(4, 4, dtype=torch.bfloat16))
+    state = {
+        name: packed_linear.pack_flat(p, lambda: None) if p.ndim == 2 else p for name, p in module.state_dict().items()
+    }
+    packed_linear.replace(module, packed_linear.packable(module))
+    module.load_state_dict(state, assign=True)
+    packed_linear.bind(module)
+    with pytest.raises(ValueError, match=r"4 inputs in torch.bfloat16 got \[2, 4\] in torch.float32"):
+        module(torch.zeros(2, 4))
+    with pytest.raises(ValueError, match=r"got \[2, 8\]"):
+        module(torch.zeros(2, 8, dtype=torch.bfloat16))
 
 
 def test_what_is_not_a_plain_linear_layer_stays():

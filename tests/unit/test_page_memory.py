@@ -143,6 +143,32 @@ def test_where_memory_cannot_be_had_beforehand_it_comes_when_it_is_touched(monke
     assert int(memory.data[:10].sum()) == 10
 
 
+def test_where_no_thread_can_be_started_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = PagePool(2000, 64, 4, 64, torch.bfloat16, "cpu", HostMemory(128 * MIB))
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    pool.hold([0])
+    with monkeypatch.context() as context:
+        context.setattr(threading.Thread, "start", refuse)
+        assert pool.ensure(range(1000)) == 1000
+        assert pool.ensure(range(1500)) == 500
+    pool.check_integrity()
+
+
+def test_no_huge_page_is_left_behind_an_end_that_moves() -> None:
+    memory = HostMemory(256 * MIB)
+    memory.resize(256 * MIB)
+    before = resident()
+    for i in range(20):
+        end = (40 + 2 * (i % 19)) * MIB + 4096 * (i + 1)
+        memory.resize(end)
+        memory.data[:end][-4096:].fill_(1)
+        memory.resize(MIB)
+    assert resident() - before < NOISE
+
+
 def test_a_pool_says_how_far_it_is_used() -> None:
     reached = []
 

@@ -8,6 +8,7 @@ works without one, and is compiled anew by every process.
 
 import hashlib
 import math
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def kernel(*arguments: Any) -> Callable[[Callable[..., Any]], Any]:
 
 
 def is_cached() -> bool | None:
-    """Whether every kernel is here or on disk already; None where there is no disk to look at, or numba does not say."""
+    """Whether every kernel is here or on disk already; None where there is no disk to look at, or this version of numba does not say."""
     try:
         return all(
             arguments in compiled.overloads
@@ -57,8 +58,10 @@ def is_cached() -> bool | None:
             in compiled._cache._cache_file._load_index()
             for compiled, arguments in KERNELS
         )
-    except (AttributeError, OSError):  # no cache at all, or one of another version of numba
+    except (AttributeError, OSError):
         return None
+    except (EOFError, ValueError, pickle.UnpicklingError):  # it is damaged, and will be written anew
+        return False
 
 
 def compile_all() -> None:
