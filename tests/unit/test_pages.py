@@ -182,7 +182,7 @@ def test_when_descriptors_are_short_tensors_are_made_and_none_are_used_up() -> N
         before = num_files()
         made += [make(seed) for seed in range(8)]
         assert num_files() == before
-        assert all(torch.equal(tensor, make(index % 8)) for index, tensor in enumerate(made))
+        assert all(torch.equal(tensor, make(index % 16)) for index, tensor in enumerate(made))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
