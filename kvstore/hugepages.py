@@ -1,17 +1,15 @@
-"""Memory on huge pages: this process's heap, files in memory that several processes map, and ranges of addresses.
+"""Memory on huge pages: this process's heap, and files in memory that several processes map; and ranges of addresses.
 
 The table of translated addresses (TLB) of a core is small, and in a virtual machine a translation that is missing is looked up through
-two page tables. A huge page of 2 MiB needs one entry for what took 512. That matters to three kinds of memory:
+two page tables. A huge page of 2 MiB needs one entry for what took 512. That matters to two kinds of memory:
 
 - weights, which every step reads from front to back: an entry for each 4 KiB, used once;
-- keys and values, a few KiB here and there;
 - the heap of a head that runs briefly and often beside workers: between two steps it sleeps, the workers' weights go through the caches
   and the table of the core that it wakes on, and what it then touches is spread over some hundred pages.
 
 The kernel does that on request, in place, while the process runs (``MADV_COLLAPSE``, Linux 6.1), whatever the system's setting for huge
 pages is. Only memory that is there at the time is gathered, so the heap's turn is when everything is loaded; of a file, a
-byte in each huge page will do. A new range of addresses (`Range`) has them as it comes to be used, which takes milliseconds each where a
-virtual machine's host has to find the memory first: so it is filled beforehand (`Range.populate`), by a thread that may wait.
+byte in each huge page will do. What comes when it is touched (`Range`) is better filled beforehand (`Range.populate`), by a thread that may wait.
 
 Never true: anything but speed depends on it. Where it cannot be had, nothing happens.
 """
@@ -109,15 +107,15 @@ class Range(mmap.mmap):
     begin: int
 
     @classmethod
-    def of(cls, num_bytes: int) -> Self:
-        """A range of `num_bytes`.
+    def of(cls, num_bytes: int, *, on_huge_pages: bool) -> Self:
+        """A range of `num_bytes`, on huge pages or on what the system gives.
 
         Raises:
             OSError, ValueError: the system does not reserve so much.
         """
         reserved = cls(-1, num_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
         reserved.begin = -reserved._address() % HUGE_PAGE_BYTES
-        if (advice := getattr(mmap, "MADV_HUGEPAGE", None)) is not None:
+        if on_huge_pages and (advice := getattr(mmap, "MADV_HUGEPAGE", None)) is not None:
             with contextlib.suppress(OSError):  # a kernel without them
                 reserved.madvise(advice)
         return reserved

@@ -14,10 +14,12 @@ from typing import Protocol
 
 import torch
 
-from kvstore.hugepages import HUGE_PAGE_BYTES, Range
+from kvstore.hugepages import Range
 
-LEAD_BYTES = 16 * HUGE_PAGE_BYTES
+LEAD_BYTES = 32 << 20
 """How much memory beyond what is used the host has at hand."""
+PIECE_BYTES = 2 << 20
+"""How much is asked for at once; where the system gives huge pages of its own accord, one of them."""
 
 
 class PageMemory(Protocol):
@@ -41,14 +43,14 @@ class PageMemory(Protocol):
 
 
 class HostMemory:
-    """`PageMemory` on the host, on huge pages where the system has some.
+    """`PageMemory` on the host. Not on huge pages: to find one takes a virtual machine's host milliseconds, and who serves beside waits for it.
 
     Raises:
         OSError, ValueError: the system does not reserve so much.
     """
 
     def __init__(self, capacity: int) -> None:
-        self._range = Range.of(capacity)
+        self._range = Range.of(capacity, on_huge_pages=False)
         self.data = torch.frombuffer(self._range, dtype=torch.uint8, count=capacity, offset=self._range.begin)
         self.num_bytes = 0
         self._wanted = 0
@@ -60,7 +62,7 @@ class HostMemory:
         self._state = threading.Lock()
         """Held for moments only, since who runs steps takes it too."""
         self._working = threading.Lock()
-        """Held while the system looks for the memory of a huge page, and while memory goes."""
+        """Held while the system looks for the memory of a piece, and while memory goes."""
 
     def resize(self, num_bytes: int) -> int:
         assert 0 <= num_bytes <= len(self.data), f"{num_bytes} bytes of a range of {len(self.data)}"
@@ -73,7 +75,7 @@ class HostMemory:
         with self._working:
             self.num_bytes = num_bytes
             self._present = min(self._present, start)
-            self._range.give_back(start, _up(stop, HUGE_PAGE_BYTES))  # the last byte brought its whole page
+            self._range.give_back(start, _up(stop, PIECE_BYTES))  # the last byte may have brought all of its piece
         return num_bytes
 
     def reach(self, num_bytes: int) -> None:
@@ -104,8 +106,8 @@ class HostMemory:
                     self._can_populate = False
 
     def _next(self) -> int:
-        """Where the next huge page ends."""
-        return (self._present + HUGE_PAGE_BYTES) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
+        """Where the next piece ends."""
+        return (self._present + PIECE_BYTES) // PIECE_BYTES * PIECE_BYTES
 
 
 def _up(num_bytes: int, multiple: int) -> int:

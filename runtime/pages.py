@@ -89,7 +89,7 @@ def empty(shape: tuple[int, ...], dtype: "torch.dtype", rest: Callable[[], None]
         return torch.empty(shape, dtype=dtype)
     mapping = _make_file(num_bytes)
     if mapping is None:
-        pages = Range.of(num_bytes)
+        pages = Range.of(num_bytes, on_huge_pages=True)
         return torch.frombuffer(pages, dtype=dtype, count=math.prod(shape), offset=pages.begin).view(shape)
     if num_bytes >= LARGE_BYTES:
         mapping.take_huge_pages(rest)
