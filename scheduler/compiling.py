@@ -57,7 +57,7 @@ def prepare_beside(loop: asyncio.AbstractEventLoop) -> "asyncio.Future[None]":
 
 def _compile_elsewhere() -> None:
     """Fill the cache on disk by another process, which ends with this one. If it fails, this one compiles."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     try:
         done = subprocess.run(
             [sys.executable, "-P", "-m", __name__, str(os.getpid())],
