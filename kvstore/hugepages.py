@@ -55,10 +55,25 @@ def gather_heap() -> int:
     return num_gathered * HUGE_PAGE_BYTES
 
 
-class MappedFile(mmap.mmap):
-    """A file as memory that other processes map, too, at an address at which its huge pages can be used; it begins at byte `begin` of the mapping."""
+class _Aligned(mmap.mmap):
+    """A mapping in which byte `begin` is at a multiple of a huge page."""
 
     begin: int
+
+    @classmethod
+    def reserve(cls, num_bytes: int) -> Self:
+        """Addresses for `num_bytes` from there on: a range that is larger by a huge page has such a multiple in it."""
+        reserved = cls(-1, num_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+        reserved.begin = -reserved._address() % HUGE_PAGE_BYTES
+        return reserved
+
+    def _address(self) -> int:
+        return ctypes.addressof(ctypes.c_char.from_buffer(self))
+
+
+class MappedFile(_Aligned):
+    """A file as memory that other processes map, too, at an address at which its huge pages can be used; it begins at byte `begin` of the mapping."""
+
     num_bytes: int
 
     @classmethod
@@ -74,9 +89,8 @@ class MappedFile(mmap.mmap):
             mapped = cls(descriptor, num_bytes, flags=mmap.MAP_SHARED, prot=protection)
             mapped.begin, mapped.num_bytes = 0, num_bytes
             return mapped
-        # a range that is larger by a huge page has an address in it that is a multiple of one; what unmaps the range unmaps the file
-        mapped = cls(-1, num_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
-        mapped.begin, mapped.num_bytes = -mapped._address() % HUGE_PAGE_BYTES, num_bytes
+        mapped = cls.reserve(num_bytes)  # what unmaps the range unmaps the file in it
+        mapped.num_bytes = num_bytes
         address = mapped._address() + mapped.begin
         if libc.mmap(address, num_bytes, protection, mmap.MAP_SHARED | _MAP_FIXED, descriptor, 0) != address:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
@@ -97,14 +111,9 @@ class MappedFile(mmap.mmap):
             rest()
         return num_settled
 
-    def _address(self) -> int:
-        return ctypes.addressof(ctypes.c_char.from_buffer(self))
 
-
-class Range(mmap.mmap):
-    """Addresses from byte `begin` of the mapping on, at a multiple of a huge page, for memory that comes when it is touched."""
-
-    begin: int
+class Range(_Aligned):
+    """Addresses from byte `begin` of the mapping on, for memory that comes when it is touched."""
 
     @classmethod
     def of(cls, num_bytes: int, *, on_huge_pages: bool) -> Self:
@@ -113,8 +122,7 @@ class Range(mmap.mmap):
         Raises:
             OSError, ValueError: the system does not reserve so much.
         """
-        reserved = cls(-1, num_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
-        reserved.begin = -reserved._address() % HUGE_PAGE_BYTES
+        reserved = cls.reserve(num_bytes)
         if on_huge_pages and (advice := getattr(mmap, "MADV_HUGEPAGE", None)) is not None:
             with contextlib.suppress(OSError):  # a kernel without them
                 reserved.madvise(advice)
@@ -131,9 +139,6 @@ class Range(mmap.mmap):
     def give_back(self, start: int, stop: int) -> None:
         """The memory of these bytes after `begin`, as far as the range goes, `start` a multiple of a page, is the system's again."""
         self.madvise(mmap.MADV_DONTNEED, self.begin + start, min(stop, len(self) - self.begin) - start)
-
-    def _address(self) -> int:
-        return ctypes.addressof(ctypes.c_char.from_buffer(self))
 
 
 def _collapse(address: int) -> bool:

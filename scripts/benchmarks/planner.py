@@ -22,7 +22,7 @@ from arms import DEFAULT_MODEL, machine_now, note
 
 from runtime.model.config import inspect_model
 from runtime.model.spec import ModelSpec
-from scheduler import compiling
+from scheduler.planning import compiled
 from scheduler.planning.convoy import round_seconds, weighted
 from scheduler.planning.cost import TERMS, Facts, Speed, unit_times
 from scheduler.planning.devices import lookup
@@ -73,7 +73,8 @@ def main() -> int:
         note(json.dumps(report["cost_model"]["errors"], indent=1))
     else:
         begun_s = time.process_time()
-        compiling.prepare()
+        compiled.load()
+        compiled.build.compile_all()
         report["prepare_s"] = round(time.process_time() - begun_s, 3)
         report["times"] = times(args.repeats)
     text = json.dumps(report, indent=1)
