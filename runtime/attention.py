@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from runtime.batch import LayerKV, StepBatch
-from runtime.kernels import has_kernels, storage
+from runtime.kernels import has_kernels, storage, team
 from runtime.kernels.clock import ATTENTION
 from runtime.kernels.paged import paged_attention, scratch_sizes, write_pages
 from runtime.kernels.tiles import tile_address
@@ -94,15 +94,16 @@ def step_arrays(batch: StepBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray, n
 
 
 def attention_scratch(batch: StepBatch, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype):
-    """The kernels' scratch for this step, as storage arrays (floats, packed, places); made once per step and shape."""
+    """The kernels' scratch for this step, as storage arrays (floats, packed, places), a row for each member of the team; made once per step and shape."""
     key = ("attention.scratch", num_heads, num_kv_heads, head_dim, dtype)
     scratch = batch.memo.get(key)
     if scratch is None:
         num_floats, num_packed, num_places = scratch_sizes(*step_arrays(batch)[1:], num_heads, num_kv_heads, head_dim)
+        members = team.num_threads()
         scratch = (
-            np.empty(num_floats, np.float32),
-            storage(torch.empty(num_packed, dtype=dtype)),
-            np.empty(num_places, np.int64),
+            np.empty((members, num_floats), np.float32),
+            storage(torch.empty((members, num_packed), dtype=dtype)),
+            np.empty((members, num_places), np.int64),
         )
         batch.memo[key] = scratch
     return scratch
@@ -132,6 +133,7 @@ def _attend_kernels(q, k, v, batch, kv, scale, sliding_window, softcap):
     scratch = attention_scratch(batch, num_heads, num_kv_heads, head_dim, q.dtype)
     out = torch.empty(q.shape, dtype=q.dtype)
     paged_attention(
+        team.current(),
         tile_address(pool.dtype),
         storage(q.contiguous()),
         pool,

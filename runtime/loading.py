@@ -29,6 +29,7 @@ from runtime.cuda.device import Queued
 from runtime.cuda.step import attach
 from runtime.device import DeviceInfo
 from runtime.exchange import FetchFailed, Importer, Sources
+from runtime.kernels import team
 from runtime.member import Pace, UnitKey, unit_keys
 from runtime.messages import MIN_FREE_BYTES, READING, Load, ProfilePoint
 from runtime.model.builder import UnitBuilder
@@ -85,6 +86,8 @@ class Loader:
     """The units of one worker (`runtime.member.UnitStore`). `on_shadow` and `on_progress` are called in the shadow's thread."""
 
     def __init__(self, device: DeviceInfo) -> None:
+        if device.device.type == "cpu":
+            team.set_num_threads(device.num_threads)
         self.queued = Queued(device.device) if device.device.type == "cuda" else None
         """The device's own part of loading, where its work is queued."""
         self.units = Units({}, runner=self.queued.runner if self.queued is not None else None)

@@ -1,6 +1,7 @@
 """For all tests."""
 
 import signal
+from collections.abc import Iterator
 
 import pytest
 
@@ -21,3 +22,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "block" in metafunc.fixturenames:
         num_blocks = -(-metafunc.config.getoption("--seeds") // SEEDS_PER_BLOCK)
         metafunc.parametrize("block", range(num_blocks))
+
+
+@pytest.fixture(scope="module", params=[1, 3], ids=["alone", "team"])
+def kernel_threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Kernels on one thread, then on a team of three: for modules whose results must be the same on both."""
+    from runtime.kernels import team
+
+    before = team.num_threads()
+    team.set_num_threads(request.param)
+    yield request.param
+    team.set_num_threads(before)

@@ -1,6 +1,6 @@
 """CPU kernels in numba: paged attention, packed matrix products and the small fused operations between them.
 
-How it works: every kernel is a numba function that releases the GIL, runs on one thread and is cached on disk.
+How it works: every kernel is a numba function that releases the GIL and is cached on disk; the large ones run on a `team` of threads.
 `lanes` holds what is written in LLVM terms because Python cannot say it, `spans` and `softmax` the inner loops made of
 that, `tiles` (on AMX `amx`) and `products` the packed matrix product, `paged` attention over KV pages, `layer` a stage's decoder
 layers. A kernel reads and writes its tensors as numpy arrays of their *storage type*, which tells it what the bits mean:

@@ -36,7 +36,7 @@ def nanoseconds(typingctx):
 
 
 @part
-def begin(spent):
+def start_clock(spent):
     """When a part begins; 0 when nobody asks."""
     return nanoseconds() if len(spent) else 0
 

@@ -5,7 +5,8 @@ instead of the 9 that it takes when it is repeated alone.
 
 How it works: RMSNorm, fused q/k/v product, rotary embedding (with the optional norm of each head) straight into the
 pages, paged attention, output product onto the residual, RMSNorm, gate and up product with SiLU, down product onto the
-residual. Tokens pass through the products in blocks of `ROW_BLOCK`, so the scratch stays small whatever the step.
+residual. Tokens pass through the products in blocks of `ROW_BLOCK`, so the scratch stays small whatever the step. The members of a
+team (`team`) divide the columns of each product, the queries of attention and the tokens of everything else, and meet between them.
 
 What is never true: the residual is rounded to the serving dtype only where a layer of `transformers` rounds it; in
 between values stay in float32 unless they are the input of a product.
@@ -15,41 +16,62 @@ import math
 
 import numpy as np
 
-from runtime.kernels.clock import ATTENTION, PRODUCTS, add, begin
+from runtime.kernels.clock import ATTENTION, PRODUCTS, add, start_clock
 from runtime.kernels.lanes import address, array_at, kernel, part
-from runtime.kernels.paged import paged_attention
-from runtime.kernels.products import ADD, PLAIN, ROW_BLOCK, SILU_MUL, product
+from runtime.kernels.paged import attention_share
+from runtime.kernels.products import ADD, PLAIN, ROW_BLOCK, SILU_MUL, product_share
 from runtime.kernels.spans import rotate_head, store_scaled, store_weighted, sum_of_squares
+from runtime.kernels.team import barrier, on_team, share
 
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
 
 @kernel
-def rms_norm(x, first, count, weight, eps, out):
-    """out[:count] = x / sqrt(mean(x * x) + eps) * weight, for rows ``first ..`` of x; `weight` float32."""
+def rms_norm(x, first, count, weight, eps, out, out_first):
+    """out[out_first:][:count] = x / sqrt(mean(x * x) + eps) * weight, for rows ``first ..`` of x; `weight` float32."""
     width = x.shape[1]
     for i in range(count):
         source = address(x) + (first + i) * width * x.itemsize
+        target = address(out) + (out_first + i) * width * out.itemsize
         factor = _ONE / np.float32(math.sqrt(sum_of_squares(x, source, width) / np.float32(width) + eps))
-        store_weighted(x, out, source, width, factor, address(weight), address(out) + i * width * out.itemsize)
+        store_weighted(x, out, source, width, factor, address(weight), target)
 
 
 @kernel
 def decoder_layers(
-    tiles, product_tiles, hidden, out, rows, weight, eps, cos, sin, pool, block_tables, query_starts, context_lens, prompt_lens,
-    scale, normed, qkv, q, attended, activated, sums, widened, floats, packed, places, spent,
+    team, tiles, product_tiles, hidden, out, rows, weight, eps, cos, sin, pool, block_tables, query_starts, context_lens,
+    prompt_lens, scale, normed, qkv, q, attended, activated, sums, widened, floats, packed, places, spent,
 ):  # fmt: skip
     """out = the layers applied to hidden ``[T, hidden_size]``, one after the other; -1, or the first that lacks a page (nothing
     is safe then).
 
     Row i of `rows`, int64, says where the arrays of layer i are: those of `layer_row`, then its ``page_of_block``, then its
     window. `weight` is any array of the weights' storage type. `cos` and `sin` are float32 ``[T, head_dim / 2]``. The
-    arguments from `normed` on are scratch; `q` and `attended` are ``[T, num_heads, head_dim]``. The last, `spent`, is int64: empty,
-    or where the time of products and attention is added (see `clock`).
+    arguments from `normed` on are scratch; `q` and `attended` are ``[T, num_heads, head_dim]``, and those from `sums` on are of
+    `product_scratch` and `attention_scratch`. The last, `spent`, is int64: empty, or where the time of products and attention is
+    added (see `clock`). `team` is `team.current()`.
     """
+    operands = (
+        tiles, product_tiles, hidden, out, rows, weight, eps, cos, sin, pool, block_tables, query_starts, context_lens, prompt_lens,
+        scale, normed, qkv, q, attended, activated, sums, widened, floats, packed, places, spent,
+    )  # fmt: skip
+    return on_team(team, _layers_share, operands)
+
+
+@kernel
+def _layers_share(
+    me, tiles, product_tiles, hidden, out, rows, weight, eps, cos, sin, pool, block_tables, query_starts, context_lens, prompt_lens,
+    scale, normed, qkv, q, attended, activated, sums, widened, floats, packed, places, spent,
+):  # fmt: skip
+    """A member's share of `decoder_layers`, with its result."""
+    timed = spent if me[1] == 0 else spent[:0]
     for i in range(len(rows)):
         row, source = address(rows) + i * rows.shape[1] * 8, hidden if i == 0 else out
-        is_done = _decoder_layer(
+        page_of_block = array_at(row, 10, block_tables)
+        if not _has_pages(page_of_block, block_tables, query_starts, context_lens, pool.shape[2]):
+            return i
+        _decoder_layer(
+            me,
             tiles,
             product_tiles,
             source,
@@ -68,7 +90,7 @@ def decoder_layers(
             cos,
             sin,
             pool,
-            array_at(row, 10, block_tables),
+            page_of_block,
             block_tables,
             query_starts,
             context_lens,
@@ -85,10 +107,8 @@ def decoder_layers(
             floats,
             packed,
             places,
-            spent,
+            timed,
         )
-        if not is_done:
-            return i
     return -1
 
 
@@ -125,6 +145,7 @@ def layer_row(
 
 @kernel
 def _decoder_layer(
+    me,
     tiles,
     product_tiles,
     hidden,
@@ -162,31 +183,38 @@ def _decoder_layer(
     places,
     spent,
 ):
-    """out = a layer applied to hidden, which may be out; False when a block has no page."""
+    """out = a layer applied to hidden, which may be out. Other members may still be writing to out when it returns."""
     num_tokens, hidden_size = hidden.shape
     attended_flat = attended.reshape(num_tokens, q.shape[1] * q.shape[2])
     nothing = qkv_bias[:0]
+    barrier(me)
     for first in range(0, num_tokens, ROW_BLOCK):
         count = min(num_tokens - first, ROW_BLOCK)
-        rms_norm(hidden, first, count, input_norm, eps, normed)
-        begun = begin(spent)
-        product(product_tiles, normed, 0, count, qkv_weight, PLAIN, qkv_bias, qkv, qkv, 0, qkv.shape[1], sums, widened)
+        begin, stop = share(me, count)
+        rms_norm(hidden, first + begin, stop - begin, input_norm, eps, normed, begin)
+        barrier(me)
+        begun = start_clock(spent)
+        product_share(
+            me, product_tiles, normed, 0, count, qkv_weight, PLAIN, qkv_bias, qkv, qkv, 0, qkv.shape[1], sums, widened
+        )
+        barrier(me)
         add(spent, PRODUCTS, begun)
-        _rotate(qkv, first, count, q_norm, k_norm, eps, cos, sin, q)
-        if not _write_rows(
-            qkv, first, count, q.shape[1], page_of_block, block_tables, query_starts, context_lens, pool
-        ):
-            return False
-    begun = begin(spent)
-    paged_attention(
-        tiles, q, pool, page_of_block, block_tables, query_starts, context_lens, prompt_lens, scale, window, _ZERO,
+        _rotate(qkv, first, begin, stop, q_norm, k_norm, eps, cos, sin, q)
+        _write_rows(qkv, first, begin, stop, q.shape[1], page_of_block, block_tables, query_starts, context_lens, pool)
+    barrier(me)
+    begun = start_clock(spent)
+    attention_share(
+        me, tiles, q, pool, page_of_block, block_tables, query_starts, context_lens, prompt_lens, scale, window, _ZERO,
         attended, floats, packed, places,
     )  # fmt: skip
+    barrier(me)
     add(spent, ATTENTION, begun)
     for first in range(0, num_tokens, ROW_BLOCK):
         count = min(num_tokens - first, ROW_BLOCK)
-        begun = begin(spent)
-        product(
+        begin, stop = share(me, count)
+        begun = start_clock(spent)
+        product_share(
+            me,
             product_tiles,
             attended_flat,
             first,
@@ -201,10 +229,13 @@ def _decoder_layer(
             sums,
             widened,
         )
+        barrier(me)
         add(spent, PRODUCTS, begun)
-        rms_norm(out, first, count, post_norm, eps, normed)
-        begun = begin(spent)
-        product(
+        rms_norm(out, first + begin, stop - begin, post_norm, eps, normed, begin)
+        barrier(me)
+        begun = start_clock(spent)
+        product_share(
+            me,
             product_tiles,
             normed,
             0,
@@ -219,20 +250,21 @@ def _decoder_layer(
             sums,
             widened,
         )
-        product(
-            product_tiles, activated, 0, count, down_weight, ADD, nothing, out, out, first, hidden_size, sums, widened
+        barrier(me)
+        product_share(
+            me, product_tiles, activated, 0, count, down_weight, ADD, nothing, out, out, first, hidden_size, sums, widened
         )
         add(spent, PRODUCTS, begun)
-    return True
 
 
 @part
-def _rotate(qkv, first, count, q_norm, k_norm, eps, cos, sin, q):
-    """Norm (if any) and rotate the heads of q and k in place; the finished q goes to `q`, tokens `first` and on."""
+def _rotate(qkv, block, first, stop, q_norm, k_norm, eps, cos, sin, q):
+    """Norm (if any) and rotate the heads of q and k in place, tokens [first, stop) of the block of tokens that begins at `block`; the
+    finished q goes to `q`."""
     num_heads, head_dim = q.shape[1], q.shape[2]
     num_kv_heads = (qkv.shape[1] // head_dim - num_heads) // 2
     half = head_dim // 2
-    for i in range(count):
+    for i in range(first, stop):
         for h in range(num_heads + num_kv_heads):
             head = address(qkv) + (i * qkv.shape[1] + h * head_dim) * 4
             norm = q_norm if h < num_heads else k_norm
@@ -240,26 +272,35 @@ def _rotate(qkv, first, count, q_norm, k_norm, eps, cos, sin, q):
                 square = sum_of_squares(qkv, head, head_dim) / np.float32(head_dim)
                 factor = _ONE / np.float32(math.sqrt(square + eps))
                 store_weighted(qkv, qkv, head, head_dim, factor, address(norm), head)
-            shift = (first + i) * half * 4
+            shift = (block + i) * half * 4
             rotate_head(head, half, address(cos) + shift, address(sin) + shift)
             if h < num_heads:
-                place = address(q) + ((first + i) * num_heads + h) * head_dim * q.itemsize
+                place = address(q) + ((block + i) * num_heads + h) * head_dim * q.itemsize
                 store_scaled(q, head, head_dim, _ONE, place)
 
 
 @part
-def _write_rows(qkv, first, count, num_heads, page_of_block, block_tables, query_starts, context_lens, pool):
-    """Put the k and v of tokens ``first .. first + count`` into their pages; False when one has no page."""
+def _write_rows(qkv, block, first, stop, num_heads, page_of_block, block_tables, query_starts, context_lens, pool):
+    """Put the k and v of the same tokens into their pages."""
     block_size, width, size = pool.shape[2], pool.shape[3] * pool.shape[4], pool.itemsize
-    head_dim, stop = pool.shape[4], first + count
+    head_dim = pool.shape[4]
     for r in range(len(context_lens)):
-        for t in range(max(first, query_starts[r]), min(stop, query_starts[r + 1])):
+        for t in range(max(block + first, query_starts[r]), min(block + stop, query_starts[r + 1])):
             position = context_lens[r] - query_starts[r + 1] + t
             page = page_of_block[block_tables[r, position // block_size]]
-            if page < 0:
-                return False
-            source = address(qkv) + ((t - first) * qkv.shape[1] + num_heads * head_dim) * 4
+            source = address(qkv) + ((t - block) * qkv.shape[1] + num_heads * head_dim) * 4
             target = address(pool) + (page * 2 * block_size + position % block_size) * width * size
             store_scaled(pool, source, width, _ONE, target)
             store_scaled(pool, source + width * 4, width, _ONE, target + block_size * width * size)
+
+
+@part
+def _has_pages(page_of_block, block_tables, query_starts, context_lens, block_size):
+    """Whether all blocks that this step writes to have a page."""
+    for r in range(len(context_lens)):
+        position = context_lens[r] - query_starts[r + 1] + query_starts[r]
+        stop = (context_lens[r] + block_size - 1) // block_size if query_starts[r + 1] > query_starts[r] else 0
+        for block in range(position // block_size, stop):
+            if page_of_block[block_tables[r, block]] < 0:
+                return False
     return True

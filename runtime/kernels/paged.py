@@ -4,12 +4,13 @@ How it works: a query behind its prompt (decode) walks the row's pages twice: on
 after the softmax, once for the weighted sum of the values; all the while the cache is asked for what comes some pages later, be
 it the row's values or the keys of the next row. Queries inside the prompt (prefill) pack the keys and values of
 their context, one KV head after the other, into the panels of `products`, and work through blocks of queries against blocks
-of keys with the same tiles as the weights use, with a running maximum and sum. Blocks of keys lie at fixed positions.
+of keys with the same tiles as the weights use, with a running maximum and sum. Blocks of keys lie at fixed positions. The members of a
+team (`team`) divide the heads of decoding rows and the blocks of queries.
 
 The two kernels round differently, so which one a query takes follows from its position alone. A token that is computed
 again after a preemption or a crash takes the one that it took before.
 
-What is never true: a result never depends on the other rows, nor on where chunks begin or end; no key after a query, and
+What is never true: a result never depends on the other rows, nor on where chunks begin or end, nor on the team; no key after a query, and
 none out of its window, has a weight.
 """
 
@@ -33,6 +34,7 @@ from runtime.kernels.softmax import (
     weigh,
 )
 from runtime.kernels.spans import copy_bytes, store_scaled
+from runtime.kernels.team import on_team
 from runtime.kernels.tiles import tile_rows
 
 AHEAD = 64
@@ -80,46 +82,89 @@ def write_pages(k, v, page_of_block, block_tables, query_starts, context_lens, d
 
 @kernel
 def paged_attention(
-    tiles,
-    q,
-    data,
-    page_of_block,
-    block_tables,
-    query_starts,
-    context_lens,
-    prompt_lens,
-    scale,
-    window,
-    softcap,
-    out,
-    floats,
-    packed,
-    places,
-):
+    team, tiles, q, data, page_of_block, block_tables, query_starts, context_lens, prompt_lens, scale, window, softcap, out, floats,
+    packed, places,
+):  # fmt: skip
     """Attention of all rows. `q` and `out` are ``[T, num_heads, head_dim]``; `window` and `softcap` are 0 for none.
 
-    `floats`, `packed` and `places` are flat scratch of `scratch_sizes`.
+    `floats`, `packed` and `places` are scratch: for each member of `team` (`team.current()`) as much as `scratch_sizes` says.
     """
-    group, line = q.shape[1] // data.shape[3], q.shape[1] * q.shape[2] * q.itemsize
-    block_size = data.shape[2]
+    operands = (
+        tiles, q, data, page_of_block, block_tables, query_starts, context_lens, prompt_lens, scale, window, softcap, out, floats,
+        packed, places,
+    )  # fmt: skip
+    on_team(team, attention_share, operands)
+
+
+@kernel
+def attention_share(
+    me, tiles, q, data, page_of_block, block_tables, query_starts, context_lens, prompt_lens, scale, window, softcap, out, floats,
+    packed, places,
+):  # fmt: skip
+    """A member's share of `paged_attention`.
+
+    Decoding rows are divided by KV heads and chunks of prompts by blocks of queries of a head: in one long line of them, each
+    as long as it takes, a member's are those whose middle lies in its part of the line.
+    """
+    num_kv_heads, block_size = data.shape[3], data.shape[2]
+    group, line = q.shape[1] // num_kv_heads, q.shape[1] * q.shape[2] * q.itemsize
+    member, size = me[1], me[2]
+    whole = 0
+    if size > 1:
+        for r in range(len(context_lens)):
+            first, stop = query_starts[r], query_starts[r + 1]
+            position = context_lens[r] - (stop - first)
+            num_prefill = min(max(prompt_lens[r] - position, 0), stop - first)
+            for begin in range(0, num_prefill * group, QUERY_BLOCK):
+                whole += num_kv_heads * _cost_of_block(begin, num_prefill, position, group, window)
+            for t in range(first + num_prefill, stop):
+                whole += num_kv_heads * _cost_of_query(position + t - first, group, window)
+    low, high = (2 * whole * member // size, 2 * whole * (member + 1) // size) if size > 1 else (-1, 1 << 62)
+    done = 0
     for r in range(len(context_lens)):
         first, stop = query_starts[r], query_starts[r + 1]
         position = context_lens[r] - (stop - first)
         num_prefill = min(max(prompt_lens[r] - position, 0), stop - first)
         if num_prefill > 0:
             query, target = address(q) + first * line, address(out) + first * line
-            _attend_chunk(
+            done = _attend_chunk(
                 tiles, query, num_prefill, data, page_of_block, block_tables, r, position, group, scale, window, softcap,
-                target, floats, packed, places,
+                target, floats[member], packed[member], places[member], done, low, high,
             )  # fmt: skip
         for t in range(first + num_prefill, stop):
+            cost = _cost_of_query(position + t - first, group, window)
+            head, end = num_kv_heads, num_kv_heads
+            for h in range(num_kv_heads - 1, -1, -1):
+                middle = 2 * (done + h * cost) + cost
+                head = h if middle >= low else head
+                end = h if middle >= high else end
+            done += num_kv_heads * cost
+            if head >= end:
+                continue
             query, target = address(q) + t * line, address(out) + t * line
             following = r if t + 1 < stop else min(r + 1, len(context_lens) - 1)
             lowest = max(0, context_lens[following] - window) // block_size if window > 0 else 0
             _attend_one(
-                query, data, page_of_block, block_tables, r, position + t - first, group, scale, window, softcap,
-                target, floats, following, lowest, (context_lens[following] - 1) // block_size,
+                query, data, page_of_block, block_tables, r, position + t - first, group, scale, window, softcap, target,
+                floats[member], following, lowest, (context_lens[following] - 1) // block_size, head, end,
             )  # fmt: skip
+
+
+@part
+def _cost_of_query(position, group, window):
+    """How long a KV head of a decoding query takes, in something like nanoseconds; what is the same for all is left out."""
+    seen = position + 1 if window == 0 else min(position + 1, window)
+    return 20 * (seen + AHEAD)
+
+
+@part
+def _cost_of_block(first, num_tokens, position, group, window):
+    """How long the block of queries from query row `first` on takes, in the same measure."""
+    num_rows = min(QUERY_BLOCK, num_tokens * group - first)
+    seen = position + (first + num_rows - 1) // group + 1
+    if window > 0:
+        seen = min(seen, window + num_rows // group)
+    return 3 * num_rows * (seen + AHEAD)
 
 
 # -- one query ----------------------------------------------------------------------------------------------
@@ -128,16 +173,18 @@ def paged_attention(
 @part
 def _attend_one(
     query, data, page_of_block, block_tables, r, position, group, scale, window, softcap, target, floats, following,
-    lowest, highest,
+    lowest, highest, first_head, last_head,
 ):  # fmt: skip
-    """All heads of the query of row `r` at `position`; `query` and `target` are addresses. `lowest` and `highest` are the blocks of the row
-    `following` that are read next."""
-    block_size, num_kv_heads, head_dim, size = data.shape[2], data.shape[3], data.shape[4], data.itemsize
-    head, line = head_dim * size, num_kv_heads * head_dim * size
-    num_heads = num_kv_heads * group
+    """KV heads ``first_head .. last_head - 1`` of the query of row `r` at `position`; `query` and `target` are addresses. `lowest` and `highest`
+    are the blocks of the row `following` that are read next."""
+    block_size, head_dim, size = data.shape[2], data.shape[4], data.itemsize
+    head, line = head_dim * size, data.shape[3] * head_dim * size
+    num_kv_heads = last_head - first_head
+    num_heads, shift = num_kv_heads * group, first_head * head
+    query, target = query + group * shift, target + group * shift
     stop = position + 1
     start = max(0, stop - window) if window > 0 else 0
-    shape, pace = (num_kv_heads, group, head_dim), line // num_heads
+    shape, pace = (num_kv_heads, group, head_dim), head // group
     begin, end = start // block_size, (stop + block_size - 1) // block_size
     ahead_blocks = min(max(1, AHEAD // block_size), end - begin)
     scores_stride = (stop - start + 2 * LANES - 1) // LANES * LANES
@@ -152,9 +199,9 @@ def _attend_one(
             ahead = page_of_block[block_tables[r, later]] * 2
         else:
             ahead = page_of_block[block_tables[r, min(begin + later - end, end - 1)]] * 2 + 1
-        ahead = address(data) + ahead * block_size * line
+        ahead = address(data) + ahead * block_size * line + shift
         for j in range(first, last, LANES):
-            keys = page + (j - block * block_size) * line
+            keys = page + (j - block * block_size) * line + shift
             place = scores + (j - start) * 4
             score_keys(data, query, keys, line, last - j, shape, place, scores_stride * 4, ahead, pace)
             ahead += LANES * line
@@ -172,20 +219,19 @@ def _attend_one(
     for block in range(begin, end):
         first, last = max(start, block * block_size), min(stop, (block + 1) * block_size)
         page = address(data) + (page_of_block[block_tables[r, block]] * 2 + 1) * block_size * line
-        values = page + (first - block * block_size) * line
+        values = page + (first - block * block_size) * line + shift
         later = block + ahead_blocks
         if later < end:
             ahead = page_of_block[block_tables[r, later]] * 2 + 1
         else:
             ahead = page_of_block[block_tables[following, min(lowest + later - end, highest)]] * 2
-        ahead = address(data) + ahead * block_size * line
+        ahead = address(data) + ahead * block_size * line + shift
         for h in range(num_kv_heads):
             weights = scores + (h * group * scores_stride + first - start) * 4
             _mix_group(
                 data, group, weights, scores_stride * 4, values + h * head, line, last - first, head_dim,
-                sums + h * group * sums_stride * 4, sums_stride * 4, ahead, line // num_kv_heads // 2,
+                sums + h * group * sums_stride * 4, sums_stride * 4, ahead + h * head, head // 2,
             )  # fmt: skip
-            ahead += block_size * line // num_kv_heads
     for h in range(num_heads):
         store_scaled(data, sums + h * sums_stride * 4, head_dim, _ONE / floats[totals + h], target + h * head)
 
@@ -220,9 +266,10 @@ def _cap(floats, first, count, scale, softcap):
 @part
 def _attend_chunk(
     tiles, query, num_tokens, data, page_of_block, block_tables, r, position, group, scale, window, softcap, target, floats,
-    packed, places,
+    packed, places, done, low, high,
 ):  # fmt: skip
-    """All heads of the `num_tokens` queries of row `r` from `position` on; `query` and `target` are addresses."""
+    """The `num_tokens` queries of row `r` from `position` on; `query` and `target` are addresses. Of its blocks, which begin at `done` in the
+    line of all work, those whose middle lies in [low / 2, high / 2); where they end."""
     num_kv_heads, head_dim, size = data.shape[3], data.shape[4], data.itemsize
     head, padded = head_dim * size, (head_dim + PANEL - 1) // PANEL * PANEL
     stop = position + num_tokens
@@ -233,10 +280,21 @@ def _attend_chunk(
     values = keys + capacity * head
     queries = values + capacity * padded * size
     weights = queries + QUERY_BLOCK * head
-    _find_keys(data, page_of_block, block_tables, r, start, stop, places)
+    is_found = False
     for h in range(num_kv_heads):
-        _pack_context(data, places, h * head, stop - start, capacity, keys, values)
+        is_packed = False
         for first in range(0, num_tokens * group, QUERY_BLOCK):
+            cost = _cost_of_block(first, num_tokens, position, group, window)
+            middle = 2 * done + cost
+            done += cost
+            if middle < low or middle >= high:
+                continue
+            if not is_found:
+                _find_keys(data, page_of_block, block_tables, r, start, stop, places)
+                is_found = True
+            if not is_packed:
+                _pack_context(data, places, h * head, stop - start, capacity, keys, values)
+                is_packed = True
             num_rows = min(QUERY_BLOCK, num_tokens * group - first)
             for i in range(num_rows):
                 index = (first + i) // group * num_kv_heads * group + h * group + (first + i) % group
@@ -250,6 +308,7 @@ def _attend_chunk(
                 index = (first + i) // group * num_kv_heads * group + h * group + (first + i) % group
                 factor = _ONE / floats[totals + i]
                 store_scaled(data, sums + i * padded * 4, head_dim, factor, target + index * head)
+    return done
 
 
 @part

@@ -3,10 +3,10 @@
 How it works: a weight ``[N, K]`` is packed once, at load, into panels of `PANEL` columns: ``[N / PANEL, K, PANEL]``,
 in bfloat16 two depths side by side, ``[N / PANEL, K / 2, PANEL, 2]``. A product walks the panels one after the other,
 so that a single row streams the weights through memory front to back; with more rows, tiles of up to `TILE_ROWS`
-of them share a panel while it is in the cache. What comes out of a panel goes through an epilogue (bias, residual,
+of them share a panel while it is in the cache. The members of a team (`team`) divide the panels. What comes out of a panel goes through an epilogue (bias, residual,
 SiLU) while it is still in the first-level cache. The packed copy is the only copy.
 
-What is never true: a result never depends on how many rows share the product, since every output element is
+What is never true: a result never depends on how many rows or threads share the product, since every output element is
 summed front to back by itself.
 """
 
@@ -21,6 +21,7 @@ from runtime.kernels import storage
 from runtime.kernels.lanes import HAS_AMX, PANEL, address, depth_step, kernel, part
 from runtime.kernels.quantized import GROUP, SCALE_BYTES, fill_panels, is_quantized, panel_bytes, quantized_rows
 from runtime.kernels.spans import add_floats, store_scaled, store_silu_mul, store_sum
+from runtime.kernels.team import current, num_threads, on_team, share
 from runtime.kernels.tiles import tile_rows
 from runtime.pages import empty
 
@@ -32,6 +33,8 @@ AMX_DEPTH_BLOCK_BYTES = 4096
 """The same with matrix registers, which want long ways, read from the second-level cache and sum in sixteen parts."""
 BLOCK_BYTES = 1 << 19
 """How much of a weight is packed at a time: what was just read is still in the second-level cache."""
+DIVIDED_ROWS = 16
+"""Rows from which two members of a team may divide a panel's rows: with fewer it costs more to read the panel twice."""
 PLAIN, ADD, SILU_MUL = 0, 1, 2
 """What `product` does with the sums of a row."""
 
@@ -175,24 +178,36 @@ def _units(weight: torch.Tensor) -> torch.Tensor:
 
 
 @kernel
-def product(tiles, x, first_row, num_rows, w, kind, bias, residual, out, out_row, num_columns, sums, widened):
+def product(team, tiles, x, first_row, num_rows, w, kind, bias, residual, out, out_row, num_columns, sums, widened):
     """Rows ``out_row ..`` of out = f(x[first_row : first_row + num_rows] @ w + bias), by `kind`.
 
     `PLAIN`: as it is. `ADD`: plus the same rows of `residual`, which may be `out`. `SILU_MUL`: silu(gate) * up, for
     weights of `pack_gate_up`, without bias. `bias` is float32, empty for none; `out` may have another storage type
     than x; `num_columns` counts the columns of out; `tiles` is the `tile_address` of x's storage type, for an int8 w its
-    `quantized_tile_address`; `sums` is float32 scratch ``[num_rows, PANEL]``, `widened` float32 scratch ``[GROUP, PANEL]``.
+    `quantized_tile_address`; `sums` and `widened` are scratch of `product_scratch`. `team` is `team.current()`.
     """
+    operands = tiles, x, first_row, num_rows, w, kind, bias, residual, out, out_row, num_columns, sums, widened
+    on_team(team, product_share, operands)
+
+
+@kernel
+def product_share(me, tiles, x, first_row, num_rows, w, kind, bias, residual, out, out_row, num_columns, sums, widened):
+    """A member's share of `product`: some panels, the first and the last perhaps for some of the rows only."""
     full = PANEL // 2 if kind == SILU_MUL else PANEL
-    for panel in range((num_columns + full - 1) // full):
+    panels, at_once = (num_columns + full - 1) // full, num_rows if num_rows < DIVIDED_ROWS else 1
+    begin, end = share(me, panels * (num_rows // at_once))
+    begin, end = begin * at_once, end * at_once
+    own_sums, own_widened = sums[me[1]], widened[me[1]]
+    for panel in range(begin // num_rows, (end + num_rows - 1) // num_rows):
+        row, stop = max(0, begin - panel * num_rows), min(num_rows, end - panel * num_rows)
         if is_quantized(w):
-            _sum_int8_panel(tiles, x, first_row, num_rows, w, panel, sums, widened)
+            _sum_int8_panel(tiles, x, first_row + row, stop - row, w, panel, own_sums, own_widened)
         else:
-            _sum_panel(tiles, x, first_row, num_rows, w, panel, sums)
+            _sum_panel(tiles, x, first_row + row, stop - row, w, panel, own_sums)
         first = panel * full
         width = min(full, num_columns - first)
-        for i in range(num_rows):
-            total = address(sums) + i * PANEL * 4
+        for i in range(row, stop):
+            total = address(own_sums) + (i - row) * PANEL * 4
             place = ((out_row + i) * num_columns + first) * out.itemsize
             if len(bias):
                 add_floats(total, width, address(bias) + first * 4)
@@ -202,6 +217,21 @@ def product(tiles, x, first_row, num_rows, w, kind, bias, residual, out, out_row
                 store_sum(out, total, width, address(residual) + place, address(out) + place)
             else:
                 store_scaled(out, total, width, _ONE, address(out) + place)
+
+
+def product_by_blocks(tiles: int, x: np.ndarray, w: np.ndarray, bias: np.ndarray, out: np.ndarray) -> None:
+    """out ``[T, N]`` = x ``[T, K]`` @ w + bias by this process' team, any T; the arguments are those of `product`."""
+    num_columns, rows = out.shape[1], min(len(x), ROW_BLOCK)
+    scratch = product_scratch(rows)
+    for first in range(0, len(x), ROW_BLOCK):
+        count = min(len(x) - first, ROW_BLOCK)
+        product(current(), tiles, x, first, count, w, PLAIN, bias, out, out, first, num_columns, *scratch)
+
+
+def product_scratch(num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """What a product of so many rows (`ROW_BLOCK` at most) needs: `sums` and `widened`, float32, for each member of the team."""
+    members = num_threads()
+    return np.empty((members, num_rows, PANEL), np.float32), np.empty((members, GROUP, PANEL), np.float32)
 
 
 @part

@@ -52,8 +52,8 @@ def score_keys(typingctx, like, queries, keys, stride, count, shape, out, out_st
     """out[h, i] = query h . key i of its KV head, for all heads and i < LANES; keys from `count` on repeat the last.
 
     `shape` is (num_kv_heads, group, head_dim), head_dim even. Queries, and the KV heads of a key, lie side by side, all
-    of the storage type of `like`. Meanwhile the second-level cache is asked for ``num_heads * LANES`` places, `pace` bytes apart
-    from `ahead` on.
+    of the storage type of `like`. Meanwhile the second-level cache is asked for as many keys from `ahead` on, each at a place for every
+    head, `pace` bytes apart.
     """
 
     def codegen(context, builder, signature, args):
@@ -73,10 +73,10 @@ def score_keys(typingctx, like, queries, keys, stride, count, shape, out, out_st
             with cgutils.for_range(builder, group) as members:
                 head = builder.add(builder.mul(kv_heads.index, group), members.index)
                 query = offset(builder, queries, builder.mul(head, num_units), unit.size)
-                line = builder.add(ahead, builder.mul(head, builder.mul(pace, I64(LANES))))
+                line = builder.add(ahead, builder.mul(head, pace))
                 for i, total in enumerate(totals):
                     builder.store(constant(FLOAT, 0.0), total)
-                    prefetch_line(builder, builder.add(line, builder.mul(pace, I64(i))), level=2)
+                    prefetch_line(builder, builder.add(line, builder.mul(stride, I64(i))), level=2)
 
                 def body(first, mask, query=query, places=places):
                     q_terms = unit.terms(builder, [unit.load(builder, query, first, mask)])
@@ -188,7 +188,7 @@ def _make_mix(group: int):
         """sums[g, :head_dim] += weights[g, :count] @ values[:count, :head_dim], for g < group.
 
         Weights and sums are float32, values of the storage type of `like`. Meanwhile the second-level cache is asked
-        for ``2 * count`` places, `pace` bytes apart from `ahead` on.
+        for as many values from `ahead` on, each at two places, `pace` bytes apart.
         """
 
         def codegen(context, builder, signature, args):
@@ -208,7 +208,7 @@ def _make_mix(group: int):
                 }
                 with cgutils.for_range(builder, count) as loop:
                     row = builder.add(values, builder.mul(loop.index, stride))
-                    line = builder.add(ahead, builder.mul(builder.add(loop.index, loop.index), pace))
+                    line = builder.add(ahead, builder.mul(loop.index, stride))
                     prefetch_line(builder, line, level=2)
                     prefetch_line(builder, builder.add(line, pace), level=2)
                     parts = [load_wide(builder, element, row, start, mask) for start in starts]

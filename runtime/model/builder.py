@@ -91,8 +91,8 @@ class UnitBuilder:
         self._vocab_size = spec.vocab_size
         self._quantize = spec.quantize
         self.implementation = self._choose(implementation, spec)
-        self.packs = self.implementation != "lean" and has_kernels(device, self._dtype) and torch.get_num_threads() == 1
-        """Whether generic units hold packed weights; our kernels have one thread."""
+        self.packs = self.implementation != "lean" and has_kernels(device, self._dtype)
+        """Whether generic units hold packed weights."""
         self.rest: Callable[[], None] = lambda: None
         self._generic: Any = None
         self._embedding: weakref.ref[Any] | None = None

@@ -22,17 +22,17 @@ from runtime import attention
 from runtime.attention import attend, attention_scratch, pool_storage, step_arrays
 from runtime.batch import LayerKV, StepBatch
 from runtime.cuda import fused
-from runtime.kernels import has_kernels, storage
+from runtime.kernels import has_kernels, storage, team
 from runtime.kernels.layer import ROW_LENGTH, decoder_layers, layer_row, rms_norm
 from runtime.kernels.products import (
     PANEL,
-    PLAIN,
     ROW_BLOCK,
     pack,
     pack_gate_up,
     pack_gate_up_int8,
     pack_int8,
-    product,
+    product_by_blocks,
+    product_scratch,
 )
 from runtime.kernels.quantized import GROUP, quantized_tile_address
 from runtime.kernels.tiles import tile_address
@@ -187,6 +187,7 @@ class LeanLayer:
             row[:] = layer._row
             row[-3:-1] = kv.page_of_block.ctypes.data, kv.page_of_block.size
         without = decoder_layers(
+            team.current(),
             self._tiles,
             self._product_tiles,
             storage(hidden.contiguous()),
@@ -220,8 +221,7 @@ class LeanLayer:
                 make(tokens, self.num_heads, self.head_dim),
                 make(tokens, self.num_heads, self.head_dim),
                 make(rows, self.intermediate_size),
-                np.empty((rows, PANEL), np.float32),
-                np.empty((GROUP, PANEL), np.float32),
+                *product_scratch(rows),
                 *attention_scratch(batch, self.num_heads, self.num_kv_heads, self.head_dim, self.dtype),
             )
         return scratch
@@ -319,28 +319,9 @@ class LeanHead:
         if not self._has_kernels:
             return F.linear(fused.rms_norm(hidden, self.parts["norm"], self.eps), self.parts["weight"]).float()
         normed = storage(torch.empty_like(hidden, memory_format=torch.contiguous_format))
-        rms_norm(storage(hidden.contiguous()), 0, len(hidden), self._norm_floats, np.float32(self.eps), normed)
+        rms_norm(storage(hidden.contiguous()), 0, len(hidden), self._norm_floats, np.float32(self.eps), normed, 0)
         logits = torch.empty(len(hidden), self.vocab_size)
-        tiles, out = self._tiles, logits.numpy()
-        sums = np.empty((min(len(hidden), ROW_BLOCK), PANEL), np.float32)
-        widened = np.empty((GROUP, PANEL), np.float32)
-        for first in range(0, len(hidden), ROW_BLOCK):
-            count = min(len(hidden) - first, ROW_BLOCK)
-            product(
-                tiles,
-                normed,
-                first,
-                count,
-                self._weight,
-                PLAIN,
-                _NOTHING,
-                out,
-                out,
-                first,
-                self.vocab_size,
-                sums,
-                widened,
-            )
+        product_by_blocks(self._tiles, normed, self._weight, _NOTHING, logits.numpy())
         return logits
 
 

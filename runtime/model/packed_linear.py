@@ -2,7 +2,7 @@
 
 How it works: the weight of every plain `nn.Linear` of a module is packed once, and the packed form is the only one. A product then runs
 at the speed of memory for few rows, and a row's result does not depend on how many others share it, which torch's own does not
-promise. It runs on one thread, so a worker that has several leaves the products to torch.
+promise.
 
 Never true: a linear layer of another class is touched, or one with an odd number of inputs.
 """
@@ -14,13 +14,10 @@ import torch
 from torch import nn
 
 from runtime.kernels import storage
-from runtime.kernels.products import PANEL, PLAIN, ROW_BLOCK, pack, product
-from runtime.kernels.quantized import GROUP
+from runtime.kernels.products import PANEL, pack, product_by_blocks
 from runtime.kernels.tiles import tile_address
 
 _NOTHING = np.empty(0, np.float32)
-_WIDENED = np.empty((GROUP, PANEL), np.float32)
-"""Scratch that a product of this kind never touches."""
 
 
 class PackedLinear(nn.Module):
@@ -55,13 +52,7 @@ class PackedLinear(nn.Module):
         tiles, weight, bias = self._arrays
         rows = x.reshape(-1, self.in_features).contiguous()
         result = torch.empty((len(rows), self.out_features), dtype=x.dtype)
-        given, out = storage(rows), storage(result)
-        sums = np.empty((min(len(rows), ROW_BLOCK), PANEL), np.float32)
-        for first in range(0, len(rows), ROW_BLOCK):
-            count = min(len(rows) - first, ROW_BLOCK)
-            product(
-                tiles, given, first, count, weight, PLAIN, bias, out, out, first, self.out_features, sums, _WIDENED
-            )  # fmt: skip
+        product_by_blocks(tiles, storage(rows), weight, bias, storage(result))
         return result.view(*x.shape[:-1], self.out_features)
 
 

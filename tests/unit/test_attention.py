@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from runtime.attention import attend, attend_torch
 from runtime.batch import LayerKV, StepBatch
 
+pytestmark = pytest.mark.usefixtures("kernel_threads")
+
 BACK_ENDS = {"kernels": attend, "torch": attend_torch}
 TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 

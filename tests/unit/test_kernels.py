@@ -14,30 +14,30 @@ from hypothesis import strategies as st
 
 from runtime import attention
 from runtime.batch import LayerKV, StepBatch
-from runtime.kernels import STORAGE_DTYPES, layer, paged, products, storage
+from runtime.kernels import STORAGE_DTYPES, layer, paged, products, storage, team
 from runtime.kernels.lanes import LANES, PANEL, address, kernel
-from runtime.kernels.products import ADD, PLAIN, SILU_MUL, pack, pack_gate_up, product
-from runtime.kernels.quantized import GROUP, quantized_tile_address
+from runtime.kernels.products import ADD, PLAIN, SILU_MUL, pack, pack_gate_up, product, product_scratch
+from runtime.kernels.quantized import quantized_tile_address
 from runtime.kernels.softmax import find_top, weigh
 from runtime.kernels.spans import store_scaled, store_silu_mul
 from runtime.kernels.tiles import tile_address
 from runtime.model import lean
 
+pytestmark = pytest.mark.usefixtures("kernel_threads")
+
 DTYPES = list(STORAGE_DTYPES)
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """The relative error that storing a result in the dtype allows, with room for the sums before."""
 NOTHING = np.empty(0, np.float32)
-WIDENED = np.empty((GROUP, PANEL), np.float32)
 
 
 def run_product(x, packed, kind, bias=None, residual=None, out_dtype=None):
     out = torch.full((len(x), packed.num_columns), torch.nan, dtype=out_dtype or x.dtype)
-    sums = np.empty((len(x), PANEL), np.float32)
     bias = NOTHING if bias is None else bias.numpy()
     residual = storage(out if residual is None else residual)
-    arguments = (kind, bias, residual, storage(out), 0, packed.num_columns, sums, WIDENED)
+    arguments = (kind, bias, residual, storage(out), 0, packed.num_columns, *product_scratch(len(x)))
     tiles = quantized_tile_address if packed.data.dtype == np.int8 else tile_address
-    product(tiles(storage(x).dtype), storage(x), 0, len(x), packed.data, *arguments)
+    product(team.current(), tiles(storage(x).dtype), storage(x), 0, len(x), packed.data, *arguments)
     return out
 
 
@@ -113,7 +113,7 @@ def test_rms_norm(dtype):
     torch.manual_seed(1)
     x, weight = (torch.randn(5, 77) * 3).to(dtype), torch.randn(77)
     out = torch.empty(3, 77, dtype=dtype)
-    layer.rms_norm(storage(x), 2, 3, weight.numpy(), np.float32(1e-5), storage(out))
+    layer.rms_norm(storage(x), 2, 3, weight.numpy(), np.float32(1e-5), storage(out), 0)
     wide = x[2:].double()
     expected = wide * (wide.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt() * weight.double()
     torch.testing.assert_close(out.double(), expected, rtol=ROUNDING[dtype], atol=1e-6)

@@ -15,6 +15,8 @@ from runtime.kernels.clock import ATTENTION, NUM_PARTS, PRODUCTS
 from runtime.model import lean
 from runtime.model.lean import LeanEmbedding, LeanHead, LeanLayer, supports
 
+pytestmark = pytest.mark.usefixtures("kernel_threads")
+
 SHAPE = dict(
     hidden_size=72,
     intermediate_size=104,

@@ -19,6 +19,8 @@ from tests.tiny_models import write_tiny
 from tests.unit.model_harness import Chain, reference_logits
 from tests.unit.test_kernels import ROUNDING, products_of, run_product
 
+pytestmark = pytest.mark.usefixtures("kernel_threads")
+
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 
 
