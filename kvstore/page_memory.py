@@ -8,6 +8,7 @@ for the system. Devices bring their own (`runtime.cuda.virtual`).
 What is never true: the range moves; a byte below `num_bytes` is taken away.
 """
 
+import _thread
 import mmap
 import threading
 from typing import Protocol
@@ -88,7 +89,7 @@ class HostMemory:
                 return
             self._is_running = True
         try:
-            threading.Thread(target=self._populate, name="pages", daemon=True).start()
+            _thread.start_new_thread(self._populate, ())  # `Thread.start` waits until it runs: for a turn of whoever computes
         except RuntimeError:  # no threads are left: then pages come when they are touched
             self._is_running = self._can_populate = False
 

@@ -183,11 +183,10 @@ def _decoder_layer(
     places,
     spent,
 ):
-    """out = a layer applied to hidden, which may be out. Other members may still be writing to out when it returns."""
+    """out = a layer applied to hidden, which may be out. The members wait for each other in what they are timed in, where they can."""
     num_tokens, hidden_size = hidden.shape
     attended_flat = attended.reshape(num_tokens, q.shape[1] * q.shape[2])
     nothing = qkv_bias[:0]
-    barrier(me)
     for first in range(0, num_tokens, ROW_BLOCK):
         count = min(num_tokens - first, ROW_BLOCK)
         begin, stop = share(me, count)
@@ -254,6 +253,7 @@ def _decoder_layer(
         product_share(
             me, product_tiles, activated, 0, count, down_weight, ADD, nothing, out, out, first, hidden_size, sums, widened
         )
+        barrier(me)
         add(spent, PRODUCTS, begun)
 
 

@@ -24,6 +24,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
+from runtime.kernels.clock import nanoseconds
 from runtime.kernels.lanes import I32, I64, call, intrinsic, kernel, part, pointer
 
 _LINE = 64
@@ -31,8 +32,11 @@ _LINE = 64
 _START, _DONE, _MEET, _JOB, _MEMBERS = range(5)
 """Lines of a team's memory. The first three are gates: how often it was passed, and how many sleep before it. Then what is to be done:
 function, arguments, whether the team has something to do, its size. From `_MEMBERS` on a line of each member: the barriers it has met at."""
-_SPIN = 1000
-"""How often a gate is looked at before sleeping: 10 to 50 us, as long as waking somebody takes."""
+_WORK_NS, _MEET_NS = 100_000, 300_000
+"""How long to look for work, and for the others at a barrier, before sleeping. To be woken takes a core 20 to 150 us: who slept
+at one barrier is late at the next, where the others would go to sleep in turn. (With 10 to 40 us a step of 300 ms took 25 more.)"""
+_LOOKS = 16
+"""Looks at a gate for each look at the clock."""
 _FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine(), 0) if sys.platform == "linux" else 0
 _WAIT, _WAKE = 128, 129
 
@@ -47,7 +51,7 @@ def barrier(me):
     if size > 1:
         meetings = _add(team + (_MEMBERS + member) * _LINE, 1) + 1
         _pass_on(team + _MEET * _LINE)
-        _wait_until(team + _MEET * _LINE, meetings * size)
+        _wait_until(team + _MEET * _LINE, meetings * size, _MEET_NS)
 
 
 @part
@@ -103,7 +107,7 @@ def _run(team, function, arguments):
     _write(job + 8, arguments)
     _pass_on(team + _START * _LINE)
     result = _enter(function, team, 0, size, arguments)
-    _wait_until(team + _DONE * _LINE, _load(team + _START * _LINE) * (size - 1))
+    _wait_until(team + _DONE * _LINE, _load(team + _START * _LINE) * (size - 1), _MEET_NS)
     _free(job + 16)
     return result
 
@@ -117,7 +121,7 @@ def _serve(team, member):
     job, started = team + _JOB * _LINE, 0
     while True:
         started += 1
-        _wait_until(team + _START * _LINE, started)
+        _wait_until(team + _START * _LINE, started, _WORK_NS)
         function = _read(job)
         if function == 0:
             return
@@ -133,12 +137,14 @@ def _dismiss(team):
 
 
 @kernel
-def _wait_until(gate, count):
-    """Until the gate was passed `count` times; both are counted modulo 2 to the 32nd."""
-    for _ in range(_SPIN):
-        if _is_reached(_load(gate), count):
-            return
-        _pause()
+def _wait_until(gate, count, awake_ns):
+    """Until the gate was passed `count` times (both are counted modulo 2 to the 32nd); asleep after so long."""
+    until = nanoseconds() + awake_ns
+    while nanoseconds() < until:
+        for _ in range(_LOOKS):
+            if _is_reached(_load(gate), count):
+                return
+            _pause()
     _add(gate + 4, 1)
     while True:
         seen = _load(gate)
