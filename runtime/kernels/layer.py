@@ -251,7 +251,20 @@ def _decoder_layer(
         )
         barrier(me)
         product_share(
-            me, product_tiles, activated, 0, count, down_weight, ADD, nothing, out, out, first, hidden_size, sums, widened
+            me,
+            product_tiles,
+            activated,
+            0,
+            count,
+            down_weight,
+            ADD,
+            nothing,
+            out,
+            out,
+            first,
+            hidden_size,
+            sums,
+            widened,
         )
         barrier(me)
         add(spent, PRODUCTS, begun)

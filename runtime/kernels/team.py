@@ -295,7 +295,9 @@ class _Team:
         self.memory = room[begin : begin + (_MEMBERS + size) * _LINE // 8]
         self.memory[_JOB * _LINE // 8 + 3] = self.size = size
         self._threads = [
-            threading.Thread(target=_serve, args=(self.memory.ctypes.data, member), name=f"kernel-{member}", daemon=True)
+            threading.Thread(
+                target=_serve, args=(self.memory.ctypes.data, member), name=f"kernel-{member}", daemon=True
+            )
             for member in range(1, size)
         ]
         for thread in self._threads:

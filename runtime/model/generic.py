@@ -3,7 +3,7 @@
 The whole model is built on the meta device, where it costs no memory. A unit takes its modules out of that skeleton
 and gives them real tensors; the other layers never exist. Attention inside a layer goes through `transformers`' own
 registry: the function registered here hands q, k and v to the paged attention, so the layer's code is the
-architecture's own, unchanged, and so are its numbers. On the CPU a worker of one thread packs the weights of linear layers for our own
+architecture's own, unchanged, and so are its numbers. On the CPU the weights of linear layers are packed for our own
 kernels (`runtime.model.packed_linear`).
 
 What `transformers` does between the layers (embedding, final norm, LM head, scaling and capping of logits) is done

@@ -71,19 +71,23 @@ def _first_difference(a: list[int], b: list[int]) -> int:
 IN_CI = {"llama_rope_scaled", "qwen2", "qwen3", "mistral_sliding", "qwen2_sliding", "mixtral", "qwen3_moe", "gemma3"}
 """One server each; the other kinds differ in what the unit tests compare with `transformers` too."""
 
+ON_TEAMS = {"qwen3", "mixtral", "gemma3", "phi3"}
+"""These have workers of two threads."""
+
 
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=() if kind in IN_CI else pytest.mark.slow) for kind in sorted(KINDS)]
 )
 async def test_every_architecture(kind: str, tmp_path: Path) -> None:
     folder = write_tiny(kind, tmp_path / kind, sharded=kind == "qwen2")
-    with Server(folder, "--layers", "1,3", *OPTIONS, log=tmp_path / "log") as server:
+    threads = "2" if kind in ON_TEAMS else "1"
+    with Server(folder, "--layers", "1,3", "--threads", threads, *OPTIONS, log=tmp_path / "log") as server:
         await check(server, load_reference(folder), make_prompts(1))
 
 
-@pytest.mark.parametrize("layers", ["4", "1,1,1,1"])
-async def test_every_number_of_stages(layers: str, tiny_llama: Path, tmp_path: Path) -> None:
-    with Server(tiny_llama, "--layers", layers, *OPTIONS, log=tmp_path / "log") as server:
+@pytest.mark.parametrize(("layers", "threads"), [("4", "1"), ("1,1,1,1", "1"), ("4", "3")])
+async def test_every_number_of_stages_and_threads(layers: str, threads: str, tiny_llama: Path, tmp_path: Path) -> None:
+    with Server(tiny_llama, "--layers", layers, "--threads", threads, *OPTIONS, log=tmp_path / "log") as server:
         model = load_reference(tiny_llama)
         await check(server, model, make_prompts(2))
         await check(server, model, make_prompts(2))

@@ -33,6 +33,7 @@ class Host:
     """A device with as much memory as the test says."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    num_threads: int = 1
     emulation: None = None
     free: int = BUDGET + MIN_FREE_BYTES
 

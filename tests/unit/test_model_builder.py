@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from runtime import pages
+from runtime.model import builder as builder_module
 from runtime.model.builder import UnitBuilder
 from runtime.model.config import ModelError, inspect_model
 from tests.tiny_models import KINDS, write_tiny
@@ -22,23 +23,17 @@ def built_chain(folder: Path, dtype: str = "float32", load_format: str = "safete
     return Chain(spec, builder.embedding(), {i: builder.layer(i) for i in range(spec.num_layers)}, builder.lm_head())
 
 
-@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
-def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Of the worker: with one, weights of `transformers`' layers are packed."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
-    return request.param
-
-
 @pytest.fixture
-def two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+def unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a device that has no kernels of ours: weights of `transformers`' layers are not packed."""
+    monkeypatch.setattr(builder_module, "has_kernels", lambda device, dtype: False)
 
 
 def some_tokens(length: int) -> torch.Tensor:
     return torch.randint(3, 280, (2, length), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.usefixtures("threads")
+@pytest.mark.usefixtures("kernel_threads")
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_automatic_choice_equals_transformers(kind: str, tmp_path: Path):
     folder = write_tiny(kind, tmp_path)
@@ -47,7 +42,7 @@ def test_the_automatic_choice_equals_transformers(kind: str, tmp_path: Path):
     assert_equal_logits(found, reference_logits(folder, tokens))
 
 
-@pytest.mark.usefixtures("threads")
+@pytest.mark.usefixtures("kernel_threads")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("implementation", ["lean", "transformers"])
 def test_half_precision_is_close_to_float32(implementation: str, dtype: str, tmp_path: Path):
@@ -98,11 +93,9 @@ def test_lean_is_refused_where_it_cannot(tmp_path: Path):
 
 def test_workers_with_and_without_packed_weights_do_not_exchange_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     spec = inspect_model(write_tiny("mixtral", tmp_path), dtype="float32")
-    forms = []
-    for count in (1, 2, 4):
-        monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
-        forms.append(UnitBuilder(spec, device="cpu").form())
-    assert forms[0] != forms[1] == forms[2]
+    packed = UnitBuilder(spec, device="cpu").form()
+    monkeypatch.setattr(builder_module, "has_kernels", lambda device, dtype: False)
+    assert UnitBuilder(spec, device="cpu").form() != packed
 
 
 def test_parts_that_came_one_by_one_lie_together_in_the_layer(tmp_path: Path):
@@ -126,7 +119,7 @@ def test_parts_that_came_one_by_one_lie_together_in_the_layer(tmp_path: Path):
     assert all(third.parts[name].data_ptr() == second.parts[name].data_ptr() for name in large)
 
 
-@pytest.mark.usefixtures("two_threads")
+@pytest.mark.usefixtures("unpacked")
 @pytest.mark.parametrize("kind", KINDS)
 def test_units_weigh_what_the_spec_says(kind: str, tmp_path: Path):
     chain = built_chain(write_tiny(kind, tmp_path), "bfloat16", implementation="transformers")
@@ -134,7 +127,7 @@ def test_units_weigh_what_the_spec_says(kind: str, tmp_path: Path):
     assert (chain.lm_head.nbytes, chain.embedding.nbytes) == (chain.spec.lm_head_bytes, chain.spec.embedding_bytes)
 
 
-@pytest.mark.usefixtures("two_threads")
+@pytest.mark.usefixtures("unpacked")
 @pytest.mark.parametrize("head_first", [False, True])
 def test_tied_ends_share_one_tensor(head_first: bool, tmp_path: Path):
     spec = inspect_model(write_tiny("llama_tied", tmp_path), dtype="float32")
@@ -154,7 +147,7 @@ def test_a_tied_end_that_is_gone_is_read_again(tmp_path: Path):
     assert torch.equal(chain.run(some_tokens(5), (5,)), expected)
 
 
-@pytest.mark.usefixtures("two_threads")
+@pytest.mark.usefixtures("unpacked")
 def test_untied_ends_are_two_tensors(tmp_path: Path):
     chain = built_chain(write_tiny("llama", tmp_path), implementation="transformers")
     assert chain.embedding.weight.data_ptr() != chain.lm_head.weight.data_ptr()

@@ -159,7 +159,13 @@ def test_no_bit_of_a_model_depends_on_the_team(dtype: torch.dtype, quantize: str
     torch.manual_seed(3)
     layers = [lean.LeanLayer(CONFIG, i, _state_of(CONFIG), "cpu", dtype, quantize) for i in range(2)]
     head = lean.LeanHead(torch.rand(200), torch.randn(777, 200), 1e-5, "cpu", dtype, quantize)
-    for rows in ([(300, 1)], [(0, 1), (7, 1), (130, 1)], [(0, 250)], [(90, 61), (5, 1), (0, 19), (200, 1)], [(64, 1)] * 40):
+    for rows in (
+        [(300, 1)],
+        [(0, 1), (7, 1), (130, 1)],
+        [(0, 250)],
+        [(90, 61), (5, 1), (0, 19), (200, 1)],
+        [(64, 1)] * 40,
+    ):
         outcomes = {}
         for size in (1, 2, 3, 6):
             team.set_num_threads(size)
