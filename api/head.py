@@ -30,6 +30,7 @@ from api.signals import Signals, Stopped, first_of, unless_stopped
 from api.status import StatusReporter, Terminal, TerminalHandler, ready_lines
 from api.text import Text, load_text
 from kvstore.hugepages import gather_heap
+from runtime.cores import usable_cores
 from runtime.garbage import settle
 from runtime.launcher import LocalWorker
 from runtime.model.config import inspect_model
@@ -124,7 +125,7 @@ class _Head:
         config = self._config
         self._address = address
         count = config.num_local_workers
-        threads = config.num_threads or max(1, (os.cpu_count() or 1) // max(1, count))
+        threads = config.num_threads or max(1, usable_cores() // max(1, count))
         for index in range(count):
             worker = LocalWorker(
                 f"w{index}",

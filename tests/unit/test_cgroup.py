@@ -1,4 +1,4 @@
-"""The memory that control groups leave: on made-up files of both versions, and what a worker makes of it."""
+"""The memory and the cores that control groups leave: on made-up files of both versions, and what becomes of it."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from runtime import device
-from runtime.cgroup import Allowance, allowance
+from runtime import cores, device
+from runtime.cgroup import Allowance, allowance, core_allowance
+from runtime.cores import count_cores, usable_cores
 from runtime.device import DeviceInfo
 
 GB = 1 << 30
@@ -99,3 +100,54 @@ def test_a_worker_has_what_its_group_leaves(monkeypatch: pytest.MonkeyPatch) -> 
     ):
         monkeypatch.setattr(device, "allowance", lambda limit=limit: limit)
         assert info.memory() == expected
+
+
+def v2_cores(folder: Path, limit: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "cpu.max").write_text(f"{limit}\n")
+
+
+def test_cores_of_version_2(tmp_path: Path) -> None:
+    here = process(tmp_path, "0::/a.slice/b.service\n", V2_MOUNT)
+    top = tmp_path / "sys/fs/cgroup"
+    assert core_allowance(here, tmp_path) is None
+    v2_cores(top / "a.slice/b.service", "max 100000")
+    assert core_allowance(here, tmp_path) is None
+    v2_cores(top / "a.slice/b.service", "350000 100000")
+    assert core_allowance(here, tmp_path) == 3.5
+    v2_cores(top / "a.slice", "50000 25000")
+    assert core_allowance(here, tmp_path) == 2.0, "the groups above count too"
+    v2_cores(top / "a.slice", "nonsense")
+    assert core_allowance(here, tmp_path) == 3.5
+
+
+@pytest.mark.parametrize(("quota", "expected"), [("-1", None), ("150000", 1.5)])
+def test_cores_of_version_1(quota: str, expected: float | None, tmp_path: Path) -> None:
+    mounts = (
+        "35 31 0:32 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n"
+        "36 31 0:33 / /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct\n"
+    )
+    here = process(tmp_path, "4:memory:/other\n1:cpu,cpuacct:/x\n", mounts)
+    folder = tmp_path / "sys/fs/cgroup/cpu,cpuacct/x"
+    folder.mkdir(parents=True)
+    (folder / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+    (folder / "cpu.cfs_period_us").write_text("100000\n")
+    assert core_allowance(here, tmp_path) == expected
+
+
+def test_threads_of_a_core_are_one(tmp_path: Path) -> None:
+    for number in range(8):
+        folder = tmp_path / f"cpu{number}/topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(f"{number % 4},{number % 4 + 4}\n")
+    assert count_cores(range(8), tmp_path) == 4
+    assert count_cores([0, 4, 1], tmp_path) == 2
+    assert count_cores([0, 4, 9, 10], tmp_path) == 3, "of these nothing is known"
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(None, 3), (2.9, 2), (0.5, 1), (40.0, 3)])
+def test_usable_cores(limit: float | None, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cores.os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
+    monkeypatch.setattr(cores, "count_cores", len)
+    monkeypatch.setattr(cores, "core_allowance", lambda: limit)
+    assert usable_cores() == expected
