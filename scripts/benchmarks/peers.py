@@ -1,7 +1,7 @@
 """`scripts/bench peers`: vLLM's CPU build and us, alternately, on the five workloads; prints the ratios.
 
 Both serve the same checkpoint in the same type over two pipeline stages of one core each; prompts are unique, so a
-prefix cache cannot help either. ``--one-stage`` adds both with one stage on all cores.
+prefix cache cannot help either. ``--one-stage`` adds both with one stage on all cores, ``--llama-server`` llama.cpp's server on them.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from arms import DEFAULT_MODEL, machine_now, measure, note, parse_workloads, report
 from loadgen import WORKLOADS
-from servers import midflight_arm
+from servers import Arm, midflight_arm
 from vllm_peer import check_python, ensure_vllm, vllm_arm
 
 
@@ -25,6 +25,12 @@ def main() -> int:
     parser.add_argument("--workloads", type=parse_workloads, default=",".join(WORKLOADS), help="comma separated")
     parser.add_argument("--rounds", type=int, default=2, help="how often each is started and measured")
     parser.add_argument("--one-stage", action="store_true", help="also both with one stage and two threads")
+    parser.add_argument(
+        "--llama-server",
+        type=Path,
+        help="a llama.cpp server that was built for this machine, for an arm of two threads",
+    )
+    parser.add_argument("--gguf", type=Path, help="the same checkpoint for it, in the same type")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--vllm-venv", type=Path, default=home / "peers" / "vllm", help="set up here when absent")
     parser.add_argument("--python", default="python3.11", help="the Python 3.11 that the environment is made from")
@@ -34,6 +40,8 @@ def main() -> int:
 
     if not (args.model / "config.json").exists():
         parser.error(f"{args.model} is no checkpoint folder; `midflight pull {DEFAULT_MODEL}` makes the default one")
+    if (args.llama_server is None) != (args.gguf is None):
+        parser.error("--llama-server and --gguf go together")
     check_python(args.python)
     ensure_vllm(args.vllm_venv, args.python)
     if args.setup_only:
@@ -49,10 +57,19 @@ def main() -> int:
             vllm_arm("vllm-one", args.vllm_venv, args.model, num_stages=1, threads_bind="0-1", dtype=args.dtype),
             midflight_arm("midflight-one", str(args.model), ["--dtype", args.dtype, "--stages", "1", "--threads", "2"]),
         ]
+    if args.llama_server is not None:
+        arms.append(_llama_arm(args.llama_server.resolve(), args.gguf.resolve()))
     log_folder = Path(tempfile.mkdtemp(prefix="midflight-bench-"))
     note(f"server logs in {log_folder}")
     runs = measure(arms, args.workloads, repeats=args.rounds, log_folder=log_folder)
     return report("peers", machine, runs, baseline="vllm", out=args.out, arms=arms)
+
+
+def _llama_arm(server: Path, gguf: Path) -> Arm:
+    """Room for 32 requests of 1,280 tokens, two threads, and no cache of prompts, as the others have none to use."""
+    options = ("--threads", "2", "--parallel", "32", "--ctx-size", str(32 * 1280), "--no-cache-prompt")
+    command = (str(server), "--model", str(gguf), "--host", "127.0.0.1", "--port", "{port}", *options)
+    return Arm("llama.cpp", command, gguf.stem)
 
 
 if __name__ == "__main__":
