@@ -22,6 +22,10 @@ from runtime.kernels.clock import ATTENTION
 from runtime.kernels.paged import paged_attention, scratch_sizes, write_pages
 from runtime.kernels.tiles import tile_address
 
+SCRATCH_BYTES = 256 << 20
+"""What all members of a team may have for attention: half of what a worker keeps free (`runtime.messages.MIN_FREE_BYTES`). A chunk of a prompt behind
+131,072 tokens takes 81 MiB of it for each member with the heads of Llama-3.1-8B."""
+
 
 def attend(
     q: torch.Tensor,
@@ -94,12 +98,14 @@ def step_arrays(batch: StepBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray, n
 
 
 def attention_scratch(batch: StepBatch, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype):
-    """The kernels' scratch for this step, as storage arrays (floats, packed, places), a row for each member of the team; made once per step and shape."""
+    """The kernels' scratch for this step, as storage arrays (floats, packed, places), a row for each member of the team, as far as
+    there is room for them; made once per step and shape."""
     key = ("attention.scratch", num_heads, num_kv_heads, head_dim, dtype)
     scratch = batch.memo.get(key)
     if scratch is None:
         num_floats, num_packed, num_places = scratch_sizes(*step_arrays(batch)[1:], num_heads, num_kv_heads, head_dim)
-        members = team.num_threads()
+        own_bytes = 4 * num_floats + dtype.itemsize * num_packed + 8 * num_places
+        members = max(1, min(team.num_threads(), SCRATCH_BYTES // own_bytes))
         scratch = (
             np.empty((members, num_floats), np.float32),
             storage(torch.empty((members, num_packed), dtype=dtype)),

@@ -339,6 +339,7 @@ class Loader:
 
     def _load_shadow(self, asked: _Shadow) -> None:
         started_s = time.perf_counter()
+        team.work_alone()
         if asked.pace.is_idle:
             thread_gives_way()
         error: Exception | None = None

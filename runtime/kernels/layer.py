@@ -23,6 +23,8 @@ from runtime.kernels.products import ADD, PLAIN, ROW_BLOCK, SILU_MUL, product_sh
 from runtime.kernels.spans import rotate_head, store_scaled, store_weighted, sum_of_squares
 from runtime.kernels.team import barrier, on_team, share
 
+SHORT = 4
+"""Tokens up to which every member of a team makes all norms for itself: that takes less time than to meet."""
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
 
@@ -47,7 +49,7 @@ def decoder_layers(
 
     Row i of `rows`, int64, says where the arrays of layer i are: those of `layer_row`, then its ``page_of_block``, then its
     window. `weight` is any array of the weights' storage type. `cos` and `sin` are float32 ``[T, head_dim / 2]``. The
-    arguments from `normed` on are scratch; `q` and `attended` are ``[T, num_heads, head_dim]``, and those from `sums` on are of
+    arguments from `normed` on are scratch: that one for each member of the team, ``[members, rows, hidden_size]``; `q` and `attended` are ``[T, num_heads, head_dim]``, and those from `sums` on are of
     `product_scratch` and `attention_scratch`. The last, `spent`, is int64: empty, or where the time of products and attention is
     added (see `clock`). `team` is `team.current()`.
     """
@@ -187,14 +189,19 @@ def _decoder_layer(
     num_tokens, hidden_size = hidden.shape
     attended_flat = attended.reshape(num_tokens, q.shape[1] * q.shape[2])
     nothing = qkv_bias[:0]
+    is_short = num_tokens <= SHORT
+    given = normed[me[1] if is_short else 0]
     for first in range(0, num_tokens, ROW_BLOCK):
         count = min(num_tokens - first, ROW_BLOCK)
         begin, stop = share(me, count)
-        rms_norm(hidden, first + begin, stop - begin, input_norm, eps, normed, begin)
-        barrier(me)
+        if is_short:
+            rms_norm(hidden, 0, num_tokens, input_norm, eps, given, 0)
+        else:
+            rms_norm(hidden, first + begin, stop - begin, input_norm, eps, given, begin)
+            barrier(me)
         begun = start_clock(spent)
         product_share(
-            me, product_tiles, normed, 0, count, qkv_weight, PLAIN, qkv_bias, qkv, qkv, 0, qkv.shape[1], sums, widened
+            me, product_tiles, given, 0, count, qkv_weight, PLAIN, qkv_bias, qkv, qkv, 0, qkv.shape[1], sums, widened
         )
         barrier(me)
         add(spent, PRODUCTS, begun)
@@ -230,19 +237,22 @@ def _decoder_layer(
         )
         barrier(me)
         add(spent, PRODUCTS, begun)
-        rms_norm(out, first + begin, stop - begin, post_norm, eps, normed, begin)
-        barrier(me)
+        if is_short:
+            rms_norm(out, 0, num_tokens, post_norm, eps, given, 0)
+        else:
+            rms_norm(out, first + begin, stop - begin, post_norm, eps, given, begin)
+            barrier(me)
         begun = start_clock(spent)
         product_share(
             me,
             product_tiles,
-            normed,
+            given,
             0,
             count,
             gate_up_weight,
             SILU_MUL,
             nothing,
-            normed,
+            given,
             activated,
             0,
             activated.shape[1],

@@ -87,7 +87,8 @@ def paged_attention(
 ):  # fmt: skip
     """Attention of all rows. `q` and `out` are ``[T, num_heads, head_dim]``; `window` and `softcap` are 0 for none.
 
-    `floats`, `packed` and `places` are scratch: for each member of `team` (`team.current()`) as much as `scratch_sizes` says.
+    `floats`, `packed` and `places` are scratch: a row of `scratch_sizes` for each member of `team` (`team.current()`), or for some, who
+    do the work then.
     """
     operands = (
         tiles, q, data, page_of_block, block_tables, query_starts, context_lens, prompt_lens, scale, window, softcap, out, floats,
@@ -108,7 +109,9 @@ def attention_share(
     """
     num_kv_heads, block_size = data.shape[3], data.shape[2]
     group, line = q.shape[1] // num_kv_heads, q.shape[1] * q.shape[2] * q.itemsize
-    member, size = me[1], me[2]
+    member, size = me[1], min(me[2], len(packed))
+    if member >= size:
+        return
     whole = 0
     if size > 1:
         for r in range(len(context_lens)):

@@ -7,14 +7,14 @@ look for work for some microseconds and then sleep (a futex), so that nothing of
 worker at rest costs nothing. Who waits at a barrier for long sleeps, too: the system can then give its core to the member that it
 had taken the core from.
 
-A team does one thing at a time. A second thread that comes meanwhile (a shadow's warm-up beside a step), and a team of one,
-do the work alone, with the same result: no bit depends on how many members there are.
+A team does one thing at a time. A thread that comes while it is busy, one that has said `work_alone` (a shadow's, so that a step never
+comes to a team that is taken), and a team of one do the work alone, with the same result: no bit depends on how many members there are.
 
 What is never true: a member leaves the function by itself. What one must not do (a missing page), all find out by
 themselves, from what nobody changes.
 """
 
-import atexit
+import ctypes
 import platform
 import sys
 import threading
@@ -131,7 +131,9 @@ def _serve(team, member):
 
 @kernel
 def _dismiss(team):
-    """End the members but the first."""
+    """End the members but the first, when they have nothing to do."""
+    while not _take(team + _JOB * _LINE + 16):
+        _pause()
     _write(team + _JOB * _LINE, 0)
     _pass_on(team + _START * _LINE)
 
@@ -289,19 +291,32 @@ def _system_call(builder, place, operation, value):
 
 
 class _Team:
+    """Raises (from `start`): RuntimeError when the system has no more threads; none of this team is left then."""
+
     def __init__(self, size: int) -> None:
         room = np.zeros((_MEMBERS + size + 1) * _LINE // 8, np.int64)
+        ctypes.pythonapi.Py_IncRef(
+            ctypes.py_object(room)
+        )  # for good: members may look at it while the interpreter ends
         begin = -room.ctypes.data % _LINE // 8
         self.memory = room[begin : begin + (_MEMBERS + size) * _LINE // 8]
         self.memory[_JOB * _LINE // 8 + 3] = self.size = size
-        self._threads = [
-            threading.Thread(
-                target=_serve, args=(self.memory.ctypes.data, member), name=f"kernel-{member}", daemon=True
-            )
-            for member in range(1, size)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> "_Team":
+        start = self.memory.ctypes.data
+        if self.size > 1:  # here, where an error is heard of: a member that fails would be waited for
+            _serve.compile((types.int64, types.int64))
+            _dismiss.compile((types.int64,))
+        try:
+            for member in range(1, self.size):
+                thread = threading.Thread(target=_serve, args=(start, member), name=f"kernel-{member}", daemon=True)
+                thread.start()
+                self._threads.append(thread)
+        except BaseException:
+            self.end()
+            raise
+        return self
 
     def end(self) -> None:
         if self._threads:
@@ -310,17 +325,23 @@ class _Team:
             thread.join()
 
 
-_team = _Team(1)
+_team = _nobody = _Team(1)
+_caller = threading.local()
+
+
+def work_alone() -> None:
+    """The calling thread does without the team from now on."""
+    _caller.is_alone = True
 
 
 def current() -> np.ndarray:
-    """The memory of this process' team, for `on_team`."""
-    return _team.memory
+    """The memory of the calling thread's team, for `on_team`: of this process' one, or of nobody else."""
+    return (_nobody if getattr(_caller, "is_alone", False) else _team).memory
 
 
 def num_threads() -> int:
-    """How many threads a kernel has in this process, the caller's included."""
-    return _team.size
+    """How many threads a kernel has that the calling thread calls, itself included."""
+    return 1 if getattr(_caller, "is_alone", False) else _team.size
 
 
 def set_num_threads(size: int) -> None:
@@ -328,13 +349,12 @@ def set_num_threads(size: int) -> None:
 
     Raises:
         ValueError: when it is not positive.
+        RuntimeError: when the system has no more threads; then a kernel has one.
     """
     global _team
     if size < 1:
         raise ValueError(f"{size} threads for the kernels; at least one is needed")
     if size != _team.size:
         _team.end()
-        _team = _Team(size)
-
-
-atexit.register(set_num_threads, 1)
+        _team = _nobody
+        _team = _Team(size).start()

@@ -216,7 +216,7 @@ class LeanLayer:
                 return storage(torch.empty(shape, dtype=self.dtype))
 
             scratch = batch.memo[key] = (
-                make(rows, self.hidden_size),
+                make(team.num_threads(), rows, self.hidden_size),
                 np.empty((rows, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim), np.float32),
                 make(tokens, self.num_heads, self.head_dim),
                 make(tokens, self.num_heads, self.head_dim),

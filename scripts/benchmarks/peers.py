@@ -42,6 +42,9 @@ def main() -> int:
         parser.error(f"{args.model} is no checkpoint folder; `midflight pull {DEFAULT_MODEL}` makes the default one")
     if (args.llama_server is None) != (args.gguf is None):
         parser.error("--llama-server and --gguf go together")
+    for path in filter(None, (args.llama_server, args.gguf)):
+        if not path.is_file():
+            parser.error(f"{path} is no file")
     check_python(args.python)
     ensure_vllm(args.vllm_venv, args.python)
     if args.setup_only:

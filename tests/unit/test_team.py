@@ -1,5 +1,8 @@
 """Teams of threads: each piece of work is done once, nobody passes a barrier too early, and no bit depends on how many there are."""
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -10,11 +13,14 @@ import numpy as np
 import pytest
 import torch
 
+from runtime import attention
 from runtime.batch import LayerKV, StepBatch
 from runtime.kernels import team
 from runtime.kernels.lanes import address, kernel
 from runtime.kernels.team import barrier, on_team, share
 from runtime.model import lean
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -106,6 +112,79 @@ def test_a_second_caller_does_its_work_alone() -> None:
     assert (state[0], seen.tolist(), pieces.tolist()) == (3, [1, 0, 0], [2] * 4)
     count(team.current(), pieces, seen)
     assert seen.tolist() == [3, 3, 3], "the team is free again"
+
+
+def test_a_thread_that_works_alone_never_takes_the_team() -> None:
+    team.set_num_threads(3)
+    pieces, seen, found = np.zeros(4, np.int64), np.zeros(3, np.int64), []
+
+    def work() -> None:
+        team.work_alone()
+        count(team.current(), pieces, seen)
+        found.append(team.num_threads())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert (seen.tolist(), pieces.tolist(), found) == ([1, 0, 0], [1] * 4, [1])
+    assert team.num_threads() == 3, "that is a matter of the thread"
+
+
+def test_too_few_threads_leave_none_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, started = threading.Thread.start, []
+
+    def refuse(thread: threading.Thread) -> None:
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        team.set_num_threads(4)
+    assert len(started) == 2
+    assert not any(thread.is_alive() for thread in started)
+    pieces, seen = np.zeros(4, np.int64), np.zeros(3, np.int64)
+    count(team.current(), pieces, seen)
+    assert seen.tolist() == [team.num_threads(), 0, 0] == [1, 0, 0]
+
+
+BUSY_EXIT = """
+import threading, time
+import numpy as np
+from test_team import count, team
+team.set_num_threads(3)
+pieces, seen = np.zeros(9, np.int64), np.zeros(3, np.int64)
+count(team.current(), pieces, seen)
+def work():
+    while True:
+        count(team.current(), pieces, seen)
+threading.Thread(target=work, daemon=True).start()
+time.sleep(0.05)
+raise SystemExit(7)
+"""
+
+
+def test_a_process_ends_while_its_team_works() -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(Path(__file__).parent)))}
+    for _ in range(4):
+        run = subprocess.run([sys.executable, "-c", BUSY_EXIT], timeout=60, env=environment, check=False)
+        assert run.returncode == 7
+
+
+def test_who_has_no_room_has_no_part_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt so long that not every member can have scratch for it."""
+    torch.manual_seed(3)
+    layers = [lean.LeanLayer(CONFIG, i, _state_of(CONFIG), "cpu", torch.float32) for i in range(2)]
+    head = lean.LeanHead(torch.rand(200), torch.randn(777, 200), 1e-5, "cpu", torch.float32)
+    rows = [(0, 250), (300, 1)]
+    team.set_num_threads(1)
+    expected = _run(layers, head, rows, torch.float32)
+    team.set_num_threads(3)
+    for limit in (0, 700_000):
+        monkeypatch.setattr(attention, "SCRATCH_BYTES", limit)
+        for found, wanted in zip(_run(layers, head, rows, torch.float32), expected, strict=True):
+            assert torch.equal(found, wanted)
 
 
 def test_its_threads_sleep_without_work_and_end() -> None:
