@@ -99,7 +99,7 @@ async def run_workload(
     url: str, model: str, workload: Workload, *, seed: int, timeout_s: float = 900.0
 ) -> tuple[dict, list[Record]]:
     """Run `workload` once against the server at `url`; the summary (times in seconds) and the requests behind it."""
-    connector = aiohttp.TCPConnector(limit=0)
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)  # llama.cpp ends connections that it said it would keep
     timeout = aiohttp.ClientTimeout(total=timeout_s)
     cpu_before, began_s = time.process_time(), time.perf_counter()
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
