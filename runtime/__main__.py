@@ -68,6 +68,7 @@ class _Process:
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
+        from runtime.cores import usable_cores
         from runtime.device import choose_device
         from runtime.lifeline import watch
         from runtime.loading import Loader
@@ -76,7 +77,7 @@ class _Process:
         self._args = args
         if args.lifeline_pid:
             watch(args.lifeline_pid, lambda: os._exit(0))
-        threads = args.threads or int(os.environ.get("OMP_NUM_THREADS", "1"))
+        threads = args.threads or int(os.environ.get("OMP_NUM_THREADS", "0")) or usable_cores()
         self._device = choose_device(args.device, threads, args.emulation)
         self._loader = Loader(self._device)
         self._priority = Priority()
@@ -176,7 +177,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--device-tensors", action="store_true", help="send large hidden states from CUDA device to CUDA device"
     )
-    parser.add_argument("--threads", type=int, default=0, help="compute threads (default: OMP_NUM_THREADS, or 1)")
+    parser.add_argument(
+        "--threads", type=int, default=0, help="compute threads (default: OMP_NUM_THREADS, or all usable cores)"
+    )
     parser.add_argument(
         "--pace",
         default="",

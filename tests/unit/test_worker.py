@@ -82,6 +82,28 @@ def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[entry._Process]:
     signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.parametrize(
+    ("option", "variable", "expected"), [("3", "2", 3), ("0", "2", 2), ("0", None, 4), ("0", "0", 4)]
+)
+def test_how_many_threads_it_has(
+    option: str, variable: str | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[int] = []
+
+    def choose(wanted: str, num_threads: int, emulation: object) -> None:
+        chosen.append(num_threads)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("runtime.device.choose_device", choose)
+    monkeypatch.setattr("runtime.cores.usable_cores", lambda: 4)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    with pytest.raises(ValueError, match="enough"):
+        entry._Process(entry._parse(["--head", "nowhere:1", "--threads", option]))
+    assert chosen == [expected]
+
+
 def test_a_worker_that_loses_its_head_keeps_the_weights_and_nothing_else(
     process: entry._Process, tmp_path: Path
 ) -> None:
