@@ -89,9 +89,8 @@ class HostMemory:
                 return
             self._is_running = True
         try:
-            _thread.start_new_thread(
-                self._populate, ()
-            )  # `Thread.start` waits until it runs: for a turn of whoever computes
+            # `Thread.start` waits until it runs: for a turn of whoever computes
+            _thread.start_new_thread(self._populate, ())
         except RuntimeError:  # no threads are left: then pages come when they are touched
             self._is_running = self._can_populate = False
 

@@ -41,9 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     home = Path(os.environ.get("MIDFLIGHT_HOME") or Path.home() / ".cache" / "midflight")
     os.environ.setdefault("NUMBA_CACHE_DIR", str(home / "numba"))
-    os.environ.setdefault(
-        "OMP_WAIT_POLICY", "PASSIVE"
-    )  # torch's threads spin after work, on the kernels' cores; read when it is imported
+    # torch's threads spin after work otherwise, on the kernels' cores; read when it is imported
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(
         level=args.log_level.upper(),
         format=f"%(asctime)s %(levelname)s {args.name or 'worker'}: %(message)s",

@@ -189,16 +189,11 @@ def _decoder_layer(
     num_tokens, hidden_size = hidden.shape
     attended_flat = attended.reshape(num_tokens, q.shape[1] * q.shape[2])
     nothing = qkv_bias[:0]
-    is_short = num_tokens <= SHORT
-    given = normed[me[1] if is_short else 0]
+    given = normed[me[1] if num_tokens <= SHORT else 0]
     for first in range(0, num_tokens, ROW_BLOCK):
         count = min(num_tokens - first, ROW_BLOCK)
         begin, stop = share(me, count)
-        if is_short:
-            rms_norm(hidden, 0, num_tokens, input_norm, eps, given, 0)
-        else:
-            rms_norm(hidden, first + begin, stop - begin, input_norm, eps, given, begin)
-            barrier(me)
+        _norm(me, hidden, first, count, input_norm, eps, given)
         begun = start_clock(spent)
         product_share(
             me, product_tiles, given, 0, count, qkv_weight, PLAIN, qkv_bias, qkv, qkv, 0, qkv.shape[1], sums, widened
@@ -217,7 +212,6 @@ def _decoder_layer(
     add(spent, ATTENTION, begun)
     for first in range(0, num_tokens, ROW_BLOCK):
         count = min(num_tokens - first, ROW_BLOCK)
-        begin, stop = share(me, count)
         begun = start_clock(spent)
         product_share(
             me,
@@ -237,11 +231,7 @@ def _decoder_layer(
         )
         barrier(me)
         add(spent, PRODUCTS, begun)
-        if is_short:
-            rms_norm(out, 0, num_tokens, post_norm, eps, given, 0)
-        else:
-            rms_norm(out, first + begin, stop - begin, post_norm, eps, given, begin)
-            barrier(me)
+        _norm(me, out, first, count, post_norm, eps, given)
         begun = start_clock(spent)
         product_share(
             me,
@@ -278,6 +268,17 @@ def _decoder_layer(
         )
         barrier(me)
         add(spent, PRODUCTS, begun)
+
+
+@part
+def _norm(me, x, first, count, weight, eps, out):
+    """`rms_norm` of `count` rows of x from `first` on: all of them by every member into an `out` of its own, or divided, into one for all."""
+    if len(x) <= SHORT:
+        rms_norm(x, first, count, weight, eps, out, 0)
+    else:
+        begin, stop = share(me, count)
+        rms_norm(x, first + begin, stop - begin, weight, eps, out, begin)
+        barrier(me)
 
 
 @part

@@ -121,7 +121,7 @@ def attention_share(
             for begin in range(0, num_prefill * group, QUERY_BLOCK):
                 whole += num_kv_heads * _cost_of_block(begin, num_prefill, position, group, window)
             for t in range(first + num_prefill, stop):
-                whole += num_kv_heads * _cost_of_query(position + t - first, group, window)
+                whole += num_kv_heads * _cost_of_query(position + t - first, window)
     low, high = (2 * whole * member // size, 2 * whole * (member + 1) // size) if size > 1 else (-1, 1 << 62)
     done = 0
     for r in range(len(context_lens)):
@@ -135,7 +135,7 @@ def attention_share(
                 target, floats[member], packed[member], places[member], done, low, high,
             )  # fmt: skip
         for t in range(first + num_prefill, stop):
-            cost = _cost_of_query(position + t - first, group, window)
+            cost = _cost_of_query(position + t - first, window)
             head, end = num_kv_heads, num_kv_heads
             for h in range(num_kv_heads - 1, -1, -1):
                 middle = 2 * (done + h * cost) + cost
@@ -154,7 +154,7 @@ def attention_share(
 
 
 @part
-def _cost_of_query(position, group, window):
+def _cost_of_query(position, window):
     """How long a KV head of a decoding query takes, in something like nanoseconds; what is the same for all is left out."""
     seen = position + 1 if window == 0 else min(position + 1, window)
     return 20 * (seen + AHEAD)
