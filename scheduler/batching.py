@@ -4,8 +4,9 @@ At most `num_microbatches` steps are in flight. Whenever there is room for one m
 
 1. decode: the longest-waiting ready sequences, as near to an even share of what all decoding ones cost together as they come
    (`StepPrices`), so that the microbatches balance themselves whatever joins and leaves;
-2. prefill: chunks of running sequences, oldest first, within the token budget, and within the time that a goal for the
-   TPOT leaves beside the decoding rows. Every hop runs the steps of an epoch in
+2. prefill: chunks of running sequences, oldest first, within the token budget, within the time that a goal for the
+   TPOT leaves beside the decoding rows, and in pieces with which all that is to be read is through the pipeline soonest (`StepPrices.piece`): a step
+   that takes a prompt whole is long at every stage, and others wait for it there. Every hop runs the steps of an epoch in
    their order, so the next chunk of a prompt may follow while the last one is still on its way;
 3. admission: waiting sequences, first come first served, when their blocks can be had. The first that does not
    fit stops the line: nobody overtakes, but for those that the pool cannot hold at all while a change has made it small.
@@ -34,6 +35,7 @@ import math
 from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as ListOf
+from itertools import islice
 from typing import TypeAlias
 
 from kvstore.block_pool import BlockPool
@@ -42,6 +44,7 @@ from kvstore.ids import BlockId, Epoch, SequenceId
 from runtime.messages import AHEAD, Row, SequenceStart, StepPlan, StepResult, TokenLogprobs
 from scheduler.blocks import GROWTH_BLOCKS, SequenceBlocks
 from scheduler.lanes import (
+    MIN_CHUNK_TOKENS,
     MIN_WAIT_S,
     Arrived,
     BatchingConfig,
@@ -59,10 +62,10 @@ from scheduler.sequence import Sequence
 
 __all__ = ["Batcher", "BatchingConfig", "Output", "StepPrices"]
 
-MIN_CHUNK_TOKENS = 16
-"""Prompts are never cut smaller for the sake of a goal, or they would not get anywhere."""
 FLIP_CHUNK_TOKENS = 64
 """Of prompts, in a step around a flip: what goes over would stand behind more for longer than it usually waits."""
+_LOOKED_AT = 64
+"""Of those who wait, when it is asked how much there is to read: with more of them a piece is as large as it may be."""
 NEAR_S = 0.25
 """A flip that is expected within so long is near, as long as it is not known what a prompt's token takes."""
 
@@ -504,9 +507,10 @@ class Batcher:
         are yet to come."""
         step = StepBuilder(self._config.max_step_tokens, epoch)
         decode_s = self._take_decodes(step, ahead)
-        step.budget = min(step.budget, self._prefill_budget(step, decode_s, now_s))
-        self._take_prefills(step)
-        self._take_waiting(step, now_s)
+        if self._prefilling or self._waiting:
+            step.budget = min(step.budget, self._prefill_budget(step, decode_s, now_s))
+            self._take_prefills(step)
+            self._take_waiting(step, now_s)
         return step if step.rows else None
 
     def _take_decodes(self, step: StepBuilder, ahead: ListOf[Sequence]) -> float:
@@ -557,7 +561,8 @@ class Batcher:
         a stream's time between two tokens. None beside streams that flip with this step, few in the steps around it. `now_s`: the head's."""
         if step.flips:
             return 0
-        most = self._config.max_step_tokens
+        piece = self.prices.piece(self._unread(), self.num_stages)
+        most = min(self._config.max_step_tokens, max(MIN_CHUNK_TOKENS, piece))
         if self._num_decoding:
             most = min(most, max(FLIP_CHUNK_TOKENS, self._tokens_until_flip(now_s)))
         goal_s, prices = self._config.tpot_goal_s, self.prices
@@ -565,6 +570,13 @@ class Batcher:
             return most
         left_s = goal_s / self.num_microbatches - prices.step_s - decode_s
         return min(most, max(MIN_CHUNK_TOKENS, int(left_s / prices.prefill_s)))
+
+    def _unread(self) -> int:
+        """Tokens of prompts that the next steps could take: of who runs, and of who waits as far as there is room."""
+        running = sum(sequence.num_remaining for sequence in self._prefilling)
+        places = max(0, min(_LOOKED_AT, self._config.max_running - self._num_running))
+        waiting = sum(sequence.num_remaining for sequence in islice(self._waiting, places))
+        return running + min(waiting, self._pool.num_free * self._config.block_size)
 
     def _tokens_until_flip(self, now_s: float) -> int:
         """Of prompts, those that are through before anything is expected to flip: each stage in turn, behind as many in all other

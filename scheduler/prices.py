@@ -3,7 +3,8 @@
 The model is a roofline with a rounded corner: a few decoding rows are nearly free while the weights are read anyway, many cost
 what their arithmetic costs. The batcher asks two things of it for every step (do these rows cost an even share; how many
 prompt tokens fit beside them), so it gets a line instead: through the predicted time at the present number of rows, with the slope from
-there to twice as many, and the slopes by context and by prompt tokens. It is drawn anew when the load has changed, for the worker that is
+there to twice as many, and the slopes by context and by prompt tokens. (How a prompt is cut best depends on the corner, so for that it
+gets points instead of a line.) It is drawn anew when the load has changed, for the worker that is
 the slowest with a chunk of a prompt in the step, since that one sets the pace of the pipeline.
 
 Never true: a row is free, any price is negative, or the line lies above the model for fewer rows than it was drawn at.
@@ -19,6 +20,8 @@ from scheduler.lanes import BatchLoad, StepPrices
 from scheduler.planning.cost import Facts, Speed, Work, unit_times
 
 _CHUNK_TOKENS = 64.0
+_PIECES = tuple(1 << exponent for exponent in range(4, 14))
+"""Tokens of prompts at which steps are priced as a whole."""
 _LEAST_S = 1e-8
 """Of a row: an even share of nothing would be nothing."""
 
@@ -32,8 +35,9 @@ def step_prices(facts: Facts, layout: Layout, speeds: dict[WorkerName, Speed], l
         Work(rows, 2 * context, 0.0, 0.0, rows),
         Work(rows, context, _CHUNK_TOKENS, max(load.prefill_context, _CHUNK_TOKENS / 2), rows),
     ]
+    works += [Work(rows, context, float(n), max(load.prefill_context, n / 2), rows) for n in _PIECES]
     seconds = _worker_seconds(facts, layout, speeds, works)
-    base, twice, longer, chunk = (float(x) for x in seconds[:, int(seconds[3].argmax())])
+    base, twice, longer, chunk = (float(x) for x in seconds[:4, int(seconds[3].argmax())])
     context_s = max(0.0, longer - base) / (rows * context)
     row_s = max(_LEAST_S, (twice - base) / rows - context * context_s)
     return StepPrices(
@@ -41,6 +45,7 @@ def step_prices(facts: Facts, layout: Layout, speeds: dict[WorkerName, Speed], l
         row_s=row_s,
         context_s=context_s,
         prefill_s=max(0.0, chunk - base) / _CHUNK_TOKENS,
+        with_prompt=tuple(zip(_PIECES, seconds[4:].max(axis=1).tolist(), strict=True)),
     )
 
 

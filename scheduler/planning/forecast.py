@@ -27,7 +27,7 @@ from kvstore.ids import WorkerName
 from runtime.layout import Layout
 from scheduler.planning import compiled
 from scheduler.planning.cost import Facts, Speed, Speeds, Works
-from scheduler.planning.traffic import Serving, Slo, Traffic
+from scheduler.planning.traffic import Pieces, Serving, Slo, Traffic
 
 if TYPE_CHECKING:
     from scheduler.planning.compiled.forecasts import Chain, Limits
@@ -98,6 +98,7 @@ class Cluster:
         ).T.copy()
         self.machine = np.stack([*self.speeds, self._latency, self._per_token], axis=1)
         """``[n, 12]``: all of it, for `planning.compiled.steps`."""
+        self.pieces = pieces_of(facts, self.speeds)
 
     def hops(self, works: Works) -> np.ndarray:
         """``[K, n]``: a hop out of every device."""
@@ -110,7 +111,7 @@ class Forecaster:
     def __init__(self, facts: Facts, cluster: Cluster, traffic: Traffic, serving: Serving) -> None:
         self._serving = serving
         self.law: Law = compiled.steps.Law(
-            load_columns(traffic, serving), cluster.machine, facts.kinds, facts.model, facts.until
+            load_columns(traffic, serving, cluster.pieces), cluster.machine, facts.kinds, facts.model, facts.until
         )
         self.most_in_service, self.limited_by = float(serving.max_running), "max_running"
         if 0 < traffic.concurrency <= self.most_in_service:
@@ -220,8 +221,16 @@ class Pipeline:
         )
 
 
-def load_columns(traffic: Traffic, serving: Serving) -> np.ndarray:
-    """``[8]``: the load as `planning.compiled.steps` has it."""
+def pieces_of(facts: Facts, speeds: Speeds) -> Pieces:
+    """How prompts are cut for pipelines of such devices, in mean."""
+    reading = speeds.layer[:, None] + (facts.dense_bytes + facts.expert_bytes) * speeds.weights[:, None]
+    arithmetic = facts.flops * speeds.products[:, None]
+    of_each = facts.until[-1, :-1]
+    return Pieces(float(np.mean((reading @ of_each) / (arithmetic @ of_each))), float(np.mean(speeds.sharpness)))
+
+
+def load_columns(traffic: Traffic, serving: Serving, pieces: Pieces) -> np.ndarray:
+    """``[10]``: the load as `planning.compiled.steps` has it."""
     return np.array(
         [
             traffic.new_tokens,
@@ -232,6 +241,7 @@ def load_columns(traffic: Traffic, serving: Serving) -> np.ndarray:
             traffic.requests_per_s,
             (traffic.arrival_cv**2 + traffic.service_cv**2) / 2,
             serving.head_s,
+            *pieces,
         ],
         dtype=float,
     )

@@ -12,11 +12,12 @@ Never true: a step here carries a whole number of rows. These are means.
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
 import numpy as np
 
+from scheduler.lanes import MIN_CHUNK_TOKENS
 from scheduler.planning.cost import Works, pick
 
 Objective: TypeAlias = Literal["throughput", "latency", "goodput"]
@@ -103,14 +104,31 @@ class Steps:
     works: Works
 
 
-def mean_steps(traffic: Traffic, serving: Serving, num_microbatches: Any, num_sequences: Any) -> Steps:
+class Pieces(NamedTuple):
+    """What decides how prompts are cut: `even` tokens of them have as much arithmetic as the weights take to be read, and
+    beyond these a step is as much longer as the roofline's corner, of this `sharpness`, has it."""
+
+    even: float
+    sharpness: float
+
+
+WHOLE = Pieces(1e12, 1.0)
+"""Nothing is cut but by the size of a step."""
+
+
+def mean_steps(traffic: Traffic, serving: Serving, num_microbatches: Any, num_sequences: Any, pieces: Pieces) -> Steps:
     """What the batcher makes of `traffic` with `num_sequences` in service, at least 1.
 
-    The last two are numbers or arrays ``[G]``.
+    Microbatches and sequences are numbers or arrays ``[G]``.
     """
     num_sequences = np.atleast_1d(np.maximum(1.0, num_sequences))
     in_flight, requests, chunks, share, decoding, decode_rows, chunk = step_of(
-        traffic.new_tokens, traffic.output_tokens, float(serving.max_step_tokens), num_microbatches, num_sequences
+        traffic.new_tokens,
+        traffic.output_tokens,
+        float(serving.max_step_tokens),
+        *pieces,
+        num_microbatches,
+        num_sequences,
     )
     none = np.zeros(requests.shape)
     return Steps(
@@ -130,11 +148,24 @@ def mean_steps(traffic: Traffic, serving: Serving, num_microbatches: Any, num_se
     )
 
 
-def step_of(prompt: float, output: float, budget: float, microbatches: Any, in_service: Any) -> tuple[Any, ...]:
+def piece_of(prompt: float, even: float, sharpness: float, microbatches: Any) -> Any:
+    """Tokens of a prompt that a step takes, in mean, of a prompt that is alone: for numbers or for arrays, likewise.
+
+    P tokens in pieces of p are through S stages after P / p + S - 1 steps of (1 + (p / even)^q)^(1/q) times a step's reading of weights: soonest with
+    p = even (P / (even (S - 1)))^a, a = 1 / (q + 1). So it is cut anew in each step; of the whole prompt that makes 1 - a of the first piece in mean.
+    """
+    cut = 1.0 / (sharpness + 1.0)
+    first = even * (prompt / (even * np.maximum(microbatches - 1.0, 1e-9))) ** cut
+    return pick(first < prompt, np.minimum(prompt, np.maximum(float(MIN_CHUNK_TOKENS), (1.0 - cut) * first)), prompt)
+
+
+def step_of(
+    prompt: float, output: float, budget: float, even: float, sharpness: float, microbatches: Any, in_service: Any
+) -> tuple[Any, ...]:
     """The law of the mean step: for numbers or for arrays, which numba compiles into the planner's loops as it is.
 
     Requests have `prompt` tokens to compute and `output` tokens to give; a step has room for `budget` tokens, and at least one
-    sequence is in service.
+    sequence is in service. Prompts are cut as `piece_of` has it; where more is to be read than that, pieces are larger.
 
     Returns:
         steps in flight; requests that a step finishes; steps that read one prompt; the share of steps with a chunk; decoding rows of a step
@@ -144,14 +175,16 @@ def step_of(prompt: float, output: float, budget: float, microbatches: Any, in_s
     alone = in_service <= microbatches  # a step then carries one sequence: a token of it, or a chunk
     decode_rows = in_service * 0.0
     requests, chunks = decode_rows, decode_rows
+    piece = piece_of(prompt, even, sharpness, microbatches)
     for _ in range(2):  # the chunks of a prompt depend on the room that decode rows leave, and the other way round
-        chunks = np.ceil(prompt / np.maximum(1.0, budget - decode_rows))
+        chunks = np.ceil(prompt / np.minimum(piece, np.maximum(1.0, budget - decode_rows)))
         most = pick(alone, 1.0 / (chunks + (output - 1.0)), budget / (prompt + output - 1.0))
         requests = np.minimum(in_service / (in_flight * output + chunks - 1.0), most)
         decode_rows = pick(alone, 0.0, requests * (output - 1.0))
     free = np.maximum(1.0, budget - decode_rows)
     read = requests * prompt
-    shares = np.maximum(read / free, -np.expm1(-read / np.minimum(free, prompt)))
+    lumps = pick(piece < prompt, read / np.minimum(free, piece), -np.expm1(-read / np.minimum(free, prompt)))
+    shares = np.maximum(read / free, lumps)
     share = np.minimum(1.0, pick(alone, requests * chunks, shares))
     decoding = requests * (output - 1.0) / pick(alone & (share < 1.0), 1.0 - share, 1.0)
     return in_flight, requests, chunks, share, decoding, decode_rows, read / share

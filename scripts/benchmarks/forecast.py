@@ -58,7 +58,7 @@ def _row(cluster: Cluster, count: int, num_stages: int, prompt: int, output: int
     forecast = found.forecast
     clients = int(forecast.max_sequences)
     life_s = clients / forecast.capacity_requests_per_s
-    from_s, to_s = 1.2 * life_s, 1.2 * life_s + max(MIN_S, life_s)
+    from_s, to_s = 2 * life_s, 2 * life_s + 4 * max(MIN_S, life_s)
     index = {device.worker: i for i, device in enumerate(cluster.devices)}
     devices = name_devices(cluster.raw, [index[segment.worker] for segment in found.layout.segments])
     simulation = Simulation(

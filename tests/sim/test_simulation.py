@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from runtime.layout import Layout, layout_from_counts
-from scheduler.batching import BatchingConfig
+from scheduler.batching import BatchingConfig, StepPrices
 from scheduler.planning.autopilot import Settings
 from scheduler.planning.cost import Facts
 from scheduler.planning.forecast import Device, Pipeline
@@ -289,3 +289,26 @@ def test_it_agrees_with_the_forecast(clients: int, prompt: int, output: int) -> 
     forecast = Pipeline(Facts(SPEC), devices, layout, traffic, Serving(max_running=64)).forecast()
     assert figures["requests_per_s"] == pytest.approx(forecast.requests_per_s, rel=0.15)
     assert figures["tpot_s"]["mean"] == pytest.approx(forecast.tpot_s, rel=0.2)
+
+
+def test_prompts_in_pieces_keep_a_deep_pipeline_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole prompts make convoys: behind each of them every stage waits."""
+    cluster, counts, clients = "a100:8", (4,) * 8, 128
+    rng = np.random.default_rng(1)
+    outputs = np.full(3 * clients, 128)
+    outputs[:clients] = rng.integers(1, 129, clients)  # so that they do not end together
+    trace = Trace("", np.zeros(3 * clients), np.full(3 * clients, 512), outputs)
+
+    def rate() -> float:
+        simulation, outcome = run(cluster, counts, trace, concurrency=clients, max_running=clients, kv_bytes=16 << 30)
+        check(simulation, outcome, trace)
+        return summarise(outcome, simulation.devices, Slo())["requests_per_s"]
+
+    in_pieces = rate()
+    devices = [Device(d.worker, d.speed) for d in name_devices(parse_devices(cluster), ())]
+    layout = layout_from_counts(1, [d.worker for d in devices], counts)
+    traffic = Traffic(prompt_tokens=512, output_tokens=128, concurrency=clients)
+    forecast = Pipeline(Facts(SPEC), devices, layout, traffic, Serving(max_running=clients)).forecast()
+    assert in_pieces == pytest.approx(forecast.requests_per_s, rel=0.15)
+    monkeypatch.setattr(StepPrices, "piece", lambda self, unread, num_stages: unread)
+    assert in_pieces > 1.2 * rate()

@@ -153,6 +153,45 @@ def test_a_goal_that_cannot_be_met_does_not_stop_prompts() -> None:
     assert [len(row.tokens) for row in step(batcher).rows] == [1, MIN_CHUNK_TOKENS]
 
 
+def test_a_pipeline_reads_a_prompt_in_pieces_and_one_stage_reads_it_whole() -> None:
+    for num_stages, sizes in ((1, [96]), (4, [32, 32, 32])):
+        batcher = make_batcher(num_microbatches=4, max_step_tokens=512, look_ahead="never")
+        batcher.num_stages = num_stages
+        batcher.prices = StepPrices(with_prompt=((16, 1.0), (32, 1.1), (64, 2.0), (128, 4.0)))
+        batcher.submit(1, make_request(96, max_tokens=50), 0.0)
+        assert [len(step(batcher).rows[0].tokens) for _ in sizes] == sizes
+        assert batcher.next_step(0.0) is None
+
+
+def test_who_waits_makes_the_pieces_larger_as_far_as_there_is_room() -> None:
+    prices = StepPrices(with_prompt=((16, 1.0), (32, 1.9), (64, 3.6), (128, 6.5)))
+    sizes = []
+    for num_waiting, num_blocks in ((0, 400), (5, 400), (5, 30)):
+        batcher = make_batcher(num_blocks, num_microbatches=2, max_step_tokens=512)
+        batcher.num_stages, batcher.prices = 2, prices
+        for sequence in range(1 + num_waiting):
+            batcher.submit(sequence, make_request(96, max_tokens=4, first=100 * sequence), 0.0)
+        sizes.append(sum(len(row.tokens) for row in step(batcher).rows))
+    alone, many, full = sizes
+    assert alone == full < many, "whom the pool cannot hold yet is not read soon"
+
+
+def test_a_pool_without_a_free_block_does_not_stop_who_reads() -> None:
+    batcher = make_batcher(24, num_microbatches=2, max_step_tokens=512, prefix_cache=False)
+    batcher.num_stages, batcher.prices = 2, StepPrices(with_prompt=((16, 1.0), (32, 1.1)))
+    for sequence in (1, 2):
+        batcher.submit(sequence, make_request(92, max_tokens=4, first=100 * sequence), 0.0)
+    read = 0
+    for _ in range(200):
+        plan = batcher.next_step(0.0)
+        if plan is None:
+            break
+        read += sum(len(row.tokens) for row in plan.rows if len(row.tokens) > 1)
+        answer(batcher, plan)
+    assert batcher.num_unfinished == 0
+    assert read == 2 * 92
+
+
 def test_a_step_in_flight_is_never_sent_twice_and_the_number_in_flight_is_bounded() -> None:
     batcher = make_batcher(num_microbatches=2)
     for sequence in (1, 2, 3):

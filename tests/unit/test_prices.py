@@ -1,10 +1,12 @@
 """Step prices: a line through the cost model at the load at hand, for the worker that sets the pace."""
 
+import random
+
 import pytest
 
 from kvstore.ids import LayerRange
 from runtime.layout import Layout, Segment
-from scheduler.lanes import BatchLoad
+from scheduler.lanes import BatchLoad, StepPrices
 from scheduler.planning.cost import Facts, Work, stage_seconds
 from scheduler.planning.emulation import speed_of_make
 from scheduler.prices import step_prices
@@ -63,3 +65,44 @@ def test_a_long_prompt_costs_more_a_token() -> None:
     load = BatchLoad(8.0, 100.0, 64.0)
     longer = BatchLoad(8.0, 100.0, 4000.0)
     assert price(make_layout(15, 15), longer).prefill_s > price(make_layout(15, 15), load).prefill_s
+
+
+def test_steps_with_a_prompt_are_priced_as_the_model_has_them() -> None:
+    load = BatchLoad(16.0, 200.0, 1000.0)
+    prices = price(make_layout(17, 13), load)
+    for tokens, seconds in prices.with_prompt:
+        work = Work(16.0, 200.0, tokens, max(1000.0, tokens / 2), 16.0)
+        stages = [
+            stage_seconds(FACTS, SPEED, work, range(17), False),
+            stage_seconds(FACTS, SPEED, work, range(17, 30), True),
+        ]
+        assert seconds == pytest.approx(max(stages), rel=1e-6)
+
+
+@pytest.mark.parametrize("num_stages", [2, 3, 8, 40])
+@pytest.mark.parametrize("unread", [1, 15, 17, 100, 513, 4000, 100_000])
+def test_pieces_are_through_nearly_as_soon_as_any(unread: int, num_stages: int) -> None:
+    rng = random.Random(unread * num_stages)
+    sizes = [1 << exponent for exponent in range(4, 14)]
+    for _ in range(50):
+        law = rng.uniform(1, 50), rng.uniform(0.01, 2.0), rng.choice([1.0, 1.5, 4.0])
+        piece = StepPrices(with_prompt=tuple((n, step_s(n, *law)) for n in sizes)).piece(unread, num_stages)
+        assert 1 <= piece <= unread
+        soonest = min(through_s(unread, n, num_stages, *law) for n in sizes)
+        # the last piece may not be full, and a piece may be a little larger than it was priced
+        assert through_s(unread, piece, num_stages, *law) <= soonest * 1.2
+
+
+def step_s(tokens: int, flat_s: float, token_s: float, sharpness: float) -> float:
+    return (flat_s**sharpness + (tokens * token_s) ** sharpness) ** (1 / sharpness)
+
+
+def through_s(unread: int, tokens: int, num_stages: int, *law: float) -> float:
+    return (-(-unread // tokens) + num_stages - 1) * step_s(tokens, *law)
+
+
+def test_a_single_stage_or_prices_that_are_not_known_cut_nothing() -> None:
+    known = StepPrices(with_prompt=((16, 1.0), (32, 1.1)))
+    assert known.piece(500, 1) == 500
+    assert StepPrices().piece(500, 8) == 500
+    assert known.piece(0, 8) == 0

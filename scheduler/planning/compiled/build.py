@@ -123,6 +123,7 @@ for _law in (
     convoy.round_seconds,
     cost.corner,
     cost.layer_amounts,
+    traffic.piece_of,
     traffic.step_of,
 ):
     register_jitable(error_model="numpy")(_law)

@@ -2,8 +2,8 @@
 
 Arrays that all kernels are given, in these orders; seconds, bytes, FLOP, tokens:
 
-    load     [8]      prompt tokens to compute, output tokens, tokens of a full step, context of a decoding row, context of a prompt's row,
-                      requests/s (0: a closed loop), (cv_arrival^2 + cv_service^2) / 2, the head's share of a round
+    load     [10]     prompt tokens to compute, output tokens, tokens of a full step, context of a decoding row, context of a prompt's row,
+                      requests/s (0: a closed loop), (cv_arrival^2 + cv_service^2) / 2, the head's share of a round; `traffic.Pieces`
     machine  [n, 12]  of each device: the columns of `cost.Speeds`, a hop's latency, a hop's seconds per token
     kinds    [U, 4]   `Facts.kinds`
     model    [6]      `Facts.model`
@@ -20,7 +20,7 @@ from scheduler.planning.convoy import slow_weight
 from scheduler.planning.cost import corner, layer_amounts
 from scheduler.planning.traffic import step_of
 
-PROMPT, OUTPUT, BUDGET, CONTEXT, PROMPT_CONTEXT, RATE, VARIABILITY, HEAD_S = range(8)
+PROMPT, OUTPUT, BUDGET, CONTEXT, PROMPT_CONTEXT, RATE, VARIABILITY, HEAD_S, EVEN, PIECE_SHARPNESS = range(10)
 (
     STEP_S,
     LAYER_S,
@@ -88,7 +88,7 @@ def fill_step(law, microbatches, in_service, layers, head):
     steps in flight, requests a step, steps to read a prompt, the share of slow steps, tokens of a chunk."""
     load = law.load
     in_flight, requests, chunks, share, decoding, decode_rows, chunk = step_of(
-        load[PROMPT], load[OUTPUT], load[BUDGET], microbatches, in_service
+        load[PROMPT], load[OUTPUT], load[BUDGET], load[EVEN], load[PIECE_SHARPNESS], microbatches, in_service
     )
     fill_amounts(law, decoding, 0.0, decoding, layers[0], head[0])
     fill_amounts(law, decode_rows, chunk, decode_rows + chunk / load[PROMPT], layers[1], head[1])
