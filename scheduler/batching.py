@@ -44,7 +44,6 @@ from kvstore.ids import BlockId, Epoch, SequenceId
 from runtime.messages import AHEAD, Row, SequenceStart, StepPlan, StepResult, TokenLogprobs
 from scheduler.blocks import GROWTH_BLOCKS, SequenceBlocks
 from scheduler.lanes import (
-    MIN_CHUNK_TOKENS,
     MIN_WAIT_S,
     Arrived,
     BatchingConfig,
@@ -64,8 +63,10 @@ __all__ = ["Batcher", "BatchingConfig", "Output", "StepPrices"]
 
 FLIP_CHUNK_TOKENS = 64
 """Of prompts, in a step around a flip: what goes over would stand behind more for longer than it usually waits."""
+MIN_CHUNK_TOKENS = 16
+"""Prompts are never cut smaller for the sake of a goal or of the pipeline, or they would not get anywhere."""
 _LOOKED_AT = 64
-"""Of those who wait, when it is asked how much there is to read: with more of them a piece is as large as it may be."""
+"""Of those who wait, when it is asked how much there is to read: the others are taken for alike."""
 NEAR_S = 0.25
 """A flip that is expected within so long is near, as long as it is not known what a prompt's token takes."""
 
@@ -561,8 +562,10 @@ class Batcher:
         a stream's time between two tokens. None beside streams that flip with this step, few in the steps around it. `now_s`: the head's."""
         if step.flips:
             return 0
-        piece = self.prices.piece(self._unread(), self.num_stages)
-        most = min(self._config.max_step_tokens, max(MIN_CHUNK_TOKENS, piece))
+        most = self._config.max_step_tokens
+        if self.num_stages > 1 and self.prices.with_prompt:
+            in_flight = self.num_microbatches + self._has_one_more
+            most = min(most, max(MIN_CHUNK_TOKENS, self.prices.piece(self._unread(), self.num_stages, in_flight)))
         if self._num_decoding:
             most = min(most, max(FLIP_CHUNK_TOKENS, self._tokens_until_flip(now_s)))
         goal_s, prices = self._config.tpot_goal_s, self.prices
@@ -574,8 +577,13 @@ class Batcher:
     def _unread(self) -> int:
         """Tokens of prompts that the next steps could take: of who runs, and of who waits as far as there is room."""
         running = sum(sequence.num_remaining for sequence in self._prefilling)
-        places = max(0, min(_LOOKED_AT, self._config.max_running - self._num_running))
-        waiting = sum(sequence.num_remaining for sequence in islice(self._waiting, places))
+        num_waiting = min(len(self._waiting), self._config.max_running - self._num_running)
+        if num_waiting <= 0 or not self.admits:
+            return running
+        looked_at = min(num_waiting, _LOOKED_AT)
+        waiting = (
+            sum(sequence.num_remaining for sequence in islice(self._waiting, looked_at)) * num_waiting // looked_at
+        )
         return running + min(waiting, self._pool.num_free * self._config.block_size)
 
     def _tokens_until_flip(self, now_s: float) -> int:

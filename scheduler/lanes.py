@@ -17,8 +17,6 @@ from scheduler.sequence import Sequence
 RHYTHM_STEPS = 8
 AHEAD_AT = 0.5
 """Of the time between two results: after so much of it a step is formed ahead of the next one."""
-MIN_CHUNK_TOKENS = 16
-"""Prompts are never cut smaller for the sake of a goal or of the pipeline, or they would not get anywhere."""
 MIN_WAIT_S = 0.001
 """Less is not waited for: event loops count milliseconds."""
 
@@ -63,17 +61,18 @@ class StepPrices:
         """`num_rows` decoding rows with so much context together."""
         return num_rows * self.row_s + num_context * self.context_s
 
-    def piece(self, unread: int, num_stages: int) -> int:
+    def piece(self, unread: int, num_stages: int, in_flight: int) -> int:
         """Of so many `unread` tokens of prompts, those that one step takes so that the last of them is through the pipeline soonest.
 
-        In n pieces they are through S stages after n + S - 1 times what a step with a piece lasts: with few large ones
-        stages are idle before and behind each, many small ones make many steps.
+        In n pieces they are through S stages after n + S - 1 times what a step with a piece lasts (with fewer steps `in_flight` than stages a
+        piece waits for one to come back): with few large ones stages are idle before and behind each, many small ones make many steps.
         """
         if num_stages == 1 or not unread or not self.with_prompt:
             return unread
+        apart = max(1.0, num_stages / in_flight)
         best_s, best = math.inf, unread
         for tokens, seconds in self.with_prompt:
-            through_s = (max(1.0, unread / tokens) + num_stages - 1) * seconds
+            through_s = ((max(1.0, unread / tokens) - 1) * apart + num_stages) * seconds
             if through_s < best_s:
                 best_s, best = through_s, tokens
             if tokens >= unread:

@@ -3,8 +3,8 @@
 The model is a roofline with a rounded corner: a few decoding rows are nearly free while the weights are read anyway, many cost
 what their arithmetic costs. The batcher asks two things of it for every step (do these rows cost an even share; how many
 prompt tokens fit beside them), so it gets a line instead: through the predicted time at the present number of rows, with the slope from
-there to twice as many, and the slopes by context and by prompt tokens. (How a prompt is cut best depends on the corner, so for that it
-gets points instead of a line.) It is drawn anew when the load has changed, for the worker that is
+there to twice as many, and the slopes by context and by prompt tokens. (How a prompt is cut best depends on the corner, so where there is one to be read it
+has points instead of a line.) It is drawn anew when the load has changed, for the worker that is
 the slowest with a chunk of a prompt in the step, since that one sets the pace of the pipeline.
 
 Never true: a row is free, any price is negative, or the line lies above the model for fewer rows than it was drawn at.

@@ -226,11 +226,16 @@ def pieces_of(facts: Facts, speeds: Speeds) -> Pieces:
     reading = speeds.layer[:, None] + (facts.dense_bytes + facts.expert_bytes) * speeds.weights[:, None]
     arithmetic = facts.flops * speeds.products[:, None]
     of_each = facts.until[-1, :-1]
-    return Pieces(float(np.mean((reading @ of_each) / (arithmetic @ of_each))), float(np.mean(speeds.sharpness)))
+    token_s = arithmetic @ of_each
+    return Pieces(
+        even=float(np.mean(reading @ of_each / token_s)),
+        fixed=float(np.mean(speeds.step / token_s)),
+        sharpness=float(np.mean(speeds.sharpness)),
+    )
 
 
 def load_columns(traffic: Traffic, serving: Serving, pieces: Pieces) -> np.ndarray:
-    """``[10]``: the load as `planning.compiled.steps` has it."""
+    """``[11]``: the load as `planning.compiled.steps` has it."""
     return np.array(
         [
             traffic.new_tokens,

@@ -105,7 +105,7 @@ def default_counts(facts: Facts, devices: Sequence[Device], serving: Serving = S
     traffic = Traffic(prompt_tokens=128, output_tokens=128, concurrency=16 * k)
     cluster = Cluster(facts, devices)
     in_service = min(traffic.concurrency, float(serving.max_running))
-    steps = mean_steps(traffic, serving, serving.microbatches(k), in_service, cluster.pieces)
+    steps = mean_steps(traffic, serving, cluster.pieces, k, serving.microbatches(k), in_service)
     times, share = unit_times(facts, cluster.speeds, steps.works), float(steps.prefill_share[0])
     mean = np.array([1.0 - share, share])
     problem = Problem(

@@ -1,6 +1,6 @@
 """What is asked of the server, and what steps the batcher makes of it: the load as values. Pure.
 
-`scheduler/batching.py` forms a step of an even share of the decoding sequences and fills it up with prompt chunks. With M
+`scheduler/batching.py` forms a step of an even share of the decoding sequences and adds prompt chunks. With M
 microbatches in flight and N sequences being served, a request of q prompt tokens (those that the prefix cache lacks), read in
 n chunks, and o output tokens lives for n - 1 steps and o rounds of M steps. So by Little's law r = N / (M o + n - 1) requests
 are finished per step, and a mean step carries r (o - 1) decode rows and r q prompt tokens, but never more tokens than
@@ -17,8 +17,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import msgspec
 import numpy as np
 
-from scheduler.lanes import MIN_CHUNK_TOKENS
-from scheduler.planning.cost import Works, pick
+from scheduler.planning.cost import Works, corner, pick
 
 Objective: TypeAlias = Literal["throughput", "latency", "goodput"]
 
@@ -105,30 +104,29 @@ class Steps:
 
 
 class Pieces(NamedTuple):
-    """What decides how prompts are cut: `even` tokens of them have as much arithmetic as the weights take to be read, and
-    beyond these a step is as much longer as the roofline's corner, of this `sharpness`, has it."""
+    """What decides how prompts are cut: `even` tokens of them have as much arithmetic as the weights take to be read, each stage adds `fixed` tokens'
+    time to that, and beyond these a step is as much longer as the roofline's corner, of this `sharpness`, has it."""
 
     even: float
+    fixed: float
     sharpness: float
 
 
-WHOLE = Pieces(1e12, 1.0)
+WHOLE = Pieces(1e12, 0.0, 1.0)
 """Nothing is cut but by the size of a step."""
 
 
-def mean_steps(traffic: Traffic, serving: Serving, num_microbatches: Any, num_sequences: Any, pieces: Pieces) -> Steps:
+def mean_steps(
+    traffic: Traffic, serving: Serving, pieces: Pieces, num_stages: Any, num_microbatches: Any, num_sequences: Any
+) -> Steps:
     """What the batcher makes of `traffic` with `num_sequences` in service, at least 1.
 
-    Microbatches and sequences are numbers or arrays ``[G]``.
+    Stages, microbatches and sequences are numbers or arrays ``[G]``.
     """
     num_sequences = np.atleast_1d(np.maximum(1.0, num_sequences))
-    in_flight, requests, chunks, share, decoding, decode_rows, chunk = step_of(
-        traffic.new_tokens,
-        traffic.output_tokens,
-        float(serving.max_step_tokens),
-        *pieces,
-        num_microbatches,
-        num_sequences,
+    budget = float(serving.max_step_tokens)
+    in_flight, requests, chunks, share, decoding, decode_rows, chunk, _ = step_of(
+        traffic.new_tokens, traffic.output_tokens, budget, *pieces, num_stages, num_microbatches, num_sequences
     )
     none = np.zeros(requests.shape)
     return Steps(
@@ -148,20 +146,21 @@ def mean_steps(traffic: Traffic, serving: Serving, num_microbatches: Any, num_se
     )
 
 
-def piece_of(prompt: float, even: float, sharpness: float, microbatches: Any) -> Any:
+def piece_of(prompt: float, even: Any, sharpness: float, stages: Any) -> Any:
     """Tokens of a prompt that a step takes, in mean, of a prompt that is alone: for numbers or for arrays, likewise.
 
-    P tokens in pieces of p are through S stages after P / p + S - 1 steps of (1 + (p / even)^q)^(1/q) times a step's reading of weights: soonest with
-    p = even (P / (even (S - 1)))^a, a = 1 / (q + 1). So it is cut anew in each step; of the whole prompt that makes 1 - a of the first piece in mean.
+    P tokens in pieces of p are through S stages after P / p + S - 1 steps of (1 + (p / even)^q)^(1/q) times a step without: soonest with
+    p = even (P / (even (S - 1)))^a, a = 1 / (q + 1). It is cut anew in each step, and what is left in smaller pieces.
     """
     cut = 1.0 / (sharpness + 1.0)
-    first = even * (prompt / (even * np.maximum(microbatches - 1.0, 1e-9))) ** cut
-    return pick(first < prompt, np.minimum(prompt, np.maximum(float(MIN_CHUNK_TOKENS), (1.0 - cut) * first)), prompt)
+    first = even * (prompt / (even * np.maximum(stages - 1.0, 1.0))) ** cut
+    return pick((stages > 1.0) & (first < prompt), np.maximum(1.0, (1.0 - cut / 2.0) * first), prompt)
 
 
 def step_of(
-    prompt: float, output: float, budget: float, even: float, sharpness: float, microbatches: Any, in_service: Any
-) -> tuple[Any, ...]:
+    prompt: float, output: float, budget: float, even: float, fixed: float, sharpness: float,
+    stages: Any, microbatches: Any, in_service: Any,
+) -> tuple[Any, ...]:  # fmt: skip
     """The law of the mean step: for numbers or for arrays, which numba compiles into the planner's loops as it is.
 
     Requests have `prompt` tokens to compute and `output` tokens to give; a step has room for `budget` tokens, and at least one
@@ -169,22 +168,23 @@ def step_of(
 
     Returns:
         steps in flight; requests that a step finishes; steps that read one prompt; the share of steps with a chunk; decoding rows of a step
-        without one, and of a step with one; tokens of the chunk.
+        without one, and of a step with one; tokens of the chunk; tokens of prompts for which a step has room.
     """
     in_flight = np.minimum(microbatches, in_service)
     alone = in_service <= microbatches  # a step then carries one sequence: a token of it, or a chunk
     decode_rows = in_service * 0.0
-    requests, chunks = decode_rows, decode_rows
-    piece = piece_of(prompt, even, sharpness, microbatches)
-    for _ in range(2):  # the chunks of a prompt depend on the room that decode rows leave, and the other way round
-        chunks = np.ceil(prompt / np.minimum(piece, np.maximum(1.0, budget - decode_rows)))
+    requests, chunks, piece = decode_rows, decode_rows, decode_rows
+    for _ in range(2):  # how a prompt is read depends on the rows that decode beside it, and the other way round
+        piece = piece_of(prompt, corner(even + stages * fixed, decode_rows, sharpness), sharpness, stages)
+        chunk = np.minimum(np.maximum(piece, requests * prompt), np.maximum(1.0, budget - decode_rows))
+        chunks = np.ceil(prompt / chunk)
         most = pick(alone, 1.0 / (chunks + (output - 1.0)), budget / (prompt + output - 1.0))
         requests = np.minimum(in_service / (in_flight * output + chunks - 1.0), most)
         decode_rows = pick(alone, 0.0, requests * (output - 1.0))
-    free = np.maximum(1.0, budget - decode_rows)
+    room = np.maximum(1.0, budget - decode_rows)
     read = requests * prompt
-    lumps = pick(piece < prompt, read / np.minimum(free, piece), -np.expm1(-read / np.minimum(free, prompt)))
-    shares = np.maximum(read / free, lumps)
+    lumps = pick(piece < prompt, read / np.minimum(room, piece), -np.expm1(-read / np.minimum(room, prompt)))
+    shares = np.maximum(read / room, lumps)
     share = np.minimum(1.0, pick(alone, requests * chunks, shares))
     decoding = requests * (output - 1.0) / pick(alone & (share < 1.0), 1.0 - share, 1.0)
-    return in_flight, requests, chunks, share, decoding, decode_rows, read / share
+    return in_flight, requests, chunks, share, decoding, decode_rows, read / share, room

@@ -2,7 +2,7 @@
 
 Clusters, model and lengths are those of `scripts/bench policies`. For each number of stages the planner's best layout serves a closed loop
 of as many clients as may be in service; those of the first round stop at random places, so that they do not end together. After
-a request's life and a fifth, steps are counted for another one: steps per second, the tokens that they sample, the share that
+two of a request's lives steps are counted for four more: steps per second, the tokens that they sample, the share that
 carries a prompt, and the mean time per token of the requests that end. Everything here is simulated and says so.
 """
 

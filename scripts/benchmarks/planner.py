@@ -215,7 +215,7 @@ def best_of_all(facts: Facts, devices: list[Device], traffic: Traffic, num_stage
     serving, cluster, best = Serving(), Cluster(facts, devices), 0.0
     in_service = min(traffic.concurrency, serving.max_running)
     for k in [num_stages] if num_stages else range(1, min(len(devices), facts.num_layers) + 1):
-        steps = mean_steps(traffic, serving, k, in_service, cluster.pieces)
+        steps = mean_steps(traffic, serving, cluster.pieces, k, k, in_service)
         times = unit_times(facts, cluster.speeds, steps.works)
         stage, share = times.fixed + cluster.hops(steps.works), float(steps.prefill_share[0])
         orders, bounds = _orders(len(devices), k), _cuts(facts.num_layers, k)

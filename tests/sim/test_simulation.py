@@ -310,5 +310,25 @@ def test_prompts_in_pieces_keep_a_deep_pipeline_busy(monkeypatch: pytest.MonkeyP
     traffic = Traffic(prompt_tokens=512, output_tokens=128, concurrency=clients)
     forecast = Pipeline(Facts(SPEC), devices, layout, traffic, Serving(max_running=clients)).forecast()
     assert in_pieces == pytest.approx(forecast.requests_per_s, rel=0.15)
-    monkeypatch.setattr(StepPrices, "piece", lambda self, unread, num_stages: unread)
+    monkeypatch.setattr(StepPrices, "piece", lambda self, unread, num_stages, in_flight: unread)
     assert in_pieces > 1.2 * rate()
+
+
+@pytest.mark.parametrize(
+    ("cluster", "counts", "rate", "prompt", "output"),
+    [("a100:8", (4,) * 8, 90, 512, 32), ("a100:8", (4,) * 8, 20, 2000, 64), ("a100:2", (16, 16), 15, 512, 64)],
+)
+def test_the_first_token_comes_when_the_forecast_says(
+    cluster: str, counts: Sequence[int], rate: float, prompt: int, output: int
+) -> None:
+    """Requests arrive at a rate below what is sustained, and prompts are read in pieces that are smaller than a step's room."""
+    trace = make_trace(f"poisson:rate={rate},prompt={prompt},output={output},duration=30", 0)
+    simulation, outcome = run(cluster, counts, trace, max_running=256, kv_bytes=16 << 30)
+    figures = summarise(outcome, simulation.devices, Slo())
+    devices = [Device(d.worker, d.speed) for d in simulation.devices]
+    layout = layout_from_counts(1, [d.worker for d in devices], counts)
+    traffic = Traffic(requests_per_s=rate, prompt_tokens=prompt, output_tokens=output, concurrency=0)
+    forecast = Pipeline(Facts(SPEC), devices, layout, traffic, Serving(max_running=256)).forecast()
+    assert not forecast.saturated
+    assert forecast.ttft_s == pytest.approx(figures["ttft_s"]["mean"], rel=0.3)
+    assert forecast.tpot_s == pytest.approx(figures["tpot_s"]["mean"], rel=0.2)

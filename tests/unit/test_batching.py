@@ -163,33 +163,50 @@ def test_a_pipeline_reads_a_prompt_in_pieces_and_one_stage_reads_it_whole() -> N
         assert batcher.next_step(0.0) is None
 
 
+PIPELINE = StepPrices(with_prompt=((16, 1.0), (32, 1.5), (64, 2.8), (128, 5.4), (256, 10.6)))
+
+
+def first_piece(num_waiting: int, num_blocks: int = 4000, **options: object) -> int:
+    """Tokens of the first step on two stages, with so many prompts of 96 tokens."""
+    batcher = make_batcher(num_blocks, **{"num_microbatches": 2, "max_step_tokens": 512, **options})
+    batcher.num_stages, batcher.prices = 2, PIPELINE
+    for sequence in range(num_waiting):
+        batcher.submit(sequence, make_request(96, max_tokens=4, first=100 * sequence), 0.0)
+    return sum(len(row.tokens) for row in step(batcher).rows)
+
+
 def test_who_waits_makes_the_pieces_larger_as_far_as_there_is_room() -> None:
-    prices = StepPrices(with_prompt=((16, 1.0), (32, 1.9), (64, 3.6), (128, 6.5)))
-    sizes = []
-    for num_waiting, num_blocks in ((0, 400), (5, 400), (5, 30)):
-        batcher = make_batcher(num_blocks, num_microbatches=2, max_step_tokens=512)
-        batcher.num_stages, batcher.prices = 2, prices
-        for sequence in range(1 + num_waiting):
-            batcher.submit(sequence, make_request(96, max_tokens=4, first=100 * sequence), 0.0)
-        sizes.append(sum(len(row.tokens) for row in step(batcher).rows))
-    alone, many, full = sizes
-    assert alone == full < many, "whom the pool cannot hold yet is not read soon"
+    assert [first_piece(n) for n in (1, 6, 60)] == [32, 64, 128]
+    assert first_piece(6, num_blocks=25) == 34, "whom the pool, of 100 tokens, cannot hold yet is not read soon"
+    assert first_piece(6, max_running=2) == first_piece(2), "nor whom there is no place for"
 
 
-def test_a_pool_without_a_free_block_does_not_stop_who_reads() -> None:
-    batcher = make_batcher(24, num_microbatches=2, max_step_tokens=512, prefix_cache=False)
-    batcher.num_stages, batcher.prices = 2, StepPrices(with_prompt=((16, 1.0), (32, 1.1)))
+def test_a_piece_is_no_larger_than_a_step_or_a_goal_has_it() -> None:
+    assert first_piece(60, max_step_tokens=100) == 100
+    batcher = make_batcher(400, num_microbatches=2, max_step_tokens=512, tpot_goal_s=0.1)
+    batcher.num_stages = 2
+    batcher.submit(1, make_request(4, max_tokens=50), 0.0)
+    answer(batcher, step(batcher))
+    for sequence in range(2, 8):
+        batcher.submit(sequence, make_request(96, max_tokens=4, first=100 * sequence), 0.0)
+    batcher.prices = StepPrices(step_s=0.005, row_s=0.01, prefill_s=0.001, with_prompt=PIPELINE.with_prompt)
+    assert sum(len(row.tokens) for row in step(batcher).rows) == 1 + 35
+
+
+def test_many_short_prompts_are_taken_together_by_one_stage() -> None:
+    batcher = make_batcher(400, num_microbatches=1, max_step_tokens=512)
+    batcher.prices = PIPELINE
+    for sequence in range(200):
+        batcher.submit(sequence, make_request(3, max_tokens=4, first=10 * sequence), 0.0)
+    assert len(step(batcher).rows) == 171, "of the last one two tokens"
+
+
+def test_a_long_prompt_that_runs_is_cut_though_no_block_is_free() -> None:
+    batcher = make_batcher(24, num_microbatches=4, max_step_tokens=512, prefix_cache=False)
+    batcher.num_stages, batcher.prices = 2, PIPELINE
     for sequence in (1, 2):
         batcher.submit(sequence, make_request(92, max_tokens=4, first=100 * sequence), 0.0)
-    read = 0
-    for _ in range(200):
-        plan = batcher.next_step(0.0)
-        if plan is None:
-            break
-        read += sum(len(row.tokens) for row in plan.rows if len(row.tokens) > 1)
-        answer(batcher, plan)
-    assert batcher.num_unfinished == 0
-    assert read == 2 * 92
+    assert [sum(len(row.tokens) for row in step(batcher).rows) for _ in range(3)] == [32, 32, 16]
 
 
 def test_a_step_in_flight_is_never_sent_twice_and_the_number_in_flight_is_bounded() -> None:

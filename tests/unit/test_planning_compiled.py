@@ -121,7 +121,7 @@ def test_the_loops_see_the_units_that_numpy_sees(experts: int, in_service: float
     )
     devices, traffic, serving = cluster_of(4), Traffic(prompt_tokens=300, output_tokens=40, cached_tokens=50), Serving()
     cluster = Cluster(facts, devices)
-    steps = mean_steps(traffic, serving, 3, in_service, cluster.pieces)
+    steps = mean_steps(traffic, serving, cluster.pieces, 3, 3, in_service)
     units = unit_times(facts, cluster.speeds, steps.works)
     seen, stage = np.empty((3, 1)), np.empty((4, 1, 4))
     layers, last = np.empty((4, 1, 4, 2)), np.empty((4, 1, 4))

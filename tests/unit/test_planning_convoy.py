@@ -78,7 +78,7 @@ def rounds_of(
 ) -> tuple[Rounds, float, float]:
     """The rounds of k stages, what no round is shorter than, and requests in a round."""
     cluster, num_layers = Cluster(facts, devices), facts.num_layers
-    steps = mean_steps(traffic, Serving(), k, traffic.concurrency, cluster.pieces)
+    steps = mean_steps(traffic, Serving(), cluster.pieces, k, k, traffic.concurrency)
     units = unit_times(facts, cluster.speeds, steps.works)
     times = StepTimes(units.fixed + cluster.hops(steps.works), units.layers, units.last)
     share = steps.prefill_share

@@ -31,8 +31,8 @@ GRID_POINTS = 16
 _CLOSER = 9
 """Into so many parts the step of the grid is divided in which the SLO begins to be missed."""
 P_IN_SERVICE, P_RATE, P_TPOT, P_TTFT, P_PROMPT, P_REQUESTS = range(6)
-"""The columns of a point: sequences in service, requests/s, seconds per output token, to the first one without waits, to read a prompt with
-nothing else to do, and requests that a step finishes."""
+"""The columns of a point: sequences in service, requests/s, seconds per output token, to the first one without waits, to read a prompt in
+steps that are full, and requests that a step finishes."""
 S_MEAN, S_FAST, S_SLOW, S_HOP, S_BUSY = range(5)
 """The rows of stages: seconds of the mean, a fast and a slow step without the hop, of the hop; and of its worker's mean step in all."""
 
@@ -71,21 +71,23 @@ def fill_point(law, chain, in_service, amounts, head, busy, point, stages):
     devices, workers = chain.devices, chain.workers
     num_stages, start = len(devices), 0
     in_service = max(1.0, in_service)
-    in_flight, requests, chunks, share, chunk = fill_step(law, chain.microbatches, in_service, amounts, head)
+    in_flight, requests, chunks, share, room = fill_step(law, num_stages, chain.microbatches, in_service, amounts, head)
     busy[:] = 0.0
     for s in range(num_stages):
         d, w = devices[s], workers[s]
-        fast, slow = machine[d, STEP_S], machine[d, STEP_S]
+        fast, slow, full = machine[d, STEP_S], machine[d, STEP_S], machine[d, STEP_S]
         stop = start + chain.counts[s]
         for u in range(len(law.kinds)):
             count = until[stop, u] - until[start, u]
             if count > 0.0:
                 fast += count * layer_seconds(law, d, amounts[0, u])
                 slow += count * layer_seconds(law, d, amounts[1, u])
+                full += count * layer_seconds(law, d, amounts[2, u])
         start = stop
         if s == num_stages - 1:
             fast += head_seconds(law, d, head[0])
             slow += head_seconds(law, d, head[1])
+            full += head_seconds(law, d, head[2])
         fast_hop = machine[d, HOP_S] + head[0, 3] * machine[d, HOP_TOKEN_S]
         slow_hop = machine[d, HOP_S] + head[1, 3] * machine[d, HOP_TOKEN_S]
         hop = (1.0 - share) * fast_hop + share * slow_hop
@@ -94,7 +96,8 @@ def fill_point(law, chain, in_service, amounts, head, busy, point, stages):
         busy[0, w] += mean + hop
         busy[1, w] += fast + fast_hop
         busy[2, w] += slow + slow_hop
-    mean_sum = fast_sum = slow_sum = mean_busiest = fast_busiest = slowest = 0.0
+        busy[3, w] += full + machine[d, HOP_S] + head[2, 3] * machine[d, HOP_TOKEN_S]
+    mean_sum = fast_sum = slow_sum = mean_busiest = fast_busiest = slowest = fullest = 0.0
     for w in range(busy.shape[1]):
         mean_sum += busy[0, w]
         fast_sum += busy[1, w]
@@ -102,6 +105,7 @@ def fill_point(law, chain, in_service, amounts, head, busy, point, stages):
         mean_busiest = max(mean_busiest, busy[0, w])
         fast_busiest = max(fast_busiest, busy[1, w])
         slowest = max(slowest, busy[2, w])
+        fullest = max(fullest, busy[3, w])
     for s in range(num_stages):
         stages[S_BUSY, s] = busy[0, workers[s]]
     cycle = round_seconds(share, in_flight, mean_sum, mean_busiest, slow_sum, fast_sum, fast_busiest)
@@ -118,7 +122,7 @@ def fill_point(law, chain, in_service, amounts, head, busy, point, stages):
         one_pass = max(slow_sum, cycle) + cycle / in_flight / 2
     point[P_IN_SERVICE], point[P_RATE], point[P_TPOT] = in_service, requests * in_flight / round_s, tpot_s
     point[P_TTFT] = load[HEAD_S] + one_pass + (chunks - 1.0) * slowest
-    point[P_PROMPT], point[P_REQUESTS] = slowest * load[PROMPT] / chunk, requests
+    point[P_PROMPT], point[P_REQUESTS] = fullest * load[PROMPT] / room, requests
 
 
 @part
@@ -157,7 +161,7 @@ def _scratch(law, chain):
     num_workers = 0
     for w in chain.workers:
         num_workers = max(num_workers, w + 1)
-    return np.empty((2, len(law.kinds), 4)), np.empty((2, 4)), np.empty((3, num_workers))
+    return np.empty((3, len(law.kinds), 4)), np.empty((3, 4)), np.empty((4, num_workers))
 
 
 @part

@@ -2,7 +2,7 @@
 
 Arrays that all kernels are given, in these orders; seconds, bytes, FLOP, tokens:
 
-    load     [10]     prompt tokens to compute, output tokens, tokens of a full step, context of a decoding row, context of a prompt's row,
+    load     [11]     prompt tokens to compute, output tokens, tokens of a full step, context of a decoding row, context of a prompt's row,
                       requests/s (0: a closed loop), (cv_arrival^2 + cv_service^2) / 2, the head's share of a round; `traffic.Pieces`
     machine  [n, 12]  of each device: the columns of `cost.Speeds`, a hop's latency, a hop's seconds per token
     kinds    [U, 4]   `Facts.kinds`
@@ -20,7 +20,7 @@ from scheduler.planning.convoy import slow_weight
 from scheduler.planning.cost import corner, layer_amounts
 from scheduler.planning.traffic import step_of
 
-PROMPT, OUTPUT, BUDGET, CONTEXT, PROMPT_CONTEXT, RATE, VARIABILITY, HEAD_S, EVEN, PIECE_SHARPNESS = range(10)
+PROMPT, OUTPUT, BUDGET, CONTEXT, PROMPT_CONTEXT, RATE, VARIABILITY, HEAD_S, EVEN, FIXED, CORNER = range(11)
 (
     STEP_S,
     LAYER_S,
@@ -83,16 +83,26 @@ def head_seconds(law, device, head):
 
 
 @part
-def fill_step(law, microbatches, in_service, layers, head):
-    """The mean steps of this operating point: what they ask for, into ``layers [2, U, 4]`` and ``head [2, 4]``, fast and slow. Returns
-    steps in flight, requests a step, steps to read a prompt, the share of slow steps, tokens of a chunk."""
+def fill_step(law, stages, microbatches, in_service, layers, head):
+    """The mean steps of this operating point: what they ask for, into ``layers [2, U, 4]`` and ``head [2, 4]``, fast and slow; with three rows also
+    one whose room for prompts is full. Returns steps in flight, requests a step, steps to read a prompt, the share of slow steps, that room in tokens."""
     load = law.load
-    in_flight, requests, chunks, share, decoding, decode_rows, chunk = step_of(
-        load[PROMPT], load[OUTPUT], load[BUDGET], load[EVEN], load[PIECE_SHARPNESS], microbatches, in_service
+    in_flight, requests, chunks, share, decoding, decode_rows, chunk, room = step_of(
+        load[PROMPT],
+        load[OUTPUT],
+        load[BUDGET],
+        load[EVEN],
+        load[FIXED],
+        load[CORNER],
+        float(stages),
+        microbatches,
+        in_service,
     )
     fill_amounts(law, decoding, 0.0, decoding, layers[0], head[0])
     fill_amounts(law, decode_rows, chunk, decode_rows + chunk / load[PROMPT], layers[1], head[1])
-    return in_flight, requests, chunks, share, chunk
+    if len(layers) > 2:
+        fill_amounts(law, decode_rows, room, decode_rows + room / load[PROMPT], layers[2], head[2])
+    return in_flight, requests, chunks, share, room
 
 
 @kernel(LAW, I1, F1, F1, F2, F3, F4, F3)
@@ -104,7 +114,7 @@ def unit_rows(law, ks, microbatches, in_service, steps, stage, layers, last):
     machine, num_kinds = law.machine, len(law.kinds)
     amounts, head = np.empty((2, num_kinds, 4)), np.empty((2, 4))
     for r in range(len(in_service)):
-        in_flight, requests, _, share, _ = fill_step(law, microbatches[r], in_service[r], amounts, head)
+        in_flight, requests, _, share, _ = fill_step(law, ks[r], microbatches[r], in_service[r], amounts, head)
         steps[0, r], steps[1, r], steps[2, r] = in_flight, requests, share
         weight = slow_weight(share, in_flight, min(1.0, in_flight / ks[r]))
         for d in range(len(machine)):
