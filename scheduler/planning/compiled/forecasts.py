@@ -32,7 +32,7 @@ _CLOSER = 9
 """Into so many parts the step of the grid is divided in which the SLO begins to be missed."""
 P_IN_SERVICE, P_RATE, P_TPOT, P_TTFT, P_PROMPT, P_REQUESTS = range(6)
 """The columns of a point: sequences in service, requests/s, seconds per output token, to the first one without waits, to read a prompt in
-steps that are full, and requests that a step finishes."""
+steps that are full (of an open loop only), and requests that a step finishes."""
 S_MEAN, S_FAST, S_SLOW, S_HOP, S_BUSY = range(5)
 """The rows of stages: seconds of the mean, a fast and a slow step without the hop, of the hop; and of its worker's mean step in all."""
 
@@ -70,7 +70,7 @@ def fill_point(law, chain, in_service, amounts, head, busy, point, stages):
     load, machine, until = law.load, law.machine, law.until
     devices, workers = chain.devices, chain.workers
     num_stages, start = len(devices), 0
-    in_service = max(1.0, in_service)
+    in_service, has_waits = max(1.0, in_service), load[RATE] > 0.0
     in_flight, requests, chunks, share, room = fill_step(law, num_stages, chain.microbatches, in_service, amounts, head)
     busy[:] = 0.0
     for s in range(num_stages):
@@ -82,12 +82,14 @@ def fill_point(law, chain, in_service, amounts, head, busy, point, stages):
             if count > 0.0:
                 fast += count * layer_seconds(law, d, amounts[0, u])
                 slow += count * layer_seconds(law, d, amounts[1, u])
-                full += count * layer_seconds(law, d, amounts[2, u])
+                if has_waits:
+                    full += count * layer_seconds(law, d, amounts[2, u])
         start = stop
         if s == num_stages - 1:
             fast += head_seconds(law, d, head[0])
             slow += head_seconds(law, d, head[1])
-            full += head_seconds(law, d, head[2])
+            if has_waits:
+                full += head_seconds(law, d, head[2])
         fast_hop = machine[d, HOP_S] + head[0, 3] * machine[d, HOP_TOKEN_S]
         slow_hop = machine[d, HOP_S] + head[1, 3] * machine[d, HOP_TOKEN_S]
         hop = (1.0 - share) * fast_hop + share * slow_hop
