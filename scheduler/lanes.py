@@ -67,7 +67,7 @@ class StepPrices:
         In n pieces they are through S stages after n + S - 1 times what a step with a piece lasts (with fewer steps `in_flight` than stages a
         piece waits for one to come back): with few large ones stages are idle before and behind each, many small ones make many steps.
         """
-        if num_stages == 1 or not unread or not self.with_prompt:
+        if num_stages == 1:
             return unread
         apart = max(1.0, num_stages / in_flight)
         best_s, best = math.inf, unread

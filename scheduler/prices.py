@@ -19,9 +19,10 @@ from runtime.layout import Layout
 from scheduler.lanes import BatchLoad, StepPrices
 from scheduler.planning.cost import Facts, Speed, Work, unit_times
 
-_CHUNK_TOKENS = 64.0
 _PIECES = tuple(1 << exponent for exponent in range(4, 14))
 """Tokens of prompts at which steps are priced as a whole."""
+_CHUNK_TOKENS = 64
+"""The one of them that gives the line its slope."""
 _LEAST_S = 1e-8
 """Of a row: an even share of nothing would be nothing."""
 
@@ -33,19 +34,21 @@ def step_prices(facts: Facts, layout: Layout, speeds: dict[WorkerName, Speed], l
         Work(rows, context, 0.0, 0.0, rows),
         Work(2 * rows, context, 0.0, 0.0, 2 * rows),
         Work(rows, 2 * context, 0.0, 0.0, rows),
-        Work(rows, context, _CHUNK_TOKENS, max(load.prefill_context, _CHUNK_TOKENS / 2), rows),
+        *(Work(rows, context, float(n), max(load.prefill_context, n / 2), rows) for n in _PIECES),
     ]
-    works += [Work(rows, context, float(n), max(load.prefill_context, n / 2), rows) for n in _PIECES]
     seconds = _worker_seconds(facts, layout, speeds, works)
-    base, twice, longer, chunk = (float(x) for x in seconds[:4, int(seconds[3].argmax())])
+    with_prompt = seconds[-len(_PIECES) :]
+    chunks = with_prompt[_PIECES.index(_CHUNK_TOKENS)]
+    slowest = int(chunks.argmax())
+    base, twice, longer = (float(x) for x in seconds[: -len(_PIECES), slowest])
     context_s = max(0.0, longer - base) / (rows * context)
     row_s = max(_LEAST_S, (twice - base) / rows - context * context_s)
     return StepPrices(
         step_s=max(0.0, base - rows * (row_s + context * context_s)),
         row_s=row_s,
         context_s=context_s,
-        prefill_s=max(0.0, chunk - base) / _CHUNK_TOKENS,
-        with_prompt=tuple(zip(_PIECES, seconds[4:].max(axis=1).tolist(), strict=True)),
+        prefill_s=max(0.0, float(chunks[slowest]) - base) / _CHUNK_TOKENS,
+        with_prompt=tuple(zip(_PIECES, with_prompt.max(axis=1).tolist(), strict=True)),
     )
 
 

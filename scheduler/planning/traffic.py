@@ -112,10 +112,6 @@ class Pieces(NamedTuple):
     sharpness: float
 
 
-WHOLE = Pieces(1e12, 0.0, 1.0)
-"""Nothing is cut but by the size of a step."""
-
-
 def mean_steps(
     traffic: Traffic, serving: Serving, pieces: Pieces, num_stages: Any, num_microbatches: Any, num_sequences: Any
 ) -> Steps:

@@ -14,11 +14,13 @@ from scheduler.planning.devices import lookup
 from scheduler.planning.forecast import Cluster, Device, Pipeline
 from scheduler.planning.planner import default_counts, plan
 from scheduler.planning.plans import NoPlan, Plan
-from scheduler.planning.traffic import WHOLE, Objective, Pieces, Serving, Slo, Traffic, mean_steps, piece_of
+from scheduler.planning.traffic import Objective, Pieces, Serving, Slo, Traffic, mean_steps, piece_of
 from scheduler.prices import step_prices
 from tests.planning_harness import every_split, llama_70b, make_spec
 
 SERVING = Serving()
+WHOLE = Pieces(1e12, 0.0, 1.0)
+"""Nothing is cut but by the size of a step."""
 
 
 def device(name: str, kind: str, *, slow: float = 1.0, memory: int = 0) -> Device:

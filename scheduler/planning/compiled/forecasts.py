@@ -20,6 +20,7 @@ from scheduler.planning.compiled.steps import (
     RATE,
     STEP_S,
     VARIABILITY,
+    fill_amounts,
     fill_step,
     head_seconds,
     layer_seconds,
@@ -71,7 +72,11 @@ def fill_point(law, chain, in_service, amounts, head, busy, point, stages):
     devices, workers = chain.devices, chain.workers
     num_stages, start = len(devices), 0
     in_service, has_waits = max(1.0, in_service), load[RATE] > 0.0
-    in_flight, requests, chunks, share, room = fill_step(law, num_stages, chain.microbatches, in_service, amounts, head)
+    in_flight, requests, chunks, share, decode_rows, room = fill_step(
+        law, num_stages, chain.microbatches, in_service, amounts, head
+    )
+    if has_waits:
+        fill_amounts(law, decode_rows, room, decode_rows + room / load[PROMPT], amounts[2], head[2])
     busy[:] = 0.0
     for s in range(num_stages):
         d, w = devices[s], workers[s]
@@ -92,13 +97,14 @@ def fill_point(law, chain, in_service, amounts, head, busy, point, stages):
                 full += head_seconds(law, d, head[2])
         fast_hop = machine[d, HOP_S] + head[0, 3] * machine[d, HOP_TOKEN_S]
         slow_hop = machine[d, HOP_S] + head[1, 3] * machine[d, HOP_TOKEN_S]
+        if has_waits:
+            busy[3, w] += full + machine[d, HOP_S] + head[2, 3] * machine[d, HOP_TOKEN_S]
         hop = (1.0 - share) * fast_hop + share * slow_hop
         mean = (1.0 - share) * fast + share * slow
         stages[S_MEAN, s], stages[S_FAST, s], stages[S_SLOW, s], stages[S_HOP, s] = mean, fast, slow, hop
         busy[0, w] += mean + hop
         busy[1, w] += fast + fast_hop
         busy[2, w] += slow + slow_hop
-        busy[3, w] += full + machine[d, HOP_S] + head[2, 3] * machine[d, HOP_TOKEN_S]
     mean_sum = fast_sum = slow_sum = mean_busiest = fast_busiest = slowest = fullest = 0.0
     for w in range(busy.shape[1]):
         mean_sum += busy[0, w]

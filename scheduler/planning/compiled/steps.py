@@ -84,8 +84,8 @@ def head_seconds(law, device, head):
 
 @part
 def fill_step(law, stages, microbatches, in_service, layers, head):
-    """The mean steps of this operating point: what they ask for, into ``layers [2, U, 4]`` and ``head [2, 4]``, fast and slow; with three rows also
-    one whose room for prompts is full. Returns steps in flight, requests a step, steps to read a prompt, the share of slow steps, that room in tokens."""
+    """The mean steps of this operating point: what they ask for, into ``layers [2, U, 4]`` and ``head [2, 4]``, fast and slow. Returns
+    steps in flight, requests a step, steps to read a prompt, the share of slow steps; a slow step's decoding rows, and its room for prompts in tokens."""
     load = law.load
     in_flight, requests, chunks, share, decoding, decode_rows, chunk, room = step_of(
         load[PROMPT],
@@ -100,9 +100,7 @@ def fill_step(law, stages, microbatches, in_service, layers, head):
     )
     fill_amounts(law, decoding, 0.0, decoding, layers[0], head[0])
     fill_amounts(law, decode_rows, chunk, decode_rows + chunk / load[PROMPT], layers[1], head[1])
-    if len(layers) > 2:
-        fill_amounts(law, decode_rows, room, decode_rows + room / load[PROMPT], layers[2], head[2])
-    return in_flight, requests, chunks, share, room
+    return in_flight, requests, chunks, share, decode_rows, room
 
 
 @kernel(LAW, I1, F1, F1, F2, F3, F4, F3)
@@ -114,7 +112,7 @@ def unit_rows(law, ks, microbatches, in_service, steps, stage, layers, last):
     machine, num_kinds = law.machine, len(law.kinds)
     amounts, head = np.empty((2, num_kinds, 4)), np.empty((2, 4))
     for r in range(len(in_service)):
-        in_flight, requests, _, share, _ = fill_step(law, ks[r], microbatches[r], in_service[r], amounts, head)
+        in_flight, requests, _, share, _, _ = fill_step(law, ks[r], microbatches[r], in_service[r], amounts, head)
         steps[0, r], steps[1, r], steps[2, r] = in_flight, requests, share
         weight = slow_weight(share, in_flight, min(1.0, in_flight / ks[r]))
         for d in range(len(machine)):
