@@ -1,5 +1,6 @@
 """What the model needs to know of one step on one worker: built once per step, read by every layer."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,3 +61,12 @@ class LayerKV:
     layer: int
     data: torch.Tensor
     page_of_block: np.ndarray
+
+
+def run_layers(layers: Sequence[Any], hidden: torch.Tensor, batch: StepBatch, kvs: Sequence[LayerKV]) -> torch.Tensor:
+    """One layer after the other, or all in one call where they can be (`runtime.model.lean.LeanLayer.run_together`)."""
+    if layers and (together := getattr(layers[0], "run_together", None)) is not None:
+        return together(layers, hidden, batch, kvs)
+    for layer, kv in zip(layers, kvs, strict=True):
+        hidden = layer(hidden, batch, kv)
+    return hidden

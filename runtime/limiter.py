@@ -23,6 +23,8 @@ import math
 from dataclasses import dataclass
 
 MIN_SHARE = 0.02
+ACCELERATOR_SHARE = 0.1
+"""Of a loader's thread beside an accelerator: while a step runs there the processor waits, most of the time."""
 SHARE_OF_FREE = 0.2
 """Measured: what keeps mean TPOT within some 3 % on two cores that the workers, the head and the client share."""
 LOADING = 0.5
@@ -79,6 +81,10 @@ class Limiter:
         if self.is_idle(now_s):
             return 1.0
         return max(MIN_SHARE, SHARE_OF_FREE * (1.0 - self._busy))
+
+    def working_share(self, now_s: float) -> float:
+        """Of its own time from now on, what a loader may compute and queue, in (0, 1]."""
+        return self.share(now_s) if self._accelerator is None else max(self.share(now_s), ACCELERATOR_SHARE)
 
     def loading_share(self, now_s: float) -> float:
         """Of its own time from now on, what a loader may work, in (0, 1]; a second of it brings no more than the link does."""

@@ -155,7 +155,7 @@ class Loader:
         pool = self.make_pool(load, num_layers)
         if self.queued is not None:
             progress(len(keys), "capturing graphs")
-            self.queued.capture(self.units.layers, self._segments(load))
+            self.queued.capture(self.units, self._segments(load))
         return pool
 
     def make_pool(self, load: Load, num_layers: int) -> PagePool:
@@ -247,7 +247,7 @@ class Loader:
             if "lm_head" not in keep:
                 self.units.lm_head = None
         if self.queued is not None:
-            self.queued.retain(key for key in keep if isinstance(key, int))
+            self.queued.retain((key for key in keep if isinstance(key, int)), self.units.lm_head)
         self._count_bytes()
 
     def give_back(self, is_idle: Callable[[], bool]) -> None:
@@ -376,7 +376,7 @@ class Loader:
             self._warm_shadow(load, asked.keys, spec, _WARM_UP_ROWS, asked.rests(pace.share)[0])
         if self.queued is not None:
             segments, (rest,) = self._segments(load), asked.rests(pace.share)
-            self.queued.capture(self.units.layers, segments, rest, asked.called_off.is_set)
+            self.queued.capture(self.units, segments, rest, asked.called_off.is_set)
         return peer_bytes
 
     def _add_to_shadow(self, key: UnitKey, asked: _Shadow, spec: ModelSpec) -> int:

@@ -480,7 +480,7 @@ class Member:
         holders: dict[UnitKey, WorkerName] = {"embedding": prepare.ends[0], "lm_head": prepare.ends[1]}
         holders |= {layer: move.source for move in prepare.moves for layer in move.layers}
         limiter, clock = self._limiter, self._clock
-        shares = (lambda: limiter.share(clock()), lambda: limiter.loading_share(clock()))
+        shares = (lambda: limiter.working_share(clock()), lambda: limiter.loading_share(clock()))
         pace = Pace(*shares, is_idle=old is None, holders=holders)
 
         def begin() -> None:

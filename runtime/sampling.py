@@ -88,14 +88,17 @@ class SampleOutput:
     failed: list[int] = field(default_factory=list)
 
 
-def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> SampleOutput:
-    """One token for each row of `logits`, float32 ``[len(rows), vocab]``, on any device. The logits are not changed."""
+def sample(logits: torch.Tensor, rows: Sequence[SamplingRow], first: torch.Tensor | None = None) -> SampleOutput:
+    """One token for each row of `logits`, float32 ``[len(rows), vocab]``, on any device. The logits are not changed.
+
+    `first` is what `likeliest` says of them, and perhaps of rows after them, if that is known already; on the CPU it is not asked for.
+    """
     assert logits.shape[0] == len(rows), f"{len(rows)} rows for logits of {list(logits.shape)}"
     if not rows:
         return SampleOutput([])
     logits = logits.detach().float()
     if not logits.is_cpu:
-        return sample_queued(logits, rows)
+        return sample_queued(logits, rows, first)
     best, is_finite = _argmax(logits)
     tokens = best.tolist()
     failed = set() if is_finite.all() else set(np.flatnonzero(~is_finite).tolist())
@@ -107,24 +110,37 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> SampleOutput:
     return SampleOutput(tokens, _sampled_logprobs(logits, rows, tokens), sorted(failed))
 
 
-def sample_queued(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> SampleOutput:
+def sample_queued(logits: torch.Tensor, rows: Sequence[SamplingRow], first: torch.Tensor | None = None) -> SampleOutput:
     """As `sample`, of float32 logits on a device whose work is queued: everything is, and then it is waited for, once.
 
     (Log-probabilities, for whom they were asked, wait again.)
     """
-    largest, tokens = logits.max(1)
-    is_finite = torch.isfinite(largest)
+    first, count = likeliest(logits) if first is None else first, len(rows)
     special = [r for r, row in enumerate(rows) if not _is_plain_greedy(row)]
     if special:
+        tokens, is_finite = first[0, :count], first[1, :count].bool()
         there = upload(np.array(special, dtype=np.int64), logits.device)
         best, still_finite = _queue_special(logits, [rows[r] for r in special], there, tokens)
-        tokens = tokens.index_copy(0, there, best)
         is_finite[there] &= still_finite
-    found, finite = torch.stack([tokens, is_finite.long()]).cpu().tolist()
+        first = torch.stack([tokens.index_copy(0, there, best), is_finite.long()])
+    found, finite = first.cpu()[:, :count].tolist()
     failed = [r for r, fine in enumerate(finite) if not fine]
     for row in failed:
         found[row] = FAILED_TOKEN
     return SampleOutput(found, _sampled_logprobs(logits, rows, found), failed)
+
+
+def likeliest(logits: torch.Tensor) -> torch.Tensor:
+    """int64 ``[2, N]`` for logits ``[N, vocab]``: the first largest of each row, and 1 where it is finite. A NaN counts as largest.
+
+    In two steps, for devices: of a single row one kernel reads all, with as many threads as it has for one row.
+    """
+    rows, vocab = logits.shape
+    parts = next(parts for parts in (32, 16, 8, 4, 2, 1) if vocab % parts == 0)
+    largest, places = logits.reshape(rows, parts, -1).max(2)
+    largest, chosen = largest.max(1)
+    tokens = chosen * (vocab // parts) + places.gather(1, chosen.unsqueeze(1)).squeeze(1)
+    return torch.stack([tokens, torch.isfinite(largest).long()])
 
 
 def prompt_logprobs(logits: torch.Tensor, targets: torch.Tensor | Sequence[int], top: int) -> list[TokenLogprobs]:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from kvstore.ids import LayerRange, WorkerName
+from kvstore.ids import WorkerName
 from kvstore.page_pool import PagePool
-from runtime.batch import NOT_TIMED, LayerKV, StepBatch
+from runtime.batch import NOT_TIMED, LayerKV, StepBatch, run_layers
 from runtime.cuda.step import upload
 from runtime.kernels.clock import LM_HEAD
 from runtime.layout import Layout
@@ -86,19 +86,10 @@ class Stage:
             assert self._units.embedding is not None, "the first hop holds the embedding"
             hidden = self._units.embedding(torch.from_numpy(planned.tokens).to(self._device))
         assert hidden is not None, f"a step came to hop {hop} without its hidden state"
-        hidden = self._run_layers(self.layout.segments[hop].layers, hidden, batch)
-        self.planned = planned
-        return hidden
-
-    def _run_layers(self, indices: LayerRange, hidden: torch.Tensor, batch: StepBatch) -> torch.Tensor:
-        """One after the other, or in one call where they can be (`runtime.model.lean.LeanLayer.run_together`)."""
-        layers = [self._units.layers[index] for index in indices]
+        indices = self.layout.segments[hop].layers
         kvs = [LayerKV(index, self.pool.data, self.pool.page_of(index)) for index in indices]
-        if layers and (together := getattr(layers[0], "run_together", None)) is not None:
-            return together(layers, hidden, batch, kvs)
-        for layer, kv in zip(layers, kvs, strict=True):
-            hidden = layer(hidden, batch, kv)
-        return hidden
+        self.planned = planned
+        return run_layers([self._units.layers[index] for index in indices], hidden, batch, kvs)
 
     def _run_queued(
         self, runner: "Runner", planned: PlannedBatch, hop: int, hidden: torch.Tensor | None
@@ -120,14 +111,13 @@ class Stage:
         found = Sampled([], [], [], [])
         if chosen:
             begun_ns = perf_counter_ns()
+            last = hidden
             if len(chosen) < len(hidden):
-                last = upload(starts[1:][chosen].astype(np.int64) - 1, hidden.device)
-                logits = lm_head(hidden.index_select(0, last))
-            else:
-                logits = lm_head(hidden)
+                last = hidden.index_select(0, upload(starts[1:][chosen].astype(np.int64) - 1, hidden.device))
+            logits, first = self._read(last)
             if len(self.spent):
                 self.spent[LM_HEAD] += perf_counter_ns() - begun_ns
-            self._choose(logits, [(rows[i], planned.sequences[i]) for i in chosen], found)
+            self._choose(logits, first, [(rows[i], planned.sequences[i]) for i in chosen], found)
         for index, row in enumerate(rows):
             if row.prompt_logprobs >= 0:
                 entries = _read_prompt(lm_head, hidden[starts[index] : starts[index + 1]], row)
@@ -135,6 +125,13 @@ class Stage:
         if not chosen and self._units.runner is not None:
             self._units.runner.wait()  # the sampler, which would have, had nothing to do
         return found
+
+    def _read(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits of all rows; and their likeliest tokens, as `runtime.sampling.likeliest` gives them, where a graph did both."""
+        lm_head, runner = self._units.lm_head, self._units.runner
+        assert lm_head is not None, "the last hop holds the LM head"
+        found = runner.read(lm_head, hidden) if runner is not None else None
+        return found if found is not None else (lm_head(hidden), None)
 
     def computed_s(self, begun_s: float, computed_s: float) -> float:
         """When the layers of the step that was sampled were done: `computed_s`, or later where work is queued."""
@@ -145,12 +142,18 @@ class Stage:
         self.state.check_integrity()
         self.pool.check_integrity()
 
-    def _choose(self, logits: torch.Tensor, chosen: list[tuple[Row, SequenceState]], found: Sampled) -> None:
+    def _choose(
+        self,
+        logits: torch.Tensor,
+        first: torch.Tensor | None,
+        chosen: list[tuple[Row, SequenceState]],
+        found: Sampled,
+    ) -> None:
         sampling_rows = [
             SamplingRow(state.sampling, state.num_tokens - state.num_prompt_tokens, _history(state))
             for _, state in chosen
         ]
-        output = sample(logits, sampling_rows)
+        output = sample(logits, sampling_rows, first)
         found.tokens = output.tokens
         if any(state.sampling.logprobs >= 0 for _, state in chosen):
             found.logprobs = output.logprobs

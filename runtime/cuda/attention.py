@@ -14,7 +14,7 @@ strided view, which every candidate here takes as it is.
 | `triton` | `runtime.cuda.decode`, where Triton is | decode only: a kernel of ours over pages of any size, softcap | yes |
 | `flashinfer` | the package, if it is there | FlashAttention over the pages, any page size, softcap | no |
 | `packed` | `torch.nn.attention.varlen`, older too | gathers the pages of all rows, then FlashAttention | no |
-| `flex` | `flex_attention`, compiled, where Triton is | as `packed`, with softcap; row by row what it was not compiled for | no |
+| `triton+` | `runtime.cuda.prompts`, where Triton is | a kernel of ours for any rows: pages of any size, softcap, any dtype | yes |
 | `gathered` | `scaled_dot_product_attention` | decode only: gathers the pages of all rows, padded to one length | yes |
 | `rows` | `runtime.attention` | one gather and one call per row | no |
 
@@ -37,7 +37,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from kvstore.page_pool import PagePool
 from runtime.attention import attend_row, attend_torch
 from runtime.batch import LayerKV, StepBatch
-from runtime.cuda.step import PagedStep, attach
+from runtime.cuda.step import PagedStep, attach, within_rows
 
 log = logging.getLogger("midflight.worker")
 
@@ -45,13 +45,11 @@ TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 _WORKSPACE_BYTES = 128 << 20
 """What flashinfer asks for; made when it is first used."""
-_TRIAL = "trial"
-"""In the memo of a step that is run to try a back end: there it may compile."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """All that a choice depends on. `must_capture`: it will run inside a graph, which is for decode steps only."""
+    """All that a choice depends on. `must_capture`: it will run inside a graph, in steps that are padded (`runtime.cuda.step`)."""
 
     device: torch.device
     dtype: torch.dtype
@@ -67,8 +65,8 @@ class Shape:
 
 
 class Backend(Protocol):
-    """One way to attend. `captures`: decode steps may run inside a graph. `reads_all`: then it reads all that its tables
-    could name, whatever the rows need."""
+    """One way to attend. `captures`: it may run inside a graph (of decode steps, where `fits` says no more). `reads_all`: then it reads all that
+    its tables could name, whatever the rows need."""
 
     name: str
     captures: bool
@@ -97,11 +95,25 @@ def attend_paged(
     softcap: float | None,
 ) -> torch.Tensor:
     """`runtime.attention.attend` for a step that is there as tensors."""
+    step.write(k, v, kv)
+    return attend_pages(q, step, kv, scale=scale, sliding_window=sliding_window, softcap=softcap)
+
+
+def attend_pages(
+    q: torch.Tensor,
+    step: PagedStep,
+    kv: LayerKV,
+    *,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """As `attend_paged`, after this step's keys and values were written."""
     shape = Shape(
         device=q.device,
         dtype=q.dtype,
         num_heads=q.shape[1],
-        num_kv_heads=k.shape[1],
+        num_kv_heads=kv.data.shape[3],
         head_dim=q.shape[2],
         block_size=kv.data.shape[2],
         scale=scale,
@@ -110,14 +122,20 @@ def attend_paged(
         is_decode=step.is_decode,
         must_capture=step.lens is None,
     )
-    backend = choose(shape)
-    step.write(k, v, kv)
-    return backend(q, kv.data, step.pages(kv.layer), step, shape)
+    return choose(shape)(q, kv.data, step.pages(kv.layer), step, shape)
+
+
+def choose(shape: Shape) -> Backend:
+    """The back end for this shape on this machine; tried once, so call it while loading. Thread safe."""
+    backend = find(shape)
+    if backend is None:
+        raise RuntimeError(f"nothing on this machine attends {shape}")
+    return backend
 
 
 @functools.lru_cache(maxsize=256)
-def choose(shape: Shape) -> Backend:
-    """The back end for this shape on this machine; tried once, so call it while loading. Thread safe."""
+def find(shape: Shape) -> Backend | None:
+    """As `choose`; None when there is none."""
     for backend in candidates():
         why = backend.fits(shape)
         if shape.must_capture and not backend.captures:
@@ -127,7 +145,7 @@ def choose(shape: Shape) -> Backend:
             log.info("attention %s: %s", _describe(shape), backend.name)
             return backend
         log.debug("attention %s: not %s: %s", _describe(shape), backend.name, why)
-    raise RuntimeError(f"nothing on this machine attends {shape}")
+    return None
 
 
 @functools.lru_cache(maxsize=1)
@@ -139,7 +157,7 @@ def candidates() -> tuple[Backend, ...]:
         TritonDecode(),
         FlashInfer(),
         Packed(),
-        Flex(),
+        TritonRows(),
         Gathered(),
         Rows(),
     )
@@ -155,7 +173,7 @@ def check(backend: Backend, shape: Shape) -> str:
         rows = [(0, 5), (shape.block_size - 1, 1), (3, shape.block_size + 2), (2 * shape.block_size, 1)]
     try:
         with torch.inference_mode():
-            off_by = max(_error(backend, shape, each) for each in (rows, *getattr(backend, "more_trials", ())))
+            off_by = _error(backend, shape, rows)
     except Exception as error:  # whatever a foreign library raises
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     if off_by > TOLERANCES[shape.dtype]:
@@ -168,7 +186,6 @@ def _error(backend: Backend, shape: Shape, rows: Sequence[tuple[int, int]]) -> f
     batch, pool, data = _random_step(shape, rows)
     attach(batch, pool, (0, 1), shape.device)
     step = batch.paged
-    step.memo[_TRIAL] = True
     q, k, v = data
     errors: list[float] = []
     for index in (0, 1):
@@ -274,6 +291,8 @@ class Varlen:
 
     def fits(self, shape: Shape) -> str:
         why = _flash_refuses(shape)
+        if not why and shape.must_capture and not shape.is_decode:
+            why = "its launches depend on the longest row"
         if not why and not {"block_table", "seqused_k", "window_size"} <= _varlen()[1]:  # type: ignore[index]
             why = "this torch's varlen_attn knows no pages"
         return why
@@ -337,12 +356,6 @@ def _key_starts(step: PagedStep) -> torch.Tensor:
     return starts
 
 
-def _within_rows(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of rows with so many entries laid end to end: the row of each entry and its place within the row, ``[sum]`` each."""
-    rows = np.repeat(np.arange(len(counts)), counts)
-    return rows, np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
-
-
 def _gather_packed(data: torch.Tensor, pages: torch.Tensor, step: PagedStep) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V of all positions of all rows, ``[sum of contexts, num_kv_heads, head_dim]`` each."""
     where = step.memo.get("packed")
@@ -350,7 +363,7 @@ def _gather_packed(data: torch.Tensor, pages: torch.Tensor, step: PagedStep) -> 
     if where is None:
         assert step.lens is not None, "a packed gather has as many rows as the host says"
         contexts = step.lens[1]
-        rows, places = _within_rows(contexts)
+        rows, places = within_rows(contexts)
         table = np.stack([rows, places // block_size, places % block_size]).astype(np.int64)
         where = step.memo["packed"] = torch.from_numpy(table).to(data.device)
     rows_there, blocks, offsets = where
@@ -358,10 +371,9 @@ def _gather_packed(data: torch.Tensor, pages: torch.Tensor, step: PagedStep) -> 
     return data[found, 0, offsets], data[found, 1, offsets]
 
 
-class TritonDecode:
-    """`runtime.cuda.decode`: decode rows over the pages, by a kernel of ours. Only tests let Triton interpret it."""
+class _Triton:
+    """A kernel of ours over the pages. Only tests let Triton interpret it."""
 
-    name = "triton"
     captures = True
     reads_all = False
 
@@ -369,11 +381,18 @@ class TritonDecode:
         self._interpreted = interpreted
 
     def fits(self, shape: Shape) -> str:
-        if not shape.is_decode:
-            return "it is for decode steps"
         if not self._interpreted and shape.device.type != "cuda":
             return "it is for CUDA"
         return "" if importlib.util.find_spec("triton") is not None else "Triton is not there"
+
+
+class TritonDecode(_Triton):
+    """`runtime.cuda.decode`, for decode steps."""
+
+    name = "triton"
+
+    def fits(self, shape: Shape) -> str:
+        return super().fits(shape) if shape.is_decode else "it is for decode steps"
 
     def __call__(
         self, q: torch.Tensor, data: torch.Tensor, pages: torch.Tensor, step: PagedStep, shape: Shape, /
@@ -383,6 +402,24 @@ class TritonDecode:
         splits = EAGER_SPLITS if step.lens is not None else num_splits(len(q) * shape.num_kv_heads, step.max_context)
         args = (shape.scale, shape.sliding_window, shape.softcap)
         return attend_decode(q, data, pages, step.context_lens, splits, *args)
+
+
+class TritonRows(_Triton):
+    """`runtime.cuda.prompts`, for steps with prompts."""
+
+    name = "triton+"
+
+    def fits(self, shape: Shape) -> str:
+        return super().fits(shape) if not shape.is_decode else "it is for prompts"
+
+    def __call__(
+        self, q: torch.Tensor, data: torch.Tensor, pages: torch.Tensor, step: PagedStep, shape: Shape, /
+    ) -> torch.Tensor:
+        from runtime.cuda.prompts import attend_rows
+
+        assert step.blocks is not None, "a step with prompts comes with its blocks of queries"
+        args = (shape.scale, shape.sliding_window, shape.softcap)
+        return attend_rows(q, data, pages, step.query_starts, step.context_lens, step.blocks, *args)
 
 
 class FlashInfer:
@@ -422,7 +459,7 @@ class FlashInfer:
             workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=shape.device)
             self._workspace[shape.device] = workspace
         counts = -(-contexts // shape.block_size)
-        rows, blocks = _within_rows(counts)
+        rows, blocks = within_rows(counts)
         where = torch.from_numpy(np.stack([rows, blocks]).astype(np.int64)).to(shape.device)
         wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
         wrapper.plan(
@@ -445,113 +482,6 @@ class FlashInfer:
 
 
 # -- torch ----------------------------------------------------------------------------------------------------
-
-
-class _NotCompiled(Exception):
-    """`flex_attention` would have to be compiled for this step."""
-
-
-def _flex_attention(q: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """`flex_attention`, which runs compiled or not at all."""
-    if not torch.compiler.is_compiling():
-        raise _NotCompiled("flex_attention was not compiled for this")
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return flex_attention(q, *args, **kwargs)
-
-
-class Flex:
-    """`flex_attention` over the gathered keys of all rows, with a mask that keeps rows apart; compiled, or not at all.
-
-    It is compiled while it is tried, for all sizes that torch tells apart: fewer than 128 queries or not, one block of 128 queries or of
-    keys or more, each of them twice, lest sizes that happen to be equal be taken for the same. What a step may want beyond that
-    goes row by row.
-    """
-
-    name = "flex"
-    captures = False
-    reads_all = False
-    more_trials: tuple[list[tuple[int, int]], ...] = (
-        [(0, 5), (2, 9)],
-        [(200, 5), (100, 9)],
-        [(0, 150), (30, 41)],
-        [(0, 7), (1, 20), (3, 2)],
-        [(390, 11), (77, 3), (5, 1)],
-        [(0, 270), (61, 70), (5, 3)],
-    )
-
-    def __init__(self, compiled: bool = True, backend: str = "inductor") -> None:
-        """`compiled`, and what compiles it, are otherwise in tests only."""
-        self._compiled = compiled
-        self._backend = backend
-        self._attend: Callable[..., Any] | None = None
-
-    def fits(self, shape: Shape) -> str:
-        if self._compiled and (shape.device.type != "cuda" or importlib.util.find_spec("triton") is None):
-            return "it is for CUDA with Triton"
-        if self._compiled and shape.dtype not in _FLASH_DTYPES:
-            return "what asks for float32 asks for no approximation of it"
-        if shape.head_dim < 16 or shape.is_decode:
-            return "it is for prompts, and heads of 16 at least"
-        return ""
-
-    def __call__(
-        self, q: torch.Tensor, data: torch.Tensor, pages: torch.Tensor, step: PagedStep, shape: Shape, /
-    ) -> torch.Tensor:
-        attend: Any = self._attend
-        if attend is None:
-            from torch.nn.attention.flex_attention import flex_attention
-
-            compiled = self._compiled
-            attend = torch.compile(_flex_attention, dynamic=True, backend=self._backend) if compiled else flex_attention
-            self._attend = attend
-        if self._compiled and _TRIAL not in step.memo:
-            attend = torch._dynamo.run(attend)
-        keys, values = _gather_packed(data, pages, step)
-        key = ("flex", shape.sliding_window)
-        if key not in step.memo:
-            step.memo[key] = self._mask(step, shape)
-        cap = shape.softcap or 1.0
-
-        def capped(score: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
-            return cap * torch.tanh(score / cap)
-
-        try:
-            out = attend(
-                q.transpose(0, 1)[None],
-                keys.transpose(0, 1)[None],
-                values.transpose(0, 1)[None],
-                score_mod=capped if shape.softcap is not None else None,
-                block_mask=step.memo[key],
-                scale=shape.scale,
-                enable_gqa=shape.num_heads != shape.num_kv_heads,
-            )
-        except _NotCompiled:
-            if _TRIAL in step.memo:
-                raise
-            return Rows()(q, data, pages, step, shape)
-        return out[0].transpose(0, 1)
-
-    def _mask(self, step: PagedStep, shape: Shape) -> Any:
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        assert step.lens is not None, "the mask is made on the host"
-        starts, contexts = step.lens
-        counts = np.diff(starts)
-        query_rows, query_at = _within_rows(counts)
-        query_at = query_at + np.repeat(contexts - counts, counts)
-        key_rows, key_at = _within_rows(contexts)
-        device = shape.device
-        query_rows, query_at, key_rows, key_at = (
-            torch.from_numpy(array.astype(np.int32)).to(device) for array in (query_rows, query_at, key_rows, key_at)
-        )
-        window = shape.sliding_window
-
-        def visible(b: Any, h: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-            seen = (query_rows[query] == key_rows[key]) & (key_at[key] <= query_at[query])
-            return seen if window is None else seen & (key_at[key] > query_at[query] - window)
-
-        return create_block_mask(visible, None, None, len(query_rows), len(key_rows), device=device)
 
 
 class Gathered:

@@ -38,8 +38,10 @@ def attend_decode(
     if q.stride(2) != 1:
         q = q.contiguous()
     out = torch.empty(rows, num_heads, head_dim, dtype=q.dtype, device=q.device)
-    sums = torch.empty(rows, num_heads, splits, head_dim, dtype=torch.float32, device=q.device)
-    stats = torch.empty(rows, num_heads, splits, 2, dtype=torch.float32, device=q.device)
+    sums = stats = out
+    if splits > 1:
+        sums = torch.empty(rows, num_heads, splits, head_dim, dtype=torch.float32, device=q.device)
+        stats = torch.empty(rows, num_heads, splits, 2, dtype=torch.float32, device=q.device)
     group = num_heads // num_kv_heads
     block_d = triton.next_power_of_2(max(16, head_dim))
     _split[rows, num_kv_heads, splits](
@@ -49,6 +51,7 @@ def attend_decode(
         context_lens,
         sums,
         stats,
+        out,
         q.stride(0),
         q.stride(1),
         pages.stride(0),
@@ -65,7 +68,8 @@ def attend_decode(
         block_d,
         _BLOCK,
     )
-    _merge[rows, num_heads](sums, stats, out, num_heads, head_dim, splits, block_d)
+    if splits > 1:
+        _merge[rows, num_heads](sums, stats, out, num_heads, head_dim, splits, block_d)
     return out
 
 
@@ -84,6 +88,7 @@ def _split(
     context_lens,
     sums,
     stats,
+    out,
     q_row_stride,
     q_head_stride,
     pages_stride,
@@ -137,9 +142,13 @@ def _split(
         largest = highest
 
     to = (row * (KV_HEADS * GROUP) + head) * SPLITS + split
-    tl.store(sums + to[:, None] * HEAD_DIM + column[None, :], acc, mask=is_member[:, None] & is_column[None, :])
-    tl.store(stats + to * 2, largest, mask=is_member)
-    tl.store(stats + to * 2 + 1, total, mask=is_member)
+    if SPLITS == 1:
+        result = (acc / total[:, None]).to(out.dtype.element_ty)
+        tl.store(out + to[:, None] * HEAD_DIM + column[None, :], result, mask=is_member[:, None] & is_column[None, :])
+    else:
+        tl.store(sums + to[:, None] * HEAD_DIM + column[None, :], acc, mask=is_member[:, None] & is_column[None, :])
+        tl.store(stats + to * 2, largest, mask=is_member)
+        tl.store(stats + to * 2 + 1, total, mask=is_member)
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 One `Queued` per worker. The loader calls it where something is loaded, made or dropped; on the CPU there is none.
 """
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -13,7 +14,8 @@ import torch
 from kvstore.ids import LayerRange
 from kvstore.page_memory import PageMemory
 from kvstore.page_pool import PagePool
-from runtime.cuda.attention import Shape, choose
+from runtime.cuda import fused
+from runtime.cuda.attention import Shape, choose, find
 from runtime.cuda.copies import Copies
 from runtime.cuda.graphs import Graphs, capture_streams
 from runtime.cuda.memory import kv_budget, reserve_for
@@ -21,6 +23,7 @@ from runtime.cuda.runner import Runner
 from runtime.cuda.spans import MAX_ROWS, Buckets, make_buckets
 from runtime.cuda.virtual import DeviceMemory
 from runtime.model.spec import ModelSpec
+from runtime.stage import Units
 
 log = logging.getLogger("midflight.worker")
 
@@ -96,21 +99,21 @@ class Queued:
 
     def capture(
         self,
-        units: dict[int, Any],
+        units: Units,
         segments: Sequence[LayerRange],
         rest: Callable[[], None] = lambda: None,
         is_cancelled: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Capture what steps over `segments` will replay and is not there yet."""
+        """Capture what steps over `segments`, and the LM head that is held, will replay and is not there yet."""
         graphs, pool = self.runner.graphs, self._pool
         if graphs is None or pool is None:
             return
         torch.cuda.current_stream(self._device).synchronize()  # the weights are there, for whatever stream reads them
-        count = graphs.capture(units, segments, pool.data, rest, is_cancelled)
+        count = graphs.capture(units.layers, segments, pool.data, rest, is_cancelled, units.lm_head)
         log.info("%d graphs captured, %d in all", count, len(graphs))
 
-    def retain(self, layers: Iterable[int]) -> None:
-        """Only these layers' graphs stay, and no pool without any; what was dropped is given back, for who shares the device."""
+    def retain(self, layers: Iterable[int], lm_head: Any) -> None:
+        """Only the graphs of these layers and this LM head stay, and no pool without any layer; what was dropped is given back, for who shares the device."""
         kept = set(layers)
         if not kept:
             self.drop_pool()
@@ -118,31 +121,33 @@ class Queued:
         graphs = self.runner.graphs
         with graphs.lock if graphs is not None else nullcontext():
             if graphs is not None:
-                graphs.retain(kept)
+                graphs.retain(kept, lm_head)
             torch.cuda.empty_cache()  # not beside a capture, which would keep what is dropped
 
     def _buckets(self, spec: ModelSpec, block_size: int, implementation: str) -> Buckets:
         dtype = getattr(torch, spec.dtype)
         windows = set(spec.layer_windows) or {spec.sliding_window}
-        backends = [
-            choose(
-                Shape(
-                    device=self._device,
-                    dtype=dtype,
-                    num_heads=spec.num_heads,
-                    num_kv_heads=spec.num_kv_heads,
-                    head_dim=spec.head_dim,
-                    block_size=block_size,
-                    scale=spec.head_dim**-0.5,
-                    sliding_window=window,
-                    is_decode=True,
-                    must_capture=True,
-                )
+        shapes = [
+            Shape(
+                device=self._device,
+                dtype=dtype,
+                num_heads=spec.num_heads,
+                num_kv_heads=spec.num_kv_heads,
+                head_dim=spec.head_dim,
+                block_size=block_size,
+                scale=spec.head_dim**-0.5,
+                sliding_window=window,
+                is_decode=True,
+                must_capture=True,
             )
             for window in windows
         ]
+        backends = [choose(shape) for shape in shapes]
         most = None
         # Generic layers may attend with a softcap or a scale of their own, for which another back end may be chosen.
         if implementation != "lean" or any(backend.reads_all for backend in backends):
             most = GATHER_BYTES // spec.kv_bytes_per_token_layer()
-        return make_buckets(MAX_ROWS, spec.max_context, block_size, most)
+        # What lean layers pad their steps with has no place among the pages; that is the kernels' (`runtime.cuda.fused`).
+        prompts = implementation == "lean" and fused.has_kernels(self._device, dtype)
+        prompts = prompts and all(find(dataclasses.replace(shape, is_decode=False)) is not None for shape in shapes)
+        return make_buckets(MAX_ROWS, spec.max_context, block_size, most, prompts=prompts)

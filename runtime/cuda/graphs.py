@@ -1,8 +1,9 @@
-"""CUDA graphs of decode steps: static inputs, capture beside a serving thread, and replay.
+"""CUDA graphs of steps: static inputs, capture beside a serving thread, and replay.
 
 How it works: the graphs of one bucket share `StaticInputs`: the hidden state (each graph reads it and writes it back, so
 graphs of consecutive spans chain by themselves), positions, page tables and slots. A step is padded to its bucket,
-copied into them on the compute stream, and then its spans are replayed there one after the other.
+copied into them on the compute stream, and then its spans are replayed there one after the other. The LM head, with the choice of the likeliest
+token, has graphs of its own, one for each number of rows.
 
 Capturing happens in the loader's thread, on a stream of its own that runs nothing else, in mode `thread_local`, which
 leaves the serving thread free to allocate and to launch. It does not go through `torch.cuda.graph`, which waits for the
@@ -16,6 +17,7 @@ input or a page that serves; who drops graphs waits for more than the one that i
 """
 
 import contextlib
+import functools
 import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,10 +28,11 @@ import numpy as np
 import torch
 
 from kvstore.ids import LayerRange
-from runtime.batch import LayerKV, StepBatch
+from runtime.batch import LayerKV, StepBatch, run_layers
 from runtime.cuda.guard import StaticOnly
-from runtime.cuda.spans import Bucket, Buckets, cover
-from runtime.cuda.step import HostStep, PagedStep, Upload, pad_decode
+from runtime.cuda.spans import Bucket, Buckets, cover, num_blocks
+from runtime.cuda.step import HostStep, PagedStep, Twins, pad_decode, query_blocks
+from runtime.sampling import likeliest
 
 log = logging.getLogger("midflight.worker")
 
@@ -39,7 +42,12 @@ _failed: list[Any] = []
 
 
 class StaticInputs:
-    """The tensors that graphs of one bucket read, for all layers of a model. Their addresses never change."""
+    """The tensors that graphs of one bucket read, for all layers of a model. Their addresses never change.
+
+    `fills`: page tables are filled up to their ends, for attention that reads all of them; else what lies beyond a row's pages is left from
+    steps before. As it is made it holds a decode step of one position a row, all at the first place of the first page, or one token with no
+    place for its keys and values.
+    """
 
     def __init__(
         self,
@@ -49,49 +57,87 @@ class StaticInputs:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        fills: bool = True,
     ) -> None:
-        rows, width = bucket.rows, -(-bucket.context // block_size)
+        rows, tokens, width = bucket.rows, bucket.num_tokens, -(-bucket.context // block_size)
         self.bucket = bucket
-        self.hidden = torch.zeros(rows, hidden_size, dtype=dtype, device=device)
-        self.positions = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.slots = torch.zeros(num_layers, rows, dtype=torch.int64, device=device)
-        self.tables = torch.zeros(num_layers, rows, width, dtype=torch.int32, device=device)
-        self.context_lens = torch.ones(rows, dtype=torch.int32, device=device)
-        self.query_starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
+        self.hidden = torch.zeros(tokens, hidden_size, dtype=dtype, device=device)
+        arrays: dict[str, tuple[tuple[int, ...], Any]] = {
+            "positions": ((tokens,), np.int64),
+            "tokens": ((tokens,), np.int64),
+            "slots": ((num_layers, tokens), np.int64),
+            "context_lens": ((rows,), np.int32),
+            "query_starts": ((rows + 1,), np.int32),
+        }
+        if bucket.tokens:
+            arrays["blocks"] = ((2, num_blocks(bucket)), np.int32)
+        self._numbers = Twins(arrays, device)
+        self._tables = Twins({"pages": ((num_layers, rows, width), np.int32)}, device)
+        here = self._numbers.here
+        here["context_lens"].fill(1)
+        here["query_starts"][:] = np.minimum(np.arange(rows + 1), tokens if not bucket.tokens else 1)
+        if bucket.tokens:
+            here["slots"].fill(-1)
+            here["blocks"][0, 1:] = -1
+        self._numbers.send()
         self._rows = dict(enumerate(range(num_layers)))
-        self._device = device
+        self._fills = fills
 
-    def fill(self, layers: LayerRange, step: HostStep) -> np.ndarray:
-        """Put a decode step over the pages of `layers` in; which row of the step each row now is. Nothing is waited for."""
-        padded, source = pad_decode(step, self.bucket.rows)
-        upload = Upload(self._device)
-        arrays = (padded.positions, padded.slots, padded.context_lens, padded.tables)
-        places = [upload.add(array) for array in arrays]
-        upload.send()
-        positions, slots, contexts, tables = (upload.tensor(place) for place in places)
-        self.positions.copy_(positions)
-        self.slots[layers.start : layers.stop].copy_(slots)
-        self.context_lens.copy_(contexts)
-        mine, width = self.tables[layers.start : layers.stop], tables.shape[2]
-        mine[:, :, :width].copy_(tables)
-        if width < mine.shape[2]:
-            mine[:, :, width:].copy_(tables[:, :, :1].expand(-1, -1, mine.shape[2] - width))
+    @property
+    def tokens(self) -> torch.Tensor:
+        """int64 ``[T]``: those of the step."""
+        return self._numbers.there["tokens"]
+
+    @property
+    def nbytes(self) -> int:
+        """On the device."""
+        return self.hidden.nbytes + self._numbers.nbytes + self._tables.nbytes
+
+    def fill(self, layers: LayerRange, step: HostStep, tokens: np.ndarray) -> np.ndarray | None:
+        """Put a step over the pages of `layers` in, with its `tokens`; of a decode step, which row of the step each row now is. Nothing is
+        waited for, but what was put in before must have been used."""
+        here, tables = self._numbers.here, self._tables.here["pages"][layers.start : layers.stop]
+        slots = here["slots"][layers.start : layers.stop]
+        rows, count, width = len(step.context_lens), len(step.positions), step.tables.shape[2]
+        source = None
+        if self.bucket.tokens:
+            blocks = query_blocks(step.query_starts)
+            here["positions"][:count], here["tokens"][:count] = step.positions, tokens
+            here["context_lens"][:rows] = step.context_lens
+            here["query_starts"][: rows + 1] = step.query_starts
+            here["query_starts"][rows + 1 :] = count
+            here["blocks"][:, : blocks.shape[1]] = blocks
+            here["blocks"][0, blocks.shape[1] :] = -1
+            slots[:, :count] = step.slots
+            slots[:, count:] = -1
+            tables[:, :rows, :width] = step.tables
+        else:
+            source = pad_decode(step, self.bucket.rows)
+            here["positions"][:], here["tokens"][:] = step.positions[source], tokens[source]
+            here["context_lens"][:] = step.context_lens[source]
+            slots[:] = step.slots[:, source]
+            tables[:, :, :width] = step.tables[:, source]
+            if self._fills:
+                tables[:, :, width:] = tables[:, :, :1]
+        self._numbers.send()
+        self._tables.send_part("pages", slice(layers.start, layers.stop))
         return source
 
     def batch(self) -> StepBatch:
         """The step as layers want it. Fresh each time: what one graph derives must not be another's input."""
-        rows = self.bucket.rows
+        rows, there = self.bucket.rows, self._numbers.there
         paged = PagedStep(
-            query_starts=self.query_starts,
-            context_lens=self.context_lens,
-            tables=self.tables,
-            slots=self.slots,
+            query_starts=there["query_starts"],
+            context_lens=there["context_lens"],
+            tables=self._tables.there["pages"],
+            slots=there["slots"],
             row_of_layer=self._rows,
-            max_query=1,
+            max_query=self.bucket.tokens or 1,
             max_context=self.bucket.context,
+            blocks=there.get("blocks"),
         )
         return StepBatch(
-            positions=self.positions,
+            positions=there["positions"],
             query_starts=np.arange(rows + 1, dtype=np.int32),
             context_lens=np.full(rows, self.bucket.context, np.int32),
             block_tables=np.zeros((rows, 1), np.int32),
@@ -100,10 +146,31 @@ class StaticInputs:
 
     def run(self, layers: Sequence[tuple[int, Any]], data: torch.Tensor) -> None:
         """Send the hidden state through (index, layer) pairs, over the pages in `data`. This is what a graph holds."""
-        batch, hidden = self.batch(), self.hidden
-        for index, layer in layers:
-            hidden = layer(hidden, batch, LayerKV(index, data, _NO_PAGES))
-        self.hidden.copy_(hidden)
+        kvs = [LayerKV(index, data, _NO_PAGES) for index, _ in layers]
+        self.hidden.copy_(run_layers([layer for _, layer in layers], self.hidden, self.batch(), kvs))
+
+
+class StaticHead:
+    """The input and the results of a graph of the LM head, for up to a number of rows."""
+
+    def __init__(self, rows: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.hidden = torch.zeros(rows, hidden_size, dtype=dtype, device=device)
+        self.logits: torch.Tensor | None = None
+        """float32 ``[rows, vocab_size]``."""
+        self.likeliest: torch.Tensor | None = None
+        """As `runtime.sampling.likeliest` gives it."""
+
+    def run(self, lm_head: Any) -> None:
+        """This is what a graph holds."""
+        self.logits = logits = lm_head(self.hidden)
+        self.likeliest = likeliest(logits)
+
+
+@dataclass(frozen=True, slots=True)
+class _CapturedHead:
+    graph: Any
+    lm_head: Any
+    static: StaticHead
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +215,7 @@ class Graphs:
         self._page_shape = page_shape
         self._inputs: dict[Bucket, StaticInputs] = {}
         self._captured: dict[tuple[LayerRange, Bucket], _Captured] = {}
+        self._heads: dict[int, _CapturedHead] = {}
         self._covers: dict[LayerRange, list[LayerRange]] = {}
         self._broken: str = ""
         self._pool: Any = None
@@ -156,7 +224,7 @@ class Graphs:
         """Held while one graph is captured, and by who drops graphs."""
 
     def __len__(self) -> int:
-        return len(self._captured)
+        return len(self._captured) + len(self._heads)
 
     @property
     def why_not(self) -> str:
@@ -166,10 +234,10 @@ class Graphs:
     # -- the compute thread ---------------------------------------------------------------------------------
 
     def find(
-        self, layers: LayerRange, rows: int, context: int, units: Mapping[int, Any], data: torch.Tensor
+        self, layers: LayerRange, rows: int, context: int, tokens: int, units: Mapping[int, Any], data: torch.Tensor
     ) -> Bucket | None:
-        """The bucket in which such a decode step can be replayed over these layers and pages now; else None."""
-        bucket, spans = self.buckets.fit(rows, context), self._covers.get(layers)
+        """The bucket in which such a step can be replayed over these layers and pages now; else None."""
+        bucket, spans = self.buckets.fit(rows, context, tokens), self._covers.get(layers)
         if bucket is None or spans is None:
             return None
         for span in spans:
@@ -180,24 +248,39 @@ class Graphs:
                 return None
         return bucket
 
+    def read(self, lm_head: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Logits ``[N, vocab_size]`` of hidden states ``[N, hidden]``, and `runtime.sampling.likeliest` of N rows or more, until the next call;
+        None where no graph does it."""
+        rows = next((rows for rows in self.buckets.rows if rows >= len(hidden)), 0)
+        found = self._heads.get(rows)
+        if found is None or found.lm_head is not lm_head:
+            return None
+        static = found.static
+        static.hidden[: len(hidden)].copy_(hidden)  # what lies beyond is some row or other
+        found.graph.replay()
+        assert static.logits is not None, "it was captured"
+        assert static.likeliest is not None, "it was captured"
+        return static.logits[: len(hidden)], static.likeliest
+
     def inputs(self, bucket: Bucket) -> StaticInputs:
         """Where a step of this bucket is to be put before `replay`."""
         return self._inputs[bucket]
 
     def replay(self, layers: LayerRange, bucket: Bucket) -> torch.Tensor:
-        """Run what was put into the inputs of `bucket`; its hidden state, ``[bucket.rows, hidden]``, until the next step."""
+        """Run what was put into the inputs of `bucket`; its hidden state, ``[bucket.num_tokens, hidden]``, until the next step."""
         for span in self._covers[layers]:
             self._captured[span, bucket].graph.replay()
         return self._inputs[bucket].hidden
 
-    def retain(self, layers: Iterable[int]) -> None:
-        """Drop the graphs that hold any other layer. Nothing of them may still be running."""
+    def retain(self, layers: Iterable[int], lm_head: Any = None) -> None:
+        """Drop the graphs that hold any other layer, or another LM head. Nothing of them may still be running."""
         keep = set(layers)
         with self.lock:
+            self._heads = {rows: head for rows, head in self._heads.items() if head.lm_head is lm_head}
             for key in [key for key in self._captured if not keep.issuperset(key[0])]:
                 del self._captured[key]
             self._covers = {layers: spans for layers, spans in self._covers.items() if keep.issuperset(layers)}
-            if not self._captured:
+            if not len(self):
                 self._inputs.clear()
                 self._pool = None  # the allocator takes no more captures into a pool that no graph uses
 
@@ -214,8 +297,9 @@ class Graphs:
         data: torch.Tensor,
         rest: Callable[[], None] = lambda: None,
         is_cancelled: Callable[[], bool] = lambda: False,
+        lm_head: Any = None,
     ) -> int:
-        """Capture what `segments` need and is missing; how many graphs. `rest` is called after each.
+        """Capture what `segments`, and `lm_head` if there is one, need and is missing; how many graphs. `rest` is called after each.
 
         Once `is_cancelled` says so nothing more is captured, nor kept: who cancels and then drops graphs waits for one at most. A
         capture that fails ends the use of graphs on this worker: the reason is logged, and steps run eagerly.
@@ -227,58 +311,94 @@ class Graphs:
             held = {span for span in held if all((span, bucket) in self._captured for bucket in buckets)}
         covers = {segment: cover(segment, held) for segment in segments}
         wanted = dict.fromkeys(span for spans in covers.values() for span in spans)
+        jobs: list[tuple[str, Callable[[], bool], Callable[[], None]]] = []
         for bucket in buckets:
             for span in wanted:
-                with self.lock:
-                    if (span, bucket) in self._captured:
-                        continue
-                    if self._broken or is_cancelled():
-                        return num_captured
-                    layers = [units.get(index) for index in span]
-                    if any(layer is None or not getattr(layer, "captures", False) for layer in layers):
-                        continue
-                    try:
-                        self._capture(span, bucket, layers, data)
-                    except Exception as error:  # whatever a driver or a library raises
-                        self._broken = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-                        log.warning("no CUDA graphs: capturing layers %s failed: %s", span, self._broken)
-                        return num_captured
-                num_captured += 1
-                rest()
+                layers = [units.get(index) for index in span]
+                if all(getattr(layer, "captures", False) for layer in layers):
+                    is_there = functools.partial(self._captured.__contains__, (span, bucket))
+                    jobs.append(
+                        (f"layers {span}", is_there, functools.partial(self._capture, span, bucket, layers, data))
+                    )
+        if getattr(lm_head, "captures", False):
+            for rows in reversed(self.buckets.rows):
+                is_there = functools.partial(self._has_head, rows, lm_head)
+                jobs.append(("the LM head", is_there, functools.partial(self._capture_head, rows, lm_head)))
+        for what, is_there, make in jobs:
+            with self.lock:
+                if is_there():
+                    continue
+                if self._broken or is_cancelled():
+                    return num_captured
+                try:
+                    make()
+                except Exception as error:  # whatever a driver or a library raises
+                    self._broken = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+                    log.warning("no CUDA graphs: capturing %s failed: %s", what, self._broken)
+                    return num_captured
+            num_captured += 1
+            rest()
         with self.lock:
             if not is_cancelled():
                 self._covers |= covers
         return num_captured
 
+    def _has_head(self, rows: int, lm_head: Any) -> bool:
+        return rows in self._heads and self._heads[rows].lm_head is lm_head
+
     def _capture(self, span: LayerRange, bucket: Bucket, layers: Sequence[Any], data: torch.Tensor) -> None:
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        warm, capturing = self._streams
         pairs = list(zip(span, layers, strict=True))
-        with torch.inference_mode(), torch.cuda.stream(warm):
-            inputs = self._inputs.get(bucket)
+        make = functools.partial(StaticInputs, bucket, *self._sizes, self.buckets.most_positions is not None)
+        inputs: StaticInputs | None = self._inputs.get(bucket)
+
+        def warm_up() -> None:
+            nonlocal inputs
             if inputs is None:
-                inputs = StaticInputs(bucket, *self._sizes)
-            trial = StaticInputs(bucket, *self._sizes)
-            # Of one position each, at the first place of the one page.
+                inputs = make()
+            trial = make()
+            # Of one position each, at the first place of the one page, if anywhere.
             page = torch.zeros((1, *self._page_shape), dtype=data.dtype, device=self._device)
             trial.run(pairs, page)
             is_foreign = any(getattr(layer, "is_foreign", False) for layer in layers)
             if is_foreign and not any(held == span for held, _ in self._captured):
                 with StaticOnly():
                     trial.run(pairs, page)
+
+        def run() -> None:
+            assert inputs is not None, "warmed up"
+            inputs.run(pairs, data)
+
+        graph = self._record(warm_up, run)
+        assert inputs is not None, "warmed up"
+        self._inputs[bucket] = inputs
+        self._captured[span, bucket] = _Captured(graph, tuple(layers), data)
+
+    def _capture_head(self, rows: int, lm_head: Any) -> None:
+        _, hidden_size, _, dtype, device = self._sizes
+        static = StaticHead(rows, hidden_size, dtype, device)
+        graph = self._record(
+            lambda: StaticHead(rows, hidden_size, dtype, device).run(lm_head), lambda: static.run(lm_head)
+        )
+        self._heads[rows] = _CapturedHead(graph, lm_head, static)
+
+    def _record(self, warm_up: Callable[[], None], run: Callable[[], None]) -> Any:
+        """A graph of what `run` queues, after `warm_up`."""
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        warm, capturing = self._streams
+        with torch.inference_mode(), torch.cuda.stream(warm):
+            warm_up()
             warm.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.inference_mode(), torch.cuda.stream(capturing):
             try:
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                inputs.run(pairs, data)
+                run()
                 graph.capture_end()
             except BaseException:
                 self._end_failed(graph)
                 raise
-        self._inputs[bucket] = inputs
-        self._captured[span, bucket] = _Captured(graph, tuple(layers), data)
+        return graph
 
     def _end_failed(self, graph: Any) -> None:
         """After a capture that failed somewhere. The first error is the one to tell; ending what is invalid raises others.

@@ -12,39 +12,66 @@ import triton.language as tl
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x ``[..., n]`` with its last axis contiguous: ``[T, n]``, or ``[T, heads, n]`` out of a wider tensor."""
-    x = _rows(x)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    outer, inner = (x.shape[0], 1) if x.dim() == 2 else (x.shape[0], x.shape[1])
-    size = x.shape[-1]
-    strides = (x.stride(0), x.stride(1) if x.dim() == 3 else 0)
-    if outer:
-        _norm[outer, inner](x, x, weight, out, out, *strides, eps, size, False, _power(size))
+    """For ``[T, n]``."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    size = x.shape[1]
+    if len(x):
+        _norm[len(x),](x, x, weight, out, out, eps, size, False, _power(size))
     return out
 
 
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """For ``[T, n]``, both contiguous."""
+    """For ``[T, n]``."""
     x, residual = x.contiguous(), residual.contiguous()
     total, out = torch.empty_like(x), torch.empty_like(x)
-    size = x.shape[-1]
+    size = x.shape[1]
     if len(x):
-        _norm[len(x), 1](x, residual, weight, total, out, size, 0, eps, size, True, _power(size))
+        _norm[len(x),](x, residual, weight, total, out, eps, size, True, _power(size))
     return total, out
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    x = _rows(x)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    tokens, heads, size = x.shape
+def rotate_into_pages(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    slots: torch.Tensor,
+    data: torch.Tensor,
+    num_heads: int,
+    norms: tuple[torch.Tensor, torch.Tensor] | None,
+    eps: float,
+) -> torch.Tensor:
+    """q ``[T, num_heads, head_dim]``, normed where there are `norms` and rotated; k, treated alike, and v go into the pool `data`.
+
+    qkv is ``[T, num_heads + 2 * num_kv_heads, head_dim]``, contiguous. A token with a negative slot leaves no k and v.
+    """
+    qkv = qkv.contiguous()
+    tokens, heads, size = qkv.shape
+    block_size, num_kv_heads = data.shape[2:4]
+    q = torch.empty(tokens, num_heads, size, dtype=qkv.dtype, device=qkv.device)
+    norm_q, norm_k = norms or (qkv, qkv)
+    half = size // 2
     if tokens:
-        half = size // 2
-        _rotate[tokens, heads](
-            x, cos.contiguous(), sin.contiguous(), out, x.stride(0), x.stride(1), heads, half, _power(half)
+        _rotate_into_pages[tokens, heads](
+            qkv,
+            cos.contiguous(),
+            sin.contiguous(),
+            slots,
+            data,
+            q,
+            norm_q,
+            norm_k,
+            eps,
+            norms is not None,
+            num_heads,
+            num_kv_heads,
+            block_size,
+            half,
+            _power(half),
         )
-    return out
+    return q
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
@@ -55,10 +82,6 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     if tokens:
         _silu_mul[tokens, -(-size // block)](gate_up, out, size, block)
     return out
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _power(size: int) -> int:
@@ -72,43 +95,82 @@ def _norm(
     weight,
     total,
     out,
-    outer_stride,
-    inner_stride,
     eps,
     SIZE: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row, inner = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = tl.arange(0, BLOCK)
     inside = column < SIZE
-    at = row * outer_stride + inner * inner_stride + column
-    to = (row * tl.num_programs(1) + inner) * SIZE + column
+    at = tl.program_id(0).to(tl.int64) * SIZE + column
     value = tl.load(x + at, mask=inside, other=0.0)
     if HAS_RESIDUAL:
         more = tl.load(residual + at, mask=inside, other=0.0)
         value = (value.to(tl.float32) + more.to(tl.float32)).to(out.dtype.element_ty)
-        tl.store(total + to, value, mask=inside)
+        tl.store(total + at, value, mask=inside)
     wide = value.to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(wide * wide, 0) / SIZE + eps)
     normed = (wide * scale).to(out.dtype.element_ty).to(tl.float32)
     factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + to, (normed * factor).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + at, (normed * factor).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _rotate(x, cos, sin, out, token_stride, head_stride, heads, HALF: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize_on_alignment=["slots"])
+def _rotate_into_pages(
+    qkv,
+    cos,
+    sin,
+    slots,
+    data,
+    q,
+    norm_q,
+    norm_k,
+    eps,
+    HAS_NORM: tl.constexpr,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    PAGE: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = tl.arange(0, BLOCK)
     inside = column < HALF
-    at = token * token_stride + head * head_stride + column
-    to = (token * heads + head) * (2 * HALF) + column
-    low = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    high = tl.load(x + at + HALF, mask=inside, other=0.0).to(tl.float32)
-    c = tl.load(cos + token * HALF + column, mask=inside, other=0.0)
-    s = tl.load(sin + token * HALF + column, mask=inside, other=0.0)
-    tl.store(out + to, (low * c - high * s).to(out.dtype.element_ty), mask=inside)
-    tl.store(out + to + HALF, (high * c + low * s).to(out.dtype.element_ty), mask=inside)
+    at = (token * (HEADS + 2 * KV_HEADS) + head) * (2 * HALF) + column
+    low = tl.load(qkv + at, mask=inside, other=0.0)
+    high = tl.load(qkv + at + HALF, mask=inside, other=0.0)
+    slot = tl.load(slots + token)
+    if head >= HEADS + KV_HEADS:
+        to = ((slot + PAGE) * KV_HEADS + head - HEADS - KV_HEADS) * (2 * HALF) + column
+        kept = inside & (slot >= 0)
+        tl.store(data + to, low, mask=kept)
+        tl.store(data + to + HALF, high, mask=kept)
+    else:
+        wide_low, wide_high = low.to(tl.float32), high.to(tl.float32)
+        if HAS_NORM:
+            scale = 1.0 / tl.sqrt(tl.sum(wide_low * wide_low + wide_high * wide_high, 0) / (2 * HALF) + eps)
+            weight = norm_q
+            if head >= HEADS:
+                weight = norm_k
+            factor_low = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+            factor_high = tl.load(weight + HALF + column, mask=inside, other=0.0).to(tl.float32)
+            wide_low = (wide_low * scale).to(q.dtype.element_ty).to(tl.float32)
+            wide_high = (wide_high * scale).to(q.dtype.element_ty).to(tl.float32)
+            wide_low = (wide_low * factor_low).to(q.dtype.element_ty).to(tl.float32)
+            wide_high = (wide_high * factor_high).to(q.dtype.element_ty).to(tl.float32)
+        c = tl.load(cos + token * HALF + column, mask=inside, other=0.0)
+        s = tl.load(sin + token * HALF + column, mask=inside, other=0.0)
+        turned_low = (wide_low * c - wide_high * s).to(q.dtype.element_ty)
+        turned_high = (wide_high * c + wide_low * s).to(q.dtype.element_ty)
+        if head < HEADS:
+            to = (token * HEADS + head) * (2 * HALF) + column
+            tl.store(q + to, turned_low, mask=inside)
+            tl.store(q + to + HALF, turned_high, mask=inside)
+        else:
+            to = (slot * KV_HEADS + head - HEADS) * (2 * HALF) + column
+            kept = inside & (slot >= 0)
+            tl.store(data + to, turned_low, mask=kept)
+            tl.store(data + to + HALF, turned_high, mask=kept)
 
 
 @triton.jit

@@ -40,16 +40,18 @@ class Reserve:
 def reserve_for(spec: ModelSpec, buckets: Buckets | None, block_size: int) -> Reserve:
     """What a worker of this model needs beside its weights and its pool, with graphs of `buckets` or without any."""
     element = 4 if spec.dtype == "float32" else 2
+    # Weights of a layer tell its widest activation: gate and up have hidden_size inputs each.
+    widest = max(spec.layer_bytes) // (element * spec.hidden_size)
+    token = (widest + 8 * spec.hidden_size) * element
     graphs = 0
     if buckets is not None:
         num_spans = spec.num_layers // LONGEST_SPAN + 4 + LONGEST_SPAN  # cut at both ends, and what `cover` allows
         graphs = num_spans * len(buckets.all()) * GRAPH_BYTES
         graphs += static_bytes(buckets, spec.num_layers, spec.hidden_size * element, block_size)
         graphs += 2 * (buckets.most_positions or 0) * spec.kv_bytes_per_token_layer()
-    # Weights of a layer tell its widest activation: gate and up have hidden_size inputs each.
-    widest = max(spec.layer_bytes) // (element * spec.hidden_size)
-    activations = STEP_TOKENS * (widest + 8 * spec.hidden_size) * element
-    return Reserve(ARRIVING_LAYERS * max(spec.layer_bytes), graphs, activations, CONTEXT_BYTES + SAMPLING_BYTES)
+        graphs += sum(buckets.rows) * spec.vocab_size * (4 + element)  # logits stay where graphs left them
+        graphs += max(buckets.tokens, default=0) * token
+    return Reserve(ARRIVING_LAYERS * max(spec.layer_bytes), graphs, STEP_TOKENS * token, CONTEXT_BYTES + SAMPLING_BYTES)
 
 
 def kv_budget(free_bytes: int, reserve: Reserve) -> int:

@@ -18,7 +18,7 @@ import torch
 
 from kvstore.ids import LayerRange
 from kvstore.page_pool import PagePool
-from runtime.batch import LayerKV, StepBatch
+from runtime.batch import LayerKV, StepBatch, run_layers
 from runtime.cuda.graphs import Graphs
 from runtime.cuda.spans import Bucket
 from runtime.cuda.step import attach, host_step, upload
@@ -65,15 +65,20 @@ class Runner:
             if not len(layers):  # an end of the model may have none
                 return self._enter(hidden, embedding, planned)
             step = make_batch(planned, torch.device("cpu"))
-            is_decode = len(planned.positions) == len(planned.context_lens)
-            if self.graphs is not None and is_decode and not self.graphs.why_not:
-                context = int(planned.context_lens.max(initial=1))
-                bucket = self.graphs.find(layers, len(planned.context_lens), context, units, pool.data)
+            if self.graphs is not None and not self.graphs.why_not:
+                rows, context, tokens = len(step.context_lens), int(step.context_lens.max(initial=1)), step.num_tokens
+                bucket = self.graphs.find(layers, rows, context, tokens, units, pool.data)
                 if bucket is not None:
                     self.num_replayed += 1
                     return self._replay(layers, bucket, step, planned, pool, hidden, embedding)
             self.num_eager += 1
             return self._eager(layers, units, step, planned, pool, hidden, embedding)
+
+    def read(self, lm_head: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """As `Graphs.read`; None without graphs."""
+        if self.graphs is None or self.graphs.why_not:
+            return None
+        return self.graphs.read(lm_head, hidden)
 
     def wait(self) -> None:
         """Wait for what was queued."""
@@ -132,17 +137,16 @@ class Runner:
         embedding: Callable[[torch.Tensor], torch.Tensor] | None,
     ) -> torch.Tensor:
         assert self.graphs is not None
-        inputs = self.graphs.inputs(bucket)
-        source = inputs.fill(layers, host_step(step, planned.positions, pool, tuple(layers)))
-        rows = len(planned.context_lens)
+        inputs, count = self.graphs.inputs(bucket), len(planned.positions)
+        source = inputs.fill(layers, host_step(step, planned.positions, pool, tuple(layers)), planned.tokens)
         if hidden is None:
             assert embedding is not None, "the first hop holds the embedding"
-            inputs.hidden.copy_(embedding(upload(planned.tokens[source], self._device)))
+            inputs.hidden.copy_(embedding(inputs.tokens))
         else:
-            inputs.hidden[:rows].copy_(hidden)
-            if rows < bucket.rows:
-                inputs.hidden[rows:].copy_(inputs.hidden[int(source[-1])].expand(bucket.rows - rows, -1))
-        return self.graphs.replay(layers, bucket)[:rows]
+            inputs.hidden[:count].copy_(hidden)
+            if source is not None and count < bucket.rows:
+                inputs.hidden[count:].copy_(inputs.hidden[int(source[-1])].expand(bucket.rows - count, -1))
+        return self.graphs.replay(layers, bucket)[:count]
 
     def _eager(
         self,
@@ -156,6 +160,5 @@ class Runner:
     ) -> torch.Tensor:
         tokens = attach(step, pool, tuple(layers), self._device, planned.tokens)
         hidden = self._enter(hidden, embedding, planned, tokens)
-        for layer in layers:
-            hidden = units[layer](hidden, step, LayerKV(layer, pool.data, pool.page_of(layer)))
-        return hidden
+        kvs = [LayerKV(layer, pool.data, pool.page_of(layer)) for layer in layers]
+        return run_layers([units[layer] for layer in layers], hidden, step, kvs)

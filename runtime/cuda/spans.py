@@ -1,7 +1,7 @@
 """Which graphs there should be: of which layers, for how many rows, up to which context. Pure.
 
-A graph runs a *span* of layers for a *bucket* of decode steps. A bucket has a number of rows, to which steps are padded, and a
-context, up to which it can attend. Spans are cut on a grid of powers of two, as a buddy allocator cuts memory, and a layout
+A graph runs a *span* of layers for a *bucket* of steps. A bucket has a number of rows, to which decode steps are padded, and a context, up
+to which it can attend; a bucket for steps with prompts in them has a number of tokens besides, to which those are padded. Spans are cut on a grid of powers of two, as a buddy allocator cuts memory, and a layout
 uses those that are there already: when a boundary moves, the spans of the arriving layers are new. Where layers leave, so
 are those of at most `longest - 1` layers that stay, whose span the new boundary cuts.
 
@@ -16,29 +16,45 @@ from kvstore.ids import LayerRange
 LONGEST_SPAN = 4
 MAX_ROWS = 64
 _ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+PROMPT_TOKENS = (32, 128, 256, 512)
+"""Tokens of the buckets for steps with prompts. Up to a hundred or two, more tokens take a device no longer than fewer."""
+PROMPT_CONTEXT = 8192
+"""Steps with prompts that attend to more are not worth a graph: they take long, and FlashAttention is faster."""
+QUERIES = 16
+"""Tokens of one row that attention of prompts takes at a time (`runtime.cuda.prompts`)."""
 FIRST_CONTEXT = 512
 CONTEXT_FACTOR = 4
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Bucket:
-    """Decode steps of up to so many rows and positions attended to."""
+    """Steps of up to so many rows and positions attended to: decode steps, or, with `tokens`, any of up to so many tokens."""
 
     rows: int
     context: int
+    tokens: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Of a step that is padded to it."""
+        return self.tokens or self.rows
 
 
 @dataclass(frozen=True, slots=True)
 class Buckets:
-    """The numbers of rows and the contexts that graphs are captured for, both ascending."""
+    """The numbers of rows, contexts and, for steps with prompts, tokens that graphs are captured for, all ascending."""
 
     rows: tuple[int, ...]
     contexts: tuple[int, ...]
     most_positions: int | None = None
-    """No bucket has more rows times context than this."""
+    """No bucket has more rows times context than this, because attention reads all of it; None where it does not."""
+    tokens: tuple[int, ...] = ()
 
-    def fit(self, rows: int, context: int) -> Bucket | None:
-        """The smallest bucket that takes such a step; None when none does."""
+    def fit(self, rows: int, context: int, tokens: int) -> Bucket | None:
+        """The smallest bucket that takes such a step; None when none does. As many tokens as rows is a decode step."""
+        if tokens > rows:
+            found = next((bucket for bucket in self._of_prompts() if bucket.tokens >= tokens), None)
+            return found if found is not None and rows <= found.rows and context <= found.context else None
         size = next((size for size in self.rows if size >= rows), None)
         length = next((length for length in self.contexts if length >= context), None)
         if size is None or length is None or not self._has(size, length):
@@ -48,14 +64,21 @@ class Buckets:
     def all(self) -> list[Bucket]:
         """Every bucket, the largest first: the later captures then find the memory that they share."""
         pairs = [(rows, context) for context in reversed(self.contexts) for rows in reversed(self.rows)]
-        return [Bucket(rows, context) for rows, context in pairs if self._has(rows, context)]
+        decode = [Bucket(rows, context) for rows, context in pairs if self._has(rows, context)]
+        return [*reversed(self._of_prompts()), *decode]
+
+    def _of_prompts(self) -> list[Bucket]:
+        context = min(self.contexts[-1], PROMPT_CONTEXT)
+        return [Bucket(self.rows[-1], context, tokens) for tokens in self.tokens]
 
     def _has(self, rows: int, context: int) -> bool:
         return self.most_positions is None or rows * context <= self.most_positions
 
 
-def make_buckets(max_rows: int, max_context: int, block_size: int, most_positions: int | None = None) -> Buckets:
-    """Buckets for steps of up to `max_rows` rows and `max_context` positions. Contexts are whole blocks.
+def make_buckets(
+    max_rows: int, max_context: int, block_size: int, most_positions: int | None = None, *, prompts: bool = False
+) -> Buckets:
+    """Buckets for steps of up to `max_rows` rows and `max_context` positions, with `prompts` or decode steps only. Contexts are whole blocks.
 
     `most_positions` is for attention that reads (and holds a copy of) as much as the bucket allows, whatever the rows
     need: no bucket has more, and contexts grow by `CONTEXT_FACTOR` from `FIRST_CONTEXT`. Otherwise one is enough.
@@ -69,7 +92,7 @@ def make_buckets(max_rows: int, max_context: int, block_size: int, most_position
         contexts.append(length)
         length *= CONTEXT_FACTOR
     whole = sorted({-(-length // block_size) * block_size for length in contexts})
-    return Buckets(tuple(rows), tuple(whole), most_positions)
+    return Buckets(tuple(rows), tuple(whole), most_positions, PROMPT_TOKENS if prompts else ())
 
 
 def spans_of(layers: LayerRange, longest: int = LONGEST_SPAN) -> list[LayerRange]:
@@ -110,9 +133,15 @@ def cover(layers: LayerRange, held: Iterable[LayerRange], longest: int = LONGEST
 
 
 def static_bytes(buckets: Buckets, num_layers: int, hidden_bytes: int, block_size: int) -> int:
-    """What the inputs of all buckets take: a hidden state of `hidden_bytes` a row, page tables and slots of every layer."""
+    """What the inputs of all buckets take: a hidden state of `hidden_bytes` a token, page tables and slots of every layer."""
     total = 0
     for bucket in buckets.all():
         tables = num_layers * bucket.rows * -(-bucket.context // block_size) * 4
-        total += bucket.rows * (hidden_bytes + 8 + 8 * num_layers + 8) + tables
+        blocks = 8 * num_blocks(bucket) if bucket.tokens else 0
+        total += bucket.num_tokens * (hidden_bytes + 16 + 8 * num_layers) + 8 * bucket.rows + tables + blocks
     return total
+
+
+def num_blocks(bucket: Bucket) -> int:
+    """The most blocks of queries (`runtime.cuda.step.query_blocks`) that a step of this bucket can have."""
+    return bucket.tokens // QUERIES + bucket.rows

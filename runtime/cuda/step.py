@@ -1,9 +1,10 @@
 """A step as tensors on the device: what attention and the writing of pages read, uploaded at once.
 
 How it works: the host knows every number of a step (`PlannedBatch`, the page tables), so it lays them out in one block of
-bytes and uploads that in one copy, out of pinned memory on CUDA. A decode step can be *padded* to more rows: the
-padding repeats the row with the shortest context, token, position, pages and all, so that what a padded row writes is what
-its original writes, to the same place.
+bytes and uploads that in one copy, out of pinned memory on CUDA. What captured graphs read lies at a fixed address, with a twin on the host
+(`Twins`). A decode step can be *padded* to more rows: the padding repeats the row with the shortest context, token, position, pages and
+all, so that what a padded row writes is what its original writes, to the same place. Any other step is padded with tokens that belong
+to no row and have no place.
 
 Entries of a row's page table beyond its context repeat its first page, which exists and is finite: kernels may read
 a masked position, and a NaN survives a weight of zero.
@@ -11,7 +12,8 @@ a masked position, and a NaN survives a weight of zero.
 What is never true: a kernel needs a number that only the host has, or the host one that only the device has.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +22,7 @@ import torch
 
 from kvstore.page_pool import PagePool
 from runtime.batch import LayerKV, StepBatch
+from runtime.cuda.spans import QUERIES
 
 _ALIGNMENT = 16
 
@@ -35,13 +38,16 @@ class PagedStep:
     tables: torch.Tensor
     """int32 ``[num_layers, R, B]``: pages. Every entry is a page that exists."""
     slots: torch.Tensor
-    """int64 ``[num_layers, T]``: where K goes, as a row of `flat_pool`; V goes `block_size` rows later."""
+    """int64 ``[num_layers, T]``: where K goes, as a row of `flat_pool`; V goes `block_size` rows later. Negative: nowhere, for
+    which `write` is not made."""
     row_of_layer: dict[int, int]
     """Layer to its index in `tables` and `slots`."""
     max_query: int
     """At least the longest row."""
     max_context: int
     """At least the longest context, at most ``B * block_size``."""
+    blocks: torch.Tensor | None = None
+    """int32 ``[2, N]``, of `query_blocks`, perhaps padded with rows -1; None in a decode step."""
     lens: tuple[np.ndarray, np.ndarray] | None = None
     """`query_starts` and `context_lens` on the host; None where a capture must not ask for them."""
     memo: dict[Any, Any] = field(default_factory=dict)
@@ -67,6 +73,52 @@ class PagedStep:
 def flat_pool(data: torch.Tensor) -> torch.Tensor:
     """A page pool as rows ``[num_pages * 2 * block_size, num_kv_heads, head_dim]``: K then V of each page. A view."""
     return data.view(-1, *data.shape[3:])
+
+
+def within_rows(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of rows with so many entries laid end to end: the row of each entry and its place within the row, ``[sum]`` each."""
+    rows = np.repeat(np.arange(len(counts)), counts)
+    return rows, np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def query_blocks(query_starts: np.ndarray) -> np.ndarray:
+    """int32 ``[2, N]``: the tokens of all rows in blocks of at most `QUERIES` of one row; its row, and its first token."""
+    rows, places = within_rows(-(-np.diff(query_starts) // QUERIES))
+    return np.stack([rows, query_starts[rows] + QUERIES * places]).astype(np.int32)
+
+
+class Twins:
+    """Arrays of fixed shapes, zero at first, twice: on the host, in `here`, to be written, and on the device, in `there`, to be read.
+
+    `send` may be called again only when what it queued before is done.
+    """
+
+    def __init__(self, arrays: Mapping[str, tuple[tuple[int, ...], Any]], device: torch.device) -> None:
+        """`arrays`: name to shape and NumPy dtype."""
+        offsets, total = {}, 0
+        for name, (shape, dtype) in arrays.items():
+            offsets[name] = total
+            total += -(-math.prod(shape) * np.dtype(dtype).itemsize // _ALIGNMENT) * _ALIGNMENT
+        self._host = torch.zeros(total, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._device = torch.zeros(total, dtype=torch.uint8, device=device)
+        self.nbytes = total
+        self.here: dict[str, np.ndarray] = {}
+        self.there: dict[str, torch.Tensor] = {}
+        self._pinned: dict[str, torch.Tensor] = {}
+        for name, (shape, dtype) in arrays.items():
+            stop = offsets[name] + math.prod(shape) * np.dtype(dtype).itemsize
+            self.here[name] = self._host.numpy()[offsets[name] : stop].view(dtype).reshape(shape)
+            wanted = torch.from_numpy(self.here[name]).dtype
+            self.there[name] = self._device[offsets[name] : stop].view(wanted).view(shape)
+            self._pinned[name] = self._host[offsets[name] : stop].view(wanted).view(shape)
+
+    def send(self) -> None:
+        """Copy all of it, on the current stream. Nothing is waited for."""
+        self._device.copy_(self._host, non_blocking=True)
+
+    def send_part(self, name: str, part: slice) -> None:
+        """Copy these entries, along the first axis, of one array."""
+        self.there[name][part].copy_(self._pinned[name][part], non_blocking=True)
 
 
 class Upload:
@@ -136,21 +188,14 @@ def host_step(batch: StepBatch, positions: np.ndarray, pool: PagePool, layers: S
     return HostStep(positions, starts.astype(np.int32), contexts.astype(np.int32), tables, slots)
 
 
-def pad_decode(step: HostStep, num_rows: int) -> tuple[HostStep, np.ndarray]:
-    """A decode step with `num_rows` rows, and which row each of them is (int64 ``[num_rows]``)."""
+def pad_decode(step: HostStep, num_rows: int) -> np.ndarray:
+    """Which row of a decode step each of `num_rows` rows is: int64 ``[num_rows]``."""
     rows = len(step.context_lens)
     assert int(step.query_starts[-1]) == rows, "only decode steps are padded"
     assert rows <= num_rows, f"{rows} rows do not fit in {num_rows}"
     source = np.full(num_rows, int(step.context_lens.argmin()), dtype=np.int64)
     source[:rows] = np.arange(rows)
-    padded = HostStep(
-        step.positions[source],
-        np.arange(num_rows + 1, dtype=np.int32),
-        step.context_lens[source],
-        np.ascontiguousarray(step.tables[:, source]),
-        np.ascontiguousarray(step.slots[:, source]),
-    )
-    return padded, source
+    return source
 
 
 def attach(
@@ -162,11 +207,13 @@ def attach(
     """
     host = host_step(batch, batch.positions.cpu().numpy(), pool, layers)
     sent = Upload(device)
+    is_decode = int(host.query_starts[-1]) == len(host.context_lens)
     arrays = [host.positions, host.slots, host.query_starts, host.context_lens, host.tables]
+    arrays += [] if is_decode else [query_blocks(host.query_starts)]
     places = [sent.add(array) for array in arrays]
     place = None if tokens is None else sent.add(tokens)
     sent.send()
-    batch.positions, slots, starts, contexts, tables = (sent.tensor(place) for place in places)
+    batch.positions, slots, starts, contexts, tables, *blocks = (sent.tensor(place) for place in places)
     batch.paged = PagedStep(
         query_starts=starts,
         context_lens=contexts,
@@ -175,6 +222,7 @@ def attach(
         row_of_layer={layer: row for row, layer in enumerate(layers)},
         max_query=int(np.diff(host.query_starts).max(initial=1)),
         max_context=int(host.context_lens.max(initial=1)),
+        blocks=blocks[0] if blocks else None,
         lens=(host.query_starts, host.context_lens),
     )
     return None if place is None else sent.tensor(place)

@@ -22,6 +22,7 @@ from runtime import attention
 from runtime.attention import attend, attention_scratch, pool_storage, step_arrays
 from runtime.batch import LayerKV, StepBatch
 from runtime.cuda import fused
+from runtime.cuda.attention import attend_pages
 from runtime.kernels import has_kernels, storage, team
 from runtime.kernels.layer import ROW_LENGTH, decoder_layers, layer_row, rms_norm
 from runtime.kernels.products import (
@@ -155,9 +156,10 @@ class LeanLayer:
         """`layers`, of which this is the first, one after the other: with kernels, all of them in one call."""
         if self._has_kernels:
             return self._run_kernel(layers, hidden, batch, kvs)
+        pending: torch.Tensor | None = None
         for layer, kv in zip(layers, kvs, strict=True):
-            hidden = layer._run_torch(hidden, batch, kv)
-        return hidden
+            hidden, pending = layer._run_torch(hidden, pending, batch, kv)
+        return hidden if pending is None else hidden + pending
 
     def _make_kernel_row(self) -> np.ndarray:
         def floats(name: str) -> np.ndarray:
@@ -226,23 +228,27 @@ class LeanLayer:
             )
         return scratch
 
-    def _run_torch(self, hidden: torch.Tensor, batch: StepBatch, kv: LayerKV) -> torch.Tensor:
-        num_tokens, head_dim, parts = len(hidden), self.head_dim, self.parts
-        x = fused.rms_norm(hidden, parts["norm.input"], self.eps)
-        qkv = F.linear(x, parts["qkv"], parts.get("bias.qkv")).view(num_tokens, -1, head_dim)
-        cos, sin = self.rotary.tables(batch)
-        sizes = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
-        if "norm.q" in parts:
-            q, k, v = qkv.split(sizes, dim=1)
-            q = fused.rotate(fused.rms_norm(q, parts["norm.q"], self.eps), cos, sin)
-            k = fused.rotate(fused.rms_norm(k, parts["norm.k"], self.eps), cos, sin)
+    def _run_torch(
+        self, hidden: torch.Tensor, pending: torch.Tensor | None, batch: StepBatch, kv: LayerKV
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A hidden state and what is still to be added to it, before and after: the sum is made with the norm that comes next."""
+        num_tokens, parts = len(hidden), self.parts
+        if pending is None:
+            x = fused.rms_norm(hidden, parts["norm.input"], self.eps)
         else:
-            v = qkv[:, -self.num_kv_heads :]
-            q, k = fused.rotate(qkv[:, : -self.num_kv_heads], cos, sin).split(sizes[:2], dim=1)
-        attended = attend(q, k, v, batch, kv, scale=self.scale, sliding_window=self.sliding_window)
+            hidden, x = fused.add_rms_norm(pending, hidden, parts["norm.input"], self.eps)
+        qkv = F.linear(x, parts["qkv"], parts.get("bias.qkv")).view(num_tokens, -1, self.head_dim)
+        cos, sin = self.rotary.tables(batch)
+        norms = (parts["norm.q"], parts["norm.k"]) if "norm.q" in parts else None
+        if batch.paged is not None:
+            q = fused.rotate_into_pages(qkv, cos, sin, batch.paged, kv, self.num_heads, norms, self.eps)
+            attended = attend_pages(q, batch.paged, kv, scale=self.scale, sliding_window=self.sliding_window)
+        else:
+            q, k, v = fused.rotate_torch(qkv, cos, sin, self.num_heads, norms, self.eps)
+            attended = attend(q, k, v, batch, kv, scale=self.scale, sliding_window=self.sliding_window)
         x = F.linear(attended.reshape(num_tokens, -1), parts["o"], parts.get("bias.o"))
         hidden, x = fused.add_rms_norm(x, hidden, parts["norm.post_attention"], self.eps)
-        return hidden + F.linear(fused.silu_mul(F.linear(x, parts["gate_up"])), parts["down"])
+        return hidden, F.linear(fused.silu_mul(F.linear(x, parts["gate_up"])), parts["down"])
 
 
 class LeanEmbedding:
@@ -314,6 +320,11 @@ class LeanHead:
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts.values())
+
+    @property
+    def captures(self) -> bool:
+        """As that of a layer."""
+        return not self._has_kernels
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         if not self._has_kernels:

@@ -201,7 +201,7 @@ def test_capturing_in_another_thread_disturbs_no_step(tiny: Path) -> None:
     assert not graphs.why_not
     assert len(graphs) > before
     graphs.retain((0, 1, 2))
-    assert graphs.find(LayerRange(0, 4), 2, 10, busy.layers, busy.pool.data) is None
+    assert graphs.find(LayerRange(0, 4), 2, 10, 2, busy.layers, busy.pool.data) is None
 
 
 def test_copies_are_whole_and_in_order() -> None:

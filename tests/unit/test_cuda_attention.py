@@ -12,7 +12,7 @@ from kvstore.page_pool import PagePool
 from runtime.attention import attend
 from runtime.batch import LayerKV, StepBatch
 from runtime.cuda import attention as device_attention
-from runtime.cuda.attention import Flex, Gathered, Packed, Rows, Shape, Varlen, attend_paged, check, choose
+from runtime.cuda.attention import Gathered, Packed, Rows, Shape, Varlen, attend_paged, check, choose, find
 from runtime.cuda.step import attach
 
 CPU = torch.device("cpu")
@@ -99,34 +99,6 @@ def test_decode_rows_at_once(contexts, window, softcap, seed):
     assert_equal(both([(context, 1) for context in contexts], shape, Gathered(), seed))
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("window", [None, 7])
-@pytest.mark.parametrize("softcap", [None, 5.0])
-def test_flex_uncompiled(window, softcap):
-    shape = make_shape(sliding_window=window, softcap=softcap)
-    assert_equal(both([(0, 12), (9, 1), (17, 8)], shape, Flex(compiled=False)))
-
-
-@torch.inference_mode()
-def test_flex_is_compiled_while_it_is_tried_and_never_for_a_step(monkeypatch):
-    """By a compiler that keeps the operations as they are; what it is asked to compile counts all the same."""
-    torch._dynamo.reset()
-    row_by_row, frames = [], torch._dynamo.utils.counters["frames"]
-    attend = Rows.__call__
-    monkeypatch.setattr(Rows, "__call__", lambda rows, *args: row_by_row.append(args) or attend(rows, *args))
-    flex, shape = Flex(backend="eager"), make_shape(sliding_window=30, softcap=5.0)
-    assert check(flex, shape) == ""
-    compiled = frames["total"]
-    for rows in ([(0, 12), (9, 1), (17, 8)], [(300, 3), (40, 1)], [(0, 200), (90, 50)], [(33, 17)]):
-        assert_equal(both(rows, shape, flex))
-    assert not row_by_row
-    assert_equal(both([(0, 128)], shape, flex))
-    torch._dynamo.reset()
-    assert_equal(both([(0, 12), (9, 1)], shape, flex))
-    assert row_by_row, "what it was not compiled for"
-    assert frames["total"] == compiled
-
-
 def test_decode_has_its_own_and_a_graph_takes_only_what_can_be_captured():
     assert choose(make_shape()).name == "rows"
     assert choose(make_shape(is_decode=True)).name == "gathered"
@@ -190,6 +162,6 @@ def test_what_is_wrong_is_found_before_a_request_is(fault, said, monkeypatch):
     assert said in check(Broken(fault), shape)
     assert "long story" not in check(Broken(fault), shape)
     monkeypatch.setattr(device_attention, "candidates", lambda: (Broken(fault), Rows()))
-    choose.cache_clear()
+    find.cache_clear()
     assert choose(shape).name == "rows"
-    choose.cache_clear()
+    find.cache_clear()

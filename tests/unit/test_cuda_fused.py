@@ -3,18 +3,21 @@
 Without a device Triton can interpret its kernels: ``TRITON_INTERPRET=1 scripts/test tests/unit/test_cuda_fused.py``.
 """
 
+import dataclasses
 import os
 
 import pytest
 import torch
 
 from runtime.cuda import fused
-from runtime.cuda.attention import Shape, TritonDecode, check
+from runtime.cuda.attention import Shape, TritonDecode, TritonRows, check
 
 pytest.importorskip("triton", reason="Triton is not installed")
 HAS_CUDA = torch.cuda.is_available()
 if not HAS_CUDA and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("Triton needs CUDA, or TRITON_INTERPRET=1", allow_module_level=True)
+
+from runtime.cuda import decode  # noqa: E402 - it imports Triton
 
 DEVICE = torch.device("cuda" if HAS_CUDA else "cpu")
 
@@ -42,15 +45,20 @@ def test_rows_of_any_length(kernels, sizes):
     torch.testing.assert_close(kernels.silu_mul(x), fused.silu_mul_torch(x))
 
 
-def test_heads_out_of_a_wider_tensor(kernels):
+@pytest.mark.parametrize("has_norms", [False, True])
+def test_queries_keys_and_values_out_of_one_product(kernels, has_norms):
+    """Heads of a size that is no power of two; a token with a negative place leaves nothing."""
     torch.manual_seed(2)
-    qkv = torch.randn(7, 9, 24, device=DEVICE)
-    angles = torch.rand(7, 12, device=DEVICE)
-    for heads in (qkv[:, :6], qkv[:, 6:8], qkv):
-        found = kernels.rotate(heads, angles.cos(), angles.sin())
-        torch.testing.assert_close(found, fused.rotate_torch(heads, angles.cos(), angles.sin()))
-        weight = torch.randn(24, device=DEVICE)
-        torch.testing.assert_close(kernels.rms_norm(heads, weight, 1e-5), fused.rms_norm_torch(heads, weight, 1e-5))
+    qkv, data = torch.randn(7, 10, 24, device=DEVICE), torch.full((4, 2, 5, 2, 24), 9.0, device=DEVICE)
+    angles, slots = torch.rand(7, 12, device=DEVICE), torch.tensor([0, 3, -1, 14, 30, -1, 11], device=DEVICE)
+    norms = tuple(torch.randn(24, device=DEVICE) for _ in range(2)) if has_norms else None
+    q, k, v = fused.rotate_torch(qkv, angles.cos(), angles.sin(), 6, norms, 1e-5)
+    expected = torch.full((40, 2, 24), 9.0, device=DEVICE)
+    kept = slots >= 0
+    expected[slots[kept]], expected[slots[kept] + 5] = k[kept], v[kept]
+    found = kernels.rotate_into_pages(qkv, angles.cos(), angles.sin(), slots, data, 6, norms, 1e-5)
+    torch.testing.assert_close(found, q)
+    torch.testing.assert_close(data.view(40, 2, 24), expected)
 
 
 def test_a_kernel_that_deviates_is_found(kernels, monkeypatch):
@@ -63,14 +71,21 @@ def test_a_kernel_that_deviates_is_found(kernels, monkeypatch):
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 16), (9, 3, 64), (2, 2, 24)])
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (11, None), (None, 4.0), (300, 9.0)])
 @pytest.mark.parametrize("block_size", [16, 256])
-def test_decode_attention(dtype, heads, kv_heads, head_dim, window, softcap, block_size):
+def test_attention(dtype, heads, kv_heads, head_dim, window, softcap, block_size):
     shape = Shape(DEVICE, dtype, heads, kv_heads, head_dim, block_size, head_dim**-0.5, window, softcap, True)
+    assert check(TritonDecode(interpreted=True), shape) == ""
+    assert check(TritonRows(interpreted=True), dataclasses.replace(shape, is_decode=False)) == ""
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_a_decode_step_in_one_part_or_in_several(splits, monkeypatch):
+    monkeypatch.setattr(decode, "EAGER_SPLITS", splits)
+    shape = Shape(DEVICE, torch.float32, 4, 2, 16, 256, 0.25, None, None, True)
     assert check(TritonDecode(interpreted=True), shape) == ""
 
 
 def test_few_rows_are_split_and_many_are_not():
-    from runtime.cuda.decode import num_splits
-
+    num_splits = decode.num_splits
     assert num_splits(8, 8192) == 32
     assert num_splits(8, 700) == 2
     assert num_splits(256, 8192) == 1

@@ -48,8 +48,8 @@ class Side:
         spec = self.spec
         inputs = StaticInputs(bucket, spec.num_layers, spec.hidden_size, BLOCK_SIZE, torch.float32, CPU)
         batch: StepBatch = make_batch(planned, CPU)
-        source = inputs.fill(ALL, host_step(batch, planned.positions, self.pool, tuple(ALL)))
-        inputs.hidden.copy_(self.embedding(torch.from_numpy(planned.tokens[source])))
+        inputs.fill(ALL, host_step(batch, planned.positions, self.pool, tuple(ALL)), planned.tokens)
+        inputs.hidden.copy_(self.embedding(inputs.tokens))
         inputs.run(list(self.layers.items()), self.pool.data)
         return inputs.hidden[: len(planned.context_lens)]
 

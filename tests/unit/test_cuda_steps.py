@@ -1,6 +1,8 @@
 """Steps of the device back end on the CPU: the runner eagerly, and padded through the inputs that graphs read, equal the kernels."""
 
 import contextlib
+import importlib.util
+import os
 import threading
 from itertools import pairwise
 from types import SimpleNamespace
@@ -19,8 +21,20 @@ from runtime import attention
 from runtime.cuda import graphs
 from runtime.cuda.graphs import Graphs, StaticInputs
 from runtime.cuda.runner import Runner
-from runtime.cuda.spans import LONGEST_SPAN, Bucket, Buckets, cover, make_buckets, spans_of, static_bytes
-from runtime.cuda.step import host_step, pad_decode
+from runtime.cuda.spans import (
+    LONGEST_SPAN,
+    PROMPT_CONTEXT,
+    PROMPT_TOKENS,
+    QUERIES,
+    Bucket,
+    Buckets,
+    cover,
+    make_buckets,
+    num_blocks,
+    spans_of,
+    static_bytes,
+)
+from runtime.cuda.step import host_step, pad_decode, query_blocks
 from runtime.layout import Layout, Segment
 from runtime.messages import Row, Sampling, SequenceStart, StepPlan
 from runtime.model import lean
@@ -68,6 +82,7 @@ class Side:
         self.pool.data.fill_(torch.nan)
         self.pool.hold(self.layers)
         self.state = StageState(BLOCK_SIZE, 1)
+        self.inputs = {}
 
     def plan(self, plan):
         planned = self.state.plan_batch(plan)
@@ -91,17 +106,17 @@ class Side:
         return runner.run(LayerRange(1, 3), self.layers, planned, self.pool, first, None)
 
     def by_inputs(self, plan, bucket):
-        """What a graph of this bucket would hold, for two spans, with stale numbers of other steps in the inputs."""
+        """What a graph of this bucket would hold, for two spans, with the numbers of the steps before still in the inputs."""
         planned = self.plan(plan)
-        inputs = StaticInputs(bucket, 3, 48, BLOCK_SIZE, torch.float32, CPU)
-        inputs.tables.fill_(7)
-        inputs.context_lens.fill_(3)
+        if bucket not in self.inputs:
+            self.inputs[bucket] = StaticInputs(bucket, 3, 48, BLOCK_SIZE, torch.float32, CPU)
+        inputs = self.inputs[bucket]
         host = host_step(make_batch(planned, CPU), planned.positions, self.pool, (0, 1, 2))
-        source = inputs.fill(LayerRange(0, 3), host)
-        inputs.hidden.copy_(self.embedding(torch.from_numpy(planned.tokens[source])))
+        inputs.fill(LayerRange(0, 3), host, planned.tokens)
+        inputs.hidden.copy_(self.embedding(inputs.tokens))
         inputs.run([(0, self.layers[0])], self.pool.data)
         inputs.run([(1, self.layers[1]), (2, self.layers[2])], self.pool.data)
-        return inputs.hidden[: len(planned.context_lens)].clone()
+        return inputs.hidden[: len(planned.positions)].clone()
 
 
 def make_plans(sample=False):
@@ -161,6 +176,25 @@ def test_padding_to_a_bucket_changes_no_row_and_no_page(model, rows, monkeypatch
     torch.testing.assert_close(padded.pool.data, exact.pool.data, atol=1e-5, rtol=1e-5, equal_nan=True)
 
 
+def test_a_step_with_prompts_is_padded_with_what_has_no_place(model, monkeypatch):
+    """Triton's kernels alone know of that: on a device, or ``TRITON_INTERPRET=1``."""
+    if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton interprets its kernels when TRITON_INTERPRET=1")
+    from runtime.cuda import attention as device_attention
+    from runtime.cuda import fused, kernels
+
+    exact, padded = Side(model, monkeypatch, plain=True), Side(model, monkeypatch, plain=True)
+    expected = [exact.by_runner(plan) for plan in make_plans()]
+    monkeypatch.setattr(fused, "_kernels", lambda x: kernels)
+    monkeypatch.setattr(device_attention, "candidates", lambda: (device_attention.TritonRows(interpreted=True),))
+    device_attention.find.cache_clear()
+    for plan, wanted in zip(make_plans(), expected, strict=True):
+        found = padded.by_inputs(plan, Bucket(4, 64, 32))
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    device_attention.find.cache_clear()
+    torch.testing.assert_close(padded.pool.data, exact.pool.data, atol=1e-5, rtol=1e-5, equal_nan=True)
+
+
 @pytest.mark.parametrize("counts", [(3,), (1, 2), (0, 3)])
 def test_a_stage_with_a_runner_says_what_one_without_says(model, counts, monkeypatch):
     """Two workers in a chain, sampling included; the first may hold the embedding alone."""
@@ -195,12 +229,8 @@ def test_padding_repeats_the_row_that_costs_the_least(model, monkeypatch):
     side = Side(model, monkeypatch, plain=True)
     planned = [side.plan(plan) for plan in make_plans()][4]
     host = host_step(make_batch(planned, CPU), planned.positions, side.pool, (0, 2))
-    padded, source = pad_decode(host, 8)
     shortest = int(host.context_lens.argmin())
-    assert source.tolist() == [0, 1, 2, *[shortest] * 5]
-    for array in (padded.slots[0], padded.context_lens, padded.positions, padded.tables[1, :, 0]):
-        assert (array[3:] == array[shortest]).all()
-    assert (padded.tables >= 0).all()
+    assert pad_decode(host, 8).tolist() == [0, 1, 2, *[shortest] * 5]
 
 
 # -- which graphs there are ---------------------------------------------------------------------------------
@@ -256,9 +286,9 @@ def test_however_often_it_changes_there_are_few_pieces(segments):
 
 
 @given(st.integers(1, 300), st.integers(1, 9000), st.sampled_from([16, 256]), st.sampled_from([None, 1 << 16]))
-def test_every_step_that_may_come_fits_in_a_bucket(rows, context, block_size, most):
-    buckets = make_buckets(64, 8192, block_size, most)
-    bucket = buckets.fit(rows, context)
+def test_every_decode_step_that_may_come_fits_in_a_bucket(rows, context, block_size, most):
+    buckets = make_buckets(64, 8192, block_size, most, prompts=True)
+    bucket = buckets.fit(rows, context, rows)
     if most is None or rows * context <= most // 8:  # a bucket is less than twice the rows, and four times the context
         assert (bucket is None) == (rows > 64 or context > 8192)
     if bucket is not None:
@@ -270,15 +300,38 @@ def test_every_step_that_may_come_fits_in_a_bucket(rows, context, block_size, mo
         assert bucket.rows <= 2 * rows
 
 
+@given(st.integers(1, 90), st.integers(1, 600), st.integers(1, 40000), st.sampled_from([4096, 32768]))
+def test_steps_with_prompts_have_buckets_of_their_own(rows, more, context, max_context):
+    buckets = make_buckets(64, max_context, 16, prompts=True)
+    tokens = rows + more
+    bucket = buckets.fit(rows, context, tokens)
+    assert (bucket is None) == (rows > 64 or tokens > PROMPT_TOKENS[-1] or context > min(max_context, PROMPT_CONTEXT))
+    if bucket is not None:
+        assert bucket in buckets.all()
+        assert bucket.rows >= rows
+        assert bucket.context >= context
+        assert bucket.tokens == min(size for size in PROMPT_TOKENS if size >= tokens)
+    assert make_buckets(64, max_context, 16).fit(rows, 1, tokens) is None
+
+
+@given(st.lists(st.integers(1, 70), min_size=1, max_size=20))
+def test_blocks_of_queries_hold_every_token_once(counts):
+    starts = np.cumsum([0, *counts]).astype(np.int32)
+    rows, firsts = query_blocks(starts)
+    found = [
+        (row, token)
+        for row, first in zip(rows, firsts, strict=True)
+        for token in range(first, min(first + QUERIES, starts[row + 1]))
+    ]
+    assert found == [(row, token) for row in range(len(counts)) for token in range(starts[row], starts[row + 1])]
+    assert len(rows) <= num_blocks(Bucket(len(counts), 64, sum(counts)))
+
+
 def test_the_bytes_of_the_inputs_are_what_they_take():
-    buckets = Buckets((1, 4), (64, 256))
+    buckets = Buckets((1, 4), (64, 256), tokens=(32,))
     total = static_bytes(buckets, 5, 48 * 4, 16)
-    held = 0
-    for bucket in buckets.all():
-        inputs = StaticInputs(bucket, 5, 48, 16, torch.float32, CPU)
-        tensors = (inputs.hidden, inputs.positions, inputs.slots, inputs.tables, inputs.context_lens)
-        held += sum(tensor.nbytes for tensor in tensors)
-    assert 0 <= total - held <= 4 * len(buckets.all()) * 5
+    held = sum(StaticInputs(bucket, 5, 48, 16, torch.float32, CPU).nbytes for bucket in buckets.all())
+    assert abs(total - held) <= 16 * 7 * len(buckets.all()), "up to the rounding of seven arrays"
 
 
 def test_without_a_capture_nothing_is_replayed(model, monkeypatch):
@@ -318,7 +371,7 @@ class Book:
         return {layer for span, _ in self.captured for layer in span}
 
     def find(self, layers):
-        return self.graphs.find(layers, 3, 10, self.units, self.data)
+        return self.graphs.find(layers, 3, 10, 3, self.units, self.data)
 
 
 def test_a_change_of_layout_captures_only_what_arrives(monkeypatch):

@@ -4,6 +4,7 @@ import pytest
 
 from runtime.limiter import (
     ACCELERATOR_CREDIT_S,
+    ACCELERATOR_SHARE,
     CREDIT_S,
     IDLE_AFTER_S,
     LOADING,
@@ -94,6 +95,15 @@ def test_an_accelerator_is_charged_for_bandwidth() -> None:
     assert taken_s / period_s == pytest.approx(MIN_SHARE, rel=0.02)
     by_time_s = num_bytes / GPU.link_bytes_per_s / MIN_SHARE
     assert period_s < by_time_s / 10
+
+
+def test_a_loader_beside_an_accelerator_works_while_steps_wait_for_it() -> None:
+    for busy in (0.2, 0.999):
+        here, now_s = after_steps(busy)
+        assert here.working_share(now_s) == here.share(now_s)
+        there, now_s = after_steps(busy, accelerator=GPU)
+        assert there.working_share(now_s) == max(ACCELERATOR_SHARE, there.share(now_s)) < 1.0
+        assert there.working_share(now_s + 1.0) == 1.0
 
 
 def test_the_link_bounds_what_a_loader_brings() -> None:
