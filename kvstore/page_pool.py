@@ -100,6 +100,8 @@ class PagePool:
         """``[capacity, 2, block_size, num_kv_heads, head_dim]``, 0 is K and 1 is V; only the first `num_pages` may be touched.
         The base pointer never moves."""
         self._memory = memory
+        self.num_moves = 0
+        """How often pages in use have moved: what `pages_of` said is true as long as this stays."""
         self._num_reached = 0
         """Pages up to the last one that was ever taken."""
         # On the host, clearing pages through a numpy view of the bytes skips torch's indexing machinery.
@@ -304,6 +306,7 @@ class PagePool:
             )
             self.data.index_copy_(0, target, self.data.index_select(0, source))
         self._table[rows, blocks] = targets
+        self.num_moves += 1
         self._free[:left] = free[:left]
         self._num_free = left
         return num_pages

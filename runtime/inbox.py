@@ -28,6 +28,17 @@ class Inbox(Generic[T]):
         assert self._arrived.qsize() < MAX_WAITING, "the inbox is full: the head sends more than it waits for"
         self._arrived.put((is_step, item))
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether `take` would wait."""
+        return not self._first and not self._steps and self._arrived.empty()
+
+    @property
+    def next_step(self) -> T | None:
+        """The step that `take` would give; None when it would give something else, or wait."""
+        self._sort()
+        return self._steps[0] if self._steps and not self._first else None
+
     def take(self, wait_s: float | None) -> T | None:
         """What goes first of all that is here; else what comes within `wait_s` seconds (None: for ever), or None."""
         self._sort()

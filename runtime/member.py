@@ -133,13 +133,19 @@ class UnitStore(Protocol):
 
 
 class Outbox(Protocol):
-    """Where messages go. Neither call waits for anybody."""
+    """Where messages go, and steps come from. No call waits for anybody."""
 
     def to_head(self, message: ToHead) -> None: ...
 
     def to_peer(
         self, worker: WorkerName, message: Step | Tokens | Mirror | Pages | Taken | Fetch | Weights, tensors: Tensors
     ) -> None: ...
+
+    def next_step(self) -> tuple[Step, Tensors, float] | None:
+        """A step that has arrived, and when, if nothing else has; `take_step` then takes it. Asked for beside devices whose work is queued."""
+        ...
+
+    def take_step(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +185,9 @@ class Member:
         self._newest_run: Epoch = -1
         self._pacer = pacer
         self._copies = copies
+        self._unsent: StepResult | None = None
+        self._running = (0, 0)
+        """Epoch and hop of the step that ran last, or runs."""
         self.pool: PagePool | None = None
         self._stages: dict[Epoch, Stage] = {}
         self._order: dict[tuple[Epoch, int], StepOrder[_Due]] = {}
@@ -280,7 +289,7 @@ class Member:
         self._store.cancel_shadow()
         self._stages.clear()
         self._order.clear()
-        self._handover, self._retire_due, self._room_due, self.pool = None, None, None, None
+        self._handover, self._retire_due, self._room_due, self.pool, self._unsent = None, None, None, None, None
         self._early.clear()
         self._exports.clear()
         self._pieces.clear()
@@ -355,6 +364,8 @@ class Member:
             self._handover.fence_wait_s += begun_s - self._blocked_since_s
             self._blocked_since_s = None
         self._limiter.begins()
+        self._running = plan.epoch, hop
+        stage.meanwhile = self._meanwhile
         stage.spent = np.zeros(NUM_PARTS, np.int64) if self._tracer.is_on else NOT_TIMED
         cpu_ns = self._tracer.cpu_ns()
         with torch.inference_mode():
@@ -387,18 +398,20 @@ class Member:
                 sequences = [row.sequence for row in plan.rows if row.sample]
                 tokens = Tokens(plan.epoch, plan.ordinal, sequences, sampled.tokens)
                 self._outbox.to_peer(stage.layout.embedding_worker, tokens, ())
-            self._outbox.to_head(
-                StepResult(
-                    epoch=plan.epoch,
-                    ordinal=plan.ordinal,
-                    microbatch=plan.microbatch,
-                    tokens=sampled.tokens,
-                    logprobs=sampled.logprobs,
-                    prompt_logprobs=sampled.prompt_logprobs,
-                    timings=timings,
-                    failed=sampled.failed,
-                )
+            self.send_result()
+            self._unsent = StepResult(
+                epoch=plan.epoch,
+                ordinal=plan.ordinal,
+                microbatch=plan.microbatch,
+                tokens=sampled.tokens,
+                logprobs=sampled.logprobs,
+                prompt_logprobs=sampled.prompt_logprobs,
+                timings=timings,
+                failed=sampled.failed,
             )
+            # A device whose work is queued should have its next step before anything else is done.
+            if self._copies is None or self._handover is not None:
+                self.send_result()
         sent_s = self._clock()
         if self._handover is not None:
             assert stage.planned is not None
@@ -406,6 +419,29 @@ class Member:
         self._idle_since_s = self._clock()
         if self._tracer.is_on and len(stage.spent):
             self._trace_step(plan, hop, stage.spent, cpu_ns, (begun_s, computed_s, ended_s, sent_s, self._idle_since_s))
+
+    def send_result(self) -> None:
+        """Send what the last step found, if that was put off. To be called before anything waits, or is told to anybody."""
+        result, self._unsent = self._unsent, None
+        if result is not None:
+            self._outbox.to_head(result)
+
+    def _meanwhile(self) -> None:
+        """The device works on a step, and this thread is about to wait for it: do what would else keep the next one waiting."""
+        self.send_result()
+        epoch, hop = self._running
+        stage, order, found = self._stages.get(epoch), self._order.get((epoch, hop)), self._outbox.next_step()
+        if self._handover is not None or stage is None or order is None or found is None:
+            return
+        step, tensors, arrived_s = found
+        plan = decode_plan(step.plan)
+        if (step.hop, plan.epoch) != (hop, epoch):
+            return
+        self._outbox.take_step()
+        if not order.push(plan.ordinal, (step, plan, tensors, arrived_s)):
+            self.num_stale += 1
+        elif (due := order.peek()) is not None:
+            stage.plan_ahead(due[1], hop)
 
     def _trace_step(self, plan: StepPlan, hop: int, spent: np.ndarray, cpu_ns: int, times_s: tuple[float, ...]) -> None:
         """The spans of a step that has run: its parts, sending on, and what it did for a transition."""

@@ -11,7 +11,7 @@ Never true: the token of a row depends on the other rows; a row with a NaN or an
 yields a token (it is reported as failed instead).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -88,17 +88,23 @@ class SampleOutput:
     failed: list[int] = field(default_factory=list)
 
 
-def sample(logits: torch.Tensor, rows: Sequence[SamplingRow], first: torch.Tensor | None = None) -> SampleOutput:
+def sample(
+    logits: torch.Tensor,
+    rows: Sequence[SamplingRow],
+    first: torch.Tensor | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> SampleOutput:
     """One token for each row of `logits`, float32 ``[len(rows), vocab]``, on any device. The logits are not changed.
 
-    `first` is what `likeliest` says of them, and perhaps of rows after them, if that is known already; on the CPU it is not asked for.
+    For devices whose work is queued: `first` is what `likeliest` says of them, and perhaps of rows after them, if that is known already;
+    `meanwhile` is called once before they are waited for.
     """
     assert logits.shape[0] == len(rows), f"{len(rows)} rows for logits of {list(logits.shape)}"
     if not rows:
         return SampleOutput([])
     logits = logits.detach().float()
     if not logits.is_cpu:
-        return sample_queued(logits, rows, first)
+        return sample_queued(logits, rows, first, meanwhile)
     best, is_finite = _argmax(logits)
     tokens = best.tolist()
     failed = set() if is_finite.all() else set(np.flatnonzero(~is_finite).tolist())
@@ -110,7 +116,12 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow], first: torch.Tenso
     return SampleOutput(tokens, _sampled_logprobs(logits, rows, tokens), sorted(failed))
 
 
-def sample_queued(logits: torch.Tensor, rows: Sequence[SamplingRow], first: torch.Tensor | None = None) -> SampleOutput:
+def sample_queued(
+    logits: torch.Tensor,
+    rows: Sequence[SamplingRow],
+    first: torch.Tensor | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> SampleOutput:
     """As `sample`, of float32 logits on a device whose work is queued: everything is, and then it is waited for, once.
 
     (Log-probabilities, for whom they were asked, wait again.)
@@ -123,6 +134,7 @@ def sample_queued(logits: torch.Tensor, rows: Sequence[SamplingRow], first: torc
         best, still_finite = _queue_special(logits, [rows[r] for r in special], there, tokens)
         is_finite[there] &= still_finite
         first = torch.stack([tokens.index_copy(0, there, best), is_finite.long()])
+    meanwhile()
     found, finite = first.cpu()[:, :count].tolist()
     failed = [r for r, fine in enumerate(finite) if not fine]
     for row in failed:

@@ -62,6 +62,9 @@ class Stage:
         self._final_hop_here = hops[-1]
         self.planned: PlannedBatch | None = None
         """What `run` ran last."""
+        self.meanwhile: Callable[[], None] = lambda: None
+        """Called when all that a step asks of a device is queued, before it is waited for."""
+        self._ahead: tuple[tuple[int, int], PlannedBatch] | None = None
         self.spent = NOT_TIMED
         """Where steps from now on add the time of their parts (`runtime.kernels.clock`); empty for nowhere."""
 
@@ -71,11 +74,9 @@ class Stage:
         Raises:
             PlanError: when the plan contradicts what this worker knows.
         """
-        planned = self.state.plan_batch(plan)
+        planned = self._plan(plan, hop)
         if plan.is_ahead and not hop:
             self.state.feed(planned)
-        if planned.new_blocks:
-            self.pool.ensure(planned.new_blocks)
         if self._units.runner is not None:
             return self._run_queued(self._units.runner, planned, hop, hidden)
         batch = self._batches.pop(plan.ordinal, None) or make_batch(planned, self._device)
@@ -91,6 +92,24 @@ class Stage:
         self.planned = planned
         return run_layers([self._units.layers[index] for index in indices], hidden, batch, kvs)
 
+    def plan_ahead(self, plan: StepPlan, hop: int) -> None:
+        """Do what `run` will ask for first, when nothing of it can change any more but the tokens: the step is the next one of `hop`."""
+        runner = self._units.runner
+        if self._ahead is None and runner is not None:
+            planned = self._plan(plan, hop)
+            runner.prepare(self.layout.segments[hop].layers, planned, self.pool)
+            self._ahead = (plan.ordinal, hop), planned
+
+    def _plan(self, plan: StepPlan, hop: int) -> PlannedBatch:
+        """The batch of `plan`, whose blocks have pages."""
+        if self._ahead is not None and self._ahead[0] == (plan.ordinal, hop):
+            planned, self._ahead = self._ahead[1], None
+            return planned
+        planned = self.state.plan_batch(plan)
+        if planned.new_blocks:
+            self.pool.ensure(planned.new_blocks)
+        return planned
+
     def _run_queued(
         self, runner: "Runner", planned: PlannedBatch, hop: int, hidden: torch.Tensor | None
     ) -> torch.Tensor:
@@ -99,7 +118,7 @@ class Stage:
         assert hop == 0 or hidden is not None, f"a step came to hop {hop} without its hidden state"
         out = runner.run(layers, units.layers, planned, self.pool, hidden if hop else None, units.embedding)
         self.planned = planned
-        return out if hop == self.layout.num_hops - 1 else runner.finish(out)
+        return out if hop == self.layout.num_hops - 1 else runner.finish(out, self.meanwhile)
 
     def sample(self, hidden: torch.Tensor) -> Sampled:
         """The tokens of the step that `run` has just finished at the last hop; only sampled rows meet the LM head."""
@@ -123,6 +142,7 @@ class Stage:
                 entries = _read_prompt(lm_head, hidden[starts[index] : starts[index + 1]], row)
                 found.prompt_logprobs.append((row.sequence, row.start, entries))
         if not chosen and self._units.runner is not None:
+            self.meanwhile()
             self._units.runner.wait()  # the sampler, which would have, had nothing to do
         return found
 
@@ -153,7 +173,7 @@ class Stage:
             SamplingRow(state.sampling, state.num_tokens - state.num_prompt_tokens, _history(state))
             for _, state in chosen
         ]
-        output = sample(logits, sampling_rows, first)
+        output = sample(logits, sampling_rows, first, self.meanwhile)
         found.tokens = output.tokens
         if any(state.sampling.logprobs >= 0 for _, state in chosen):
             found.logprobs = output.logprobs

@@ -11,7 +11,7 @@ worker serves; `StageState.plan_batch` gives the later hops the batch that the f
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -63,6 +63,8 @@ class PlannedBatch:
     sequences: list[SequenceState]
     new_blocks: list[BlockId] = field(default_factory=list)
     """Blocks that this worker may meet for the first time."""
+    numbers: Any = None
+    """Of `runtime.cuda.runner.Runner.prepare`, for one hop; None when it was not called."""
 
     def slots(self, block_size: int) -> tuple[np.ndarray, np.ndarray]:
         """Where the step writes its KV rows: block ids and offsets within them, int64 ``[T]`` each."""

@@ -217,6 +217,16 @@ class Worker:
         lost = _warn_of_peer if transition is None else partial(self._undelivered, worker, transition)
         self._door.send(worker, encode(message), tensors, on_error=lost)
 
+    def next_step(self) -> tuple[Step, Sequence[torch.Tensor], float] | None:
+        arrival = self._inbox.next_step
+        if arrival is None:
+            return None
+        assert isinstance(arrival.message, Step), "the inbox tells them apart"
+        return arrival.message, arrival.tensors, arrival.arrived_s
+
+    def take_step(self) -> None:
+        self._inbox.take(0.0)
+
     # -- threads of the door and the heartbeat --------------------------------------------------------------
 
     def _arrived(self, payload: bytes, tensors: Sequence[torch.Tensor]) -> Reply:
@@ -290,6 +300,8 @@ class Worker:
     def _serve(self) -> str:
         while True:
             arrival = self._next()
+            if not isinstance(arrival.message, Step | Tokens):
+                self._member.send_result()
             if isinstance(arrival.message, Shutdown):
                 return arrival.message.reason
             self._busy = type(arrival.message).__name__.strip("_"), time.perf_counter()
@@ -298,6 +310,7 @@ class Worker:
                 self._busy = None
             except StepError as error:
                 log.exception("a step failed")
+                self._member.send_result()
                 self.to_head(StepFailed(self._name, error.epoch, error.ordinal, str(error)))
                 time.sleep(0.2)  # the message leaves before the process does
                 raise
@@ -305,6 +318,8 @@ class Worker:
     def _next(self) -> _Arrival:
         """The next message; slices of background work while there is none, and before it when they are overdue."""
         while True:
+            if self._inbox.is_empty:
+                self._member.send_result()
             wait_s = self._member.background_wait_s()
             began_s = time.perf_counter()
             if wait_s is not None and wait_s < -OVERDUE_S:

@@ -21,7 +21,7 @@ from kvstore.page_pool import PagePool
 from runtime.batch import LayerKV, StepBatch, run_layers
 from runtime.cuda.graphs import Graphs
 from runtime.cuda.spans import Bucket
-from runtime.cuda.step import attach, host_step, upload
+from runtime.cuda.step import HostStep, attach, host_step, upload
 from runtime.stage import make_batch
 from runtime.stage_state import PlannedBatch
 
@@ -70,9 +70,14 @@ class Runner:
                 bucket = self.graphs.find(layers, rows, context, tokens, units, pool.data)
                 if bucket is not None:
                     self.num_replayed += 1
-                    return self._replay(layers, bucket, step, planned, pool, hidden, embedding)
+                    return self._replay(layers, bucket, planned, pool, hidden, embedding)
             self.num_eager += 1
             return self._eager(layers, units, step, planned, pool, hidden, embedding)
+
+    def prepare(self, layers: LayerRange, planned: PlannedBatch, pool: PagePool) -> None:
+        """Find out what `run` over `layers` will ask of the host, but for the tokens."""
+        if len(layers):
+            planned.numbers = (pool.num_moves, layers), self._numbers(layers, planned, pool)
 
     def read(self, lm_head: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """As `Graphs.read`; None without graphs."""
@@ -100,16 +105,19 @@ class Runner:
         yield
         ended.record(torch.cuda.current_stream(self._device))
 
-    def finish(self, hidden: torch.Tensor) -> torch.Tensor:
-        """A copy of `hidden`, there when this returns: on the host, or where it is if the door can take it there."""
+    def finish(self, hidden: torch.Tensor, meanwhile: Callable[[], None] = lambda: None) -> torch.Tensor:
+        """A copy of `hidden`, there when this returns: on the host, or where it is if the door can take it there. `meanwhile` is called when
+        all is queued."""
         if hidden.is_cpu:
             return hidden.clone()
         if self.sends_device and hidden.nbytes >= DEVICE_TENSOR_BYTES:
             out = hidden.clone()
+            meanwhile()
             self.wait()
             return out
         out = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
         out.copy_(hidden, non_blocking=True)
+        meanwhile()
         self.wait()
         return out
 
@@ -130,7 +138,6 @@ class Runner:
         self,
         layers: LayerRange,
         bucket: Bucket,
-        step: StepBatch,
         planned: PlannedBatch,
         pool: PagePool,
         hidden: torch.Tensor | None,
@@ -138,7 +145,7 @@ class Runner:
     ) -> torch.Tensor:
         assert self.graphs is not None
         inputs, count = self.graphs.inputs(bucket), len(planned.positions)
-        source = inputs.fill(layers, host_step(step, planned.positions, pool, tuple(layers)), planned.tokens)
+        source = inputs.fill(layers, self._numbers(layers, planned, pool), planned.tokens)
         if hidden is None:
             assert embedding is not None, "the first hop holds the embedding"
             inputs.hidden.copy_(embedding(inputs.tokens))
@@ -147,6 +154,11 @@ class Runner:
             if source is not None and count < bucket.rows:
                 inputs.hidden[count:].copy_(inputs.hidden[int(source[-1])].expand(bucket.rows - count, -1))
         return self.graphs.replay(layers, bucket)[:count]
+
+    def _numbers(self, layers: LayerRange, planned: PlannedBatch, pool: PagePool) -> HostStep:
+        if planned.numbers is not None and planned.numbers[0] == (pool.num_moves, layers):
+            return planned.numbers[1]
+        return host_step(make_batch(planned, torch.device("cpu")), planned.positions, pool, tuple(layers))
 
     def _eager(
         self,

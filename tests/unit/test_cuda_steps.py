@@ -1,6 +1,8 @@
 """Steps of the device back end on the CPU: the runner eagerly, and padded through the inputs that graphs read, equal the kernels."""
 
 import contextlib
+import dataclasses
+import functools
 import importlib.util
 import os
 import threading
@@ -16,6 +18,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen3Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from kvstore.ids import LayerRange
+from kvstore.page_memory import HostMemory
 from kvstore.page_pool import PagePool
 from runtime import attention
 from runtime.cuda import graphs
@@ -39,6 +42,7 @@ from runtime.layout import Layout, Segment
 from runtime.messages import Row, Sampling, SequenceStart, StepPlan
 from runtime.model import lean
 from runtime.model.lean import LeanEmbedding, LeanHead, LeanLayer
+from runtime.sampling import sample_queued
 from runtime.stage import Stage, Units, make_batch
 from runtime.stage_state import StageState
 
@@ -223,6 +227,54 @@ def test_a_stage_with_a_runner_says_what_one_without_says(model, counts, monkeyp
         answers.append(tokens)
     assert answers[0] == answers[1]
     assert [len(tokens) for tokens in answers[0]] == [0, 1, 2, *[3] * 6, 1]
+
+
+@pytest.mark.parametrize("moves", [False, True])
+def test_a_step_that_is_planned_while_another_is_waited_for(model, moves, monkeypatch):
+    """Whatever happens to the pages before it runs. Sampling is that of devices, which are waited for."""
+    monkeypatch.setattr("runtime.stage.sample", sample_queued)
+    layout, answers = Layout(1, 3, (Segment("w0", LayerRange(0, 3)),)), []
+    for ahead in (False, True):
+        side = Side(model, monkeypatch, plain=True)
+        head = LeanHead(model.model.norm.weight, model.lm_head.weight, model.config.rms_norm_eps, "cpu", torch.float32)
+        pool = PagePool(200, BLOCK_SIZE, 2, 16, torch.float32, "cpu", HostMemory(200 * 2 * BLOCK_SIZE * 2 * 16 * 4))
+        pool.hold([*range(3), 9])
+        pool.ensure(range(100), [9])
+        runner = Inputs(CPU)
+        stage = Stage(layout, "w0", Units(side.layers, side.embedding, head, runner), pool, CPU)
+        plans, tokens = list(make_plans(sample=True)), []
+        with torch.inference_mode():
+            for at, plan in enumerate(plans):
+                hidden = stage.run(plan, 0, None)
+                following = plans[at + 1 : at + 2] if ahead else []
+                stage.meanwhile = functools.partial(plan_all, stage, following)
+                tokens.append(stage.sample(hidden).tokens)
+                if moves and at == 4:
+                    pool.drop([9])
+                    pool.resize(100)
+        assert runner.num_prepared == (len(plans) - 1 if ahead else 0)
+        assert bool(pool.num_moves) == moves
+        answers.append(tokens)
+    assert answers[0] == answers[1]
+
+
+def plan_all(stage, plans):
+    for plan in plans:
+        stage.plan_ahead(plan, 0)
+
+
+class Inputs(Runner):
+    """Runs every step as graphs would: out of their inputs, by the numbers that were found ahead if there are any."""
+
+    num_prepared = 0
+
+    def _eager(self, layers, units, step, planned, pool, hidden, embedding):
+        self.num_prepared += planned.numbers is not None
+        numbers = self._numbers(layers, planned, pool)
+        expected = host_step(step, planned.positions, pool, tuple(layers))
+        for field in dataclasses.fields(expected):
+            assert np.array_equal(getattr(numbers, field.name), getattr(expected, field.name))
+        return super()._eager(layers, units, step, planned, pool, hidden, embedding)
 
 
 def test_padding_repeats_the_row_that_costs_the_least(model, monkeypatch):
