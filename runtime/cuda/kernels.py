@@ -17,7 +17,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     out = torch.empty_like(x)
     size = x.shape[1]
     if len(x):
-        _norm[len(x),](x, x, weight, out, out, eps, size, False, _power(size))
+        _norm[len(x),](x, x, weight, out, out, eps, size, False, _power(size), num_warps=_norm_warps(size))
     return out
 
 
@@ -29,7 +29,7 @@ def add_rms_norm(
     total, out = torch.empty_like(x), torch.empty_like(x)
     size = x.shape[1]
     if len(x):
-        _norm[len(x),](x, residual, weight, total, out, eps, size, True, _power(size))
+        _norm[len(x),](x, residual, weight, total, out, eps, size, True, _power(size), num_warps=_norm_warps(size))
     return total, out
 
 
@@ -82,6 +82,11 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     if tokens:
         _silu_mul[tokens, -(-size // block)](gate_up, out, size, block)
     return out
+
+
+def _norm_warps(size: int) -> int:
+    """Few rows are bound by how long one takes, so that a thread should have little of it."""
+    return 8 if size > 2048 else 4
 
 
 def _power(size: int) -> int:

@@ -13,6 +13,8 @@ import triton.language as tl
 
 from runtime.cuda.spans import QUERIES
 
+_TILE_BYTES = 16 << 10
+"""Keys that a program holds at a time, if its queries are no more than twice that: so that float32 fits, too, into what a block may share."""
 _WIDE = 128
 """Query heads times tokens in a program from which on it has eight warps."""
 
@@ -40,7 +42,10 @@ def attend_rows(
     out = torch.empty(tokens, num_heads, head_dim, dtype=q.dtype, device=q.device)
     group = num_heads // num_kv_heads
     block_g, block_d = triton.next_power_of_2(group), triton.next_power_of_2(max(16, head_dim))
-    is_large = block_d * q.element_size() > 256
+    head_bytes = block_d * q.element_size()
+    block_n = min(64, max(16, _TILE_BYTES // head_bytes))
+    if QUERIES * block_g * head_bytes > 2 * _TILE_BYTES:
+        block_n = max(16, block_n // 2)
     _attend[blocks.shape[1], num_kv_heads](
         q,
         data,
@@ -64,7 +69,7 @@ def attend_rows(
         QUERIES,
         block_g,
         block_d,
-        32 if is_large else 64,
+        block_n,
         num_warps=8 if QUERIES * block_g >= _WIDE else 4,
         num_stages=2,
     )

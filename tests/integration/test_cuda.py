@@ -153,7 +153,7 @@ def test_graphs_say_what_eager_steps_say(tiny: Path, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("kind", ["llama", "mistral_sliding", "gemma2", "gemma3", "qwen3_moe", "mixtral"])
 def test_graphs_of_generic_layers_say_what_eager_steps_say(kind: str, tmp_path: Path) -> None:
-    """Where the architecture's code cannot be captured, steps stay eager and the reason is told."""
+    """Where the architecture's code cannot be captured, as that of experts in float32, steps stay eager and the reason is told."""
     folder = write_tiny(kind, tmp_path / kind)
     spec, model = inspect_model(str(folder), dtype="float32"), load_reference(folder)
     builder = UnitBuilder(spec, device=str(DEVICE), implementation="transformers")
@@ -163,7 +163,7 @@ def test_graphs_of_generic_layers_say_what_eager_steps_say(kind: str, tmp_path: 
     graphs = graphed.runner.graphs
     assert graphs is not None
     graphs.capture(layers, [LayerRange(0, 4)], graphed.pool.data)
-    assert len(graphs) or "depends on values" in graphs.why_not, graphs.why_not
+    assert len(graphs) or (("moe" in kind or kind == "mixtral") and graphs.why_not), graphs.why_not
     for plan in make_plans():
         torch.testing.assert_close(graphed.run(plan), eager.run(plan), atol=1e-4, rtol=1e-4)
     assert graphed.runner.num_replayed == (12 if len(graphs) else 0)
