@@ -216,14 +216,15 @@ class Pilot:
         self._asked = change, layout
 
     def prices(self, head: Head) -> StepPrices | None:
-        """What the next steps cost, as far as is known; None where those drawn last still hold: the load is about the same and
-        they are not old, or nothing decodes, for which the batcher needs none."""
+        """What the next steps cost, as far as is known; None where those drawn last still hold: they are of this layout, and the load is about
+        the same and they are not old, or nothing decodes, for which the first prompt to come needs some, but no new ones."""
         load, layout = head.batcher.load(), head.layout
-        if layout is None or not load.decode_rows:
+        if layout is None:
             return None
-        if self._priced is not None:
-            at_s, of_layout, of_load = self._priced
-            if layout is of_layout and head.now_s - at_s < PRICES_LAST_S and load.is_like(of_load, PRICES_TOLERANCE):
+        if self._priced is not None and self._priced[1] is layout:
+            at_s, _, of_load = self._priced
+            still_holds = head.now_s - at_s < PRICES_LAST_S and load.is_like(of_load, PRICES_TOLERANCE)
+            if still_holds or not load.decode_rows:
                 return None
         self._priced = head.now_s, layout, load
         speeds = {name: self.fleet.speed(name) for name in layout.workers}

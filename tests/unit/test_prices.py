@@ -6,11 +6,13 @@ import pytest
 
 from kvstore.ids import LayerRange
 from runtime.layout import Layout, Segment
+from scheduler.batching import BatchingConfig
 from scheduler.lanes import BatchLoad, StepPrices
 from scheduler.planning.cost import Facts, Work, stage_seconds
 from scheduler.planning.emulation import speed_of_make
 from scheduler.prices import step_prices
 from tests.planning_harness import make_spec
+from tests.sim.cluster import NUM_LAYERS, SimCluster
 
 FACTS = Facts(make_spec())
 SPEED = speed_of_make(FACTS.spec, "cpu", "AMD EPYC", 1, None)
@@ -115,3 +117,22 @@ def test_a_single_stage_or_prices_that_are_not_known_cut_nothing() -> None:
     assert known.piece(500, 1, 2) == 500
     assert StepPrices().piece(500, 8, 8) == 500
     assert known.piece(0, 8, 8) == 0
+
+
+def test_the_first_prompts_of_a_layout_find_prices_though_nothing_decodes_yet() -> None:
+    cluster = SimCluster(0, num_stages=2, batching=BatchingConfig(), num_blocks=64, num_spares=1)
+    batcher = cluster.head.batcher
+    assert not batcher.prices.with_prompt
+    for index in range(1, 40):
+        cluster.at(0.1 * index, cluster.tick)
+    cluster.run(until=0.55)
+    first = batcher.prices
+    assert first.with_prompt, "the workers have joined, and nobody has asked anything"
+    cluster.run(until=0.95)
+    assert batcher.prices is first, "nothing has changed"
+    segments = (Segment("w0", LayerRange(0, 1)), Segment("w2", LayerRange(1, NUM_LAYERS)))
+    cluster.at(1.0, lambda: cluster.change(Layout(0, NUM_LAYERS, segments)))
+    cluster.run(until=4.0)
+    (report,) = cluster.head.reconfiguration.reports.values()
+    assert report.outcome == "committed"
+    assert batcher.prices is not first
