@@ -17,7 +17,8 @@ SPLIT_CONTEXT = 256
 """A split is not made shorter than this."""
 EAGER_SPLITS = 8
 _BLOCK_BYTES = 32 << 10
-"""Keys that a program holds at a time: more are faster (on an H200, 128 of 128 heads in 16 bits rather than 64), until they do not fit."""
+"""Keys that a program holds at a time. On an H200, 128 keys of 128 numbers in bfloat16 were faster than 64 (at 1,500 positions by a sixth); in
+float32 as many would not fit into what a block may share."""
 
 
 def attend_decode(

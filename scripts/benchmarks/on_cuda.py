@@ -12,7 +12,7 @@ Decode figures are seconds per step: time per output token of the client's media
 JSON to stdout or --out. Without a device it says so and ends with 2. ``--device cpu --shapes tiny`` tries the script
 itself on a model of a few layers; its figures say nothing of a GPU and are labelled.
 
-A device may be lent for minutes. So what fails is noted under ``failures`` and the rest goes on, --out is written anew after each part,
+A device may be lent for minutes. So what fails is noted under ``failures`` and the rest goes on, --out is written anew after each figure,
 and after --budget seconds no further part begins. Nothing is fetched: without the default model's tokenizer there is none, and
 prompts are token ids anyhow.
 """
@@ -184,7 +184,8 @@ def _measure(shape: str, args: argparse.Namespace, log_folder: Path, document: d
         changes: list[dict[str, Any]] = []
         figures.setdefault("served", {})[str(num_workers)] = served
         figures.setdefault("changes", {})[str(num_workers)] = changes
-        _serve(folder, num_workers, args, log_folder / f"{shape}-{num_workers}", served, changes)
+        changed = functools.partial(_write, document, args.out)
+        _serve(folder, num_workers, args, log_folder / f"{shape}-{num_workers}", served, changes, changed)
 
     def reference() -> None:
         figures["transformers"] = _child(["--reference", str(folder)], args)
@@ -314,6 +315,7 @@ def _serve(
     log_folder: Path,
     served: dict[str, Any],
     changes: list[dict[str, Any]],
+    changed: _Note,
 ) -> None:
     """Serving with as many stages, and changes under load; with one stage, to and from a second worker. Adds to what was found."""
     num_layers = SHAPES[folder.name]["num_hidden_layers"]
@@ -326,7 +328,7 @@ def _serve(
     fleet = Fleet(str(folder), num_local, arguments, log_folder, start_timeout_s=START_TIMEOUT_S)
     fleet.start(layout)
     try:
-        asyncio.run(_drive(fleet, layout, other, args, served, changes))
+        asyncio.run(_drive(fleet, layout, other, args, served, changes, changed))
     finally:
         fleet.stop()
 
@@ -347,12 +349,14 @@ async def _drive(
     args: argparse.Namespace,
     served: dict[str, Any],
     changes: list[dict[str, Any]],
+    changed: _Note,
 ) -> None:
     for rows in BATCHES:
         workload = Workload(f"c{rows}", rows, max(2, 2 * rows), PROMPT_TOKENS, args.tokens)
         await warm_up(fleet.url, fleet.model, workload, seed=1)
         summary, _ = await run_workload(fleet.url, fleet.model, workload, seed=2)
         served[str(rows)] = summary
+        changed()
         tpot = summary["tpot_s"]
         note(
             f"  {workload.name}: {tpot['p50'] * 1e3 if tpot else float('nan'):.2f} ms a token, {summary['errors']} errors"
@@ -379,6 +383,7 @@ async def _drive(
             "longest_gap_s": max(gaps, default=None),
         }
         changes.append(entry)
+        changed()
         pause = report["engine_pause_ms"]
         note(f"  to {fleet.layout}: {report['total_s']:.2f} s, D1 max {pause.get('excess_max', float('nan')):.2f} ms")
 

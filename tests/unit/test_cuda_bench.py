@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,18 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return run
 
 
-def served(folder: Path, num_workers: int, args: Any, log_folder: Path, served: dict, changes: list) -> None:
+def served(
+    folder: Path,
+    num_workers: int,
+    args: Any,
+    log_folder: Path,
+    served: dict,
+    changes: list,
+    changed: Callable[[], None],
+) -> None:
     assert (folder / "config.json").is_file(), "also where nothing can be fetched"
     served["1"] = {"tpot_s": {"p50": 0.002}, "output_tokens_per_s": 500.0, "errors": 0}
+    changed()
     if num_workers == 2:
         raise RuntimeError("the change did not commit")
 
