@@ -2,7 +2,8 @@
 
 How it works: the graphs of one bucket share `StaticInputs`: the hidden state (each graph reads it and writes it back, so
 graphs of consecutive spans chain by themselves), positions, page tables and slots. A step is padded to its bucket,
-copied into them on the compute stream, and then its spans are replayed there one after the other. The LM head, with the choice of the likeliest
+copied into them on the compute stream, and then its spans are replayed there one after the other, after a graph of what all of them share (what
+the positions are turned by). The LM head, with the choice of the likeliest
 token, has graphs of its own, one for each number of rows.
 
 Capturing happens in the loader's thread, on a stream of its own that runs nothing else, in mode `thread_local`, which
@@ -82,6 +83,8 @@ class StaticInputs:
         self._numbers.send()
         self._rows = dict(enumerate(range(num_layers)))
         self._fills = fills
+        self._shared: dict[Any, Any] = {}
+        """What every batch has in its memo from the start: of `run_shared`."""
 
     @property
     def tokens(self) -> torch.Tensor:
@@ -141,8 +144,17 @@ class StaticInputs:
             query_starts=np.arange(rows + 1, dtype=np.int32),
             context_lens=np.full(rows, self.bucket.context, np.int32),
             block_tables=np.zeros((rows, 1), np.int32),
+            memo=dict(self._shared),
             paged=paged,
         )
+
+    def run_shared(self, prepares: Iterable[Callable[[StepBatch], object]]) -> None:
+        """Do once for a step what layers would else do at the first of each span, for batches from now on. A graph holds this, too."""
+        self._shared = {}
+        batch = self.batch()
+        for prepare in prepares:
+            prepare(batch)
+        self._shared = dict(batch.memo)
 
     def run(self, layers: Sequence[tuple[int, Any]], data: torch.Tensor) -> None:
         """Send the hidden state through (index, layer) pairs, over the pages in `data`. This is what a graph holds."""
@@ -171,6 +183,14 @@ class _CapturedHead:
     graph: Any
     lm_head: Any
     static: StaticHead
+
+
+@dataclass(frozen=True, slots=True)
+class _CapturedShared:
+    """`prepares` are held for what they read; not the layers that they came from."""
+
+    graph: Any
+    prepares: tuple[Callable[[StepBatch], object], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +236,7 @@ class Graphs:
         self._inputs: dict[Bucket, StaticInputs] = {}
         self._captured: dict[tuple[LayerRange, Bucket], _Captured] = {}
         self._heads: dict[int, _CapturedHead] = {}
+        self._shared: dict[Bucket, _CapturedShared] = {}
         self._covers: dict[LayerRange, list[LayerRange]] = {}
         self._broken: str = ""
         self._pool: Any = None
@@ -268,6 +289,8 @@ class Graphs:
 
     def replay(self, layers: LayerRange, bucket: Bucket) -> torch.Tensor:
         """Run what was put into the inputs of `bucket`; its hidden state, ``[bucket.num_tokens, hidden]``, until the next step."""
+        if (shared := self._shared.get(bucket)) is not None:
+            shared.graph.replay()
         for span in self._covers[layers]:
             self._captured[span, bucket].graph.replay()
         return self._inputs[bucket].hidden
@@ -282,6 +305,7 @@ class Graphs:
             self._covers = {layers: spans for layers, spans in self._covers.items() if keep.issuperset(layers)}
             if not len(self):
                 self._inputs.clear()
+                self._shared.clear()
                 self._pool = None  # the allocator takes no more captures into a pool that no graph uses
 
     def clear(self) -> None:
@@ -349,7 +373,13 @@ class Graphs:
     def _capture(self, span: LayerRange, bucket: Bucket, layers: Sequence[Any], data: torch.Tensor) -> None:
         pairs = list(zip(span, layers, strict=True))
         make = functools.partial(StaticInputs, bucket, *self._sizes, self.buckets.most_positions is not None)
-        inputs: StaticInputs | None = self._inputs.get(bucket)
+        inputs: Any = self._inputs.get(bucket)
+        prepares = tuple(layer.prepare for layer in layers if hasattr(layer, "prepare"))
+
+        def warm_up_shared() -> None:
+            nonlocal inputs
+            inputs = make()
+            make().run_shared(prepares)
 
         def warm_up() -> None:
             nonlocal inputs
@@ -364,11 +394,10 @@ class Graphs:
                 with StaticOnly():
                     trial.run(pairs, page)
 
-        def run() -> None:
-            assert inputs is not None, "warmed up"
-            inputs.run(pairs, data)
-
-        graph = self._record(warm_up, run)
+        if inputs is None and prepares:
+            shared = self._record(warm_up_shared, lambda: inputs.run_shared(prepares))
+            self._shared[bucket] = _CapturedShared(shared, prepares)
+        graph = self._record(warm_up, lambda: inputs.run(pairs, data))
         assert inputs is not None, "warmed up"
         self._inputs[bucket] = inputs
         self._captured[span, bucket] = _Captured(graph, tuple(layers), data)

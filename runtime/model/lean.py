@@ -130,6 +130,8 @@ class LeanLayer:
         self.sliding_window = _sliding_window(config, layer_index)
         self.eps = config.rms_norm_eps
         self.rotary = Rotary(config, self.device)
+        self.prepare = self.rotary.tables
+        """Puts into a batch's memo what all layers derive from its positions. It does not hold this layer."""
         self.parts = {name: part.to(self.device) for name, part in parts.items()}
         self._has_kernels = has_kernels(self.device, dtype)
         if self._has_kernels:

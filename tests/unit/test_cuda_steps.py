@@ -117,6 +117,7 @@ class Side:
         inputs = self.inputs[bucket]
         host = host_step(make_batch(planned, CPU), planned.positions, self.pool, (0, 1, 2))
         inputs.fill(LayerRange(0, 3), host, planned.tokens)
+        inputs.run_shared([self.layers[0].prepare])
         inputs.hidden.copy_(self.embedding(inputs.tokens))
         inputs.run([(0, self.layers[0])], self.pool.data)
         inputs.run([(1, self.layers[1]), (2, self.layers[2])], self.pool.data)
