@@ -39,6 +39,10 @@ class Inbox(Generic[T]):
         self._sort()
         return self._steps[0] if self._steps and not self._first else None
 
+    def take_step(self) -> None:
+        """Take what `next_step` gave, whatever has come since."""
+        self._steps.popleft()
+
     def take(self, wait_s: float | None) -> T | None:
         """What goes first of all that is here; else what comes within `wait_s` seconds (None: for ever), or None."""
         self._sort()

@@ -15,8 +15,8 @@ there it is mostly the link that sets the pace: (share * memory bandwidth / `PAS
 A slice that had to wait for a long step is not followed by a full rest: what it is late by is made up for, up to `CREDIT_S` or
 `ACCELERATOR_CREDIT_S`: else a worker whose steps take a third of a second would do three slices a second.
 
-Assumed, not measured: that steps are bound by memory bandwidth, that it is divided fairly, and that a loader's thread takes nothing
-else from steps.
+What a loader's thread itself takes from an accelerator's steps is the interpreter, while it works: `ACCELERATOR_SHARE` of the time at least, for a step there
+is mostly waited for. Assumed, not measured: that, and that steps are bound by memory bandwidth, and that it is divided fairly.
 """
 
 import math

@@ -365,7 +365,7 @@ class Member:
             self._blocked_since_s = None
         self._limiter.begins()
         self._running = plan.epoch, hop
-        stage.meanwhile = self._meanwhile
+        stage.meanwhile, stage.before_eager = self._meanwhile, self.send_result
         stage.spent = np.zeros(NUM_PARTS, np.int64) if self._tracer.is_on else NOT_TIMED
         cpu_ns = self._tracer.cpu_ns()
         with torch.inference_mode():

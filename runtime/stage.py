@@ -64,6 +64,8 @@ class Stage:
         """What `run` ran last."""
         self.meanwhile: Callable[[], None] = lambda: None
         """Called when all that a step asks of a device is queued, before it is waited for."""
+        self.before_eager: Callable[[], None] = lambda: None
+        """Called before a device is given a step piece by piece, which may take as long as the step, or wait for it."""
         self._ahead: tuple[tuple[int, int], PlannedBatch] | None = None
         self.spent = NOT_TIMED
         """Where steps from now on add the time of their parts (`runtime.kernels.clock`); empty for nowhere."""
@@ -116,7 +118,8 @@ class Stage:
         """As `run`; what goes on to another hop is on the host, and there, when this returns."""
         layers, units = self.layout.segments[hop].layers, self._units
         assert hop == 0 or hidden is not None, f"a step came to hop {hop} without its hidden state"
-        out = runner.run(layers, units.layers, planned, self.pool, hidden if hop else None, units.embedding)
+        before = self.before_eager
+        out = runner.run(layers, units.layers, planned, self.pool, hidden if hop else None, units.embedding, before)
         self.planned = planned
         return out if hop == self.layout.num_hops - 1 else runner.finish(out, self.meanwhile)
 
@@ -136,7 +139,8 @@ class Stage:
             logits, first = self._read(last)
             if len(self.spent):
                 self.spent[LM_HEAD] += perf_counter_ns() - begun_ns
-            self._choose(logits, first, [(rows[i], planned.sequences[i]) for i in chosen], found)
+            lens = planned.context_lens.tolist()  # of this step: the next one may have been applied to the sequences
+            self._choose(logits, first, [(rows[i], planned.sequences[i], lens[i]) for i in chosen], found)
         for index, row in enumerate(rows):
             if row.prompt_logprobs >= 0:
                 entries = _read_prompt(lm_head, hidden[starts[index] : starts[index + 1]], row)
@@ -166,16 +170,16 @@ class Stage:
         self,
         logits: torch.Tensor,
         first: torch.Tensor | None,
-        chosen: list[tuple[Row, SequenceState]],
+        chosen: list[tuple[Row, SequenceState, int]],
         found: Sampled,
     ) -> None:
         sampling_rows = [
-            SamplingRow(state.sampling, state.num_tokens - state.num_prompt_tokens, _history(state))
-            for _, state in chosen
+            SamplingRow(state.sampling, num_tokens - state.num_prompt_tokens, _history(state))
+            for _, state, num_tokens in chosen
         ]
         output = sample(logits, sampling_rows, first, self.meanwhile)
         found.tokens = output.tokens
-        if any(state.sampling.logprobs >= 0 for _, state in chosen):
+        if any(state.sampling.logprobs >= 0 for _, state, _ in chosen):
             found.logprobs = output.logprobs
         found.failed = [chosen[index][0].sequence for index in output.failed]
         for index, (token, row) in enumerate(zip(output.tokens, sampling_rows, strict=True)):

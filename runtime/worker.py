@@ -225,7 +225,11 @@ class Worker:
         return arrival.message, arrival.tensors, arrival.arrived_s
 
     def take_step(self) -> None:
-        self._inbox.take(0.0)
+        self._inbox.take_step()
+        self._busy = (
+            Step.__name__,
+            time.perf_counter(),
+        )  # the step that waited is not what this thread has been at since the one before began
 
     # -- threads of the door and the heartbeat --------------------------------------------------------------
 

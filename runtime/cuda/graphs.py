@@ -10,8 +10,8 @@ Capturing happens in the loader's thread, on a stream of its own that runs nothi
 leaves the serving thread free to allocate and to launch. It does not go through `torch.cuda.graph`, which waits for the
 whole device and empties the allocator's cache. Before it, the span runs once for real on another stream with inputs and
 pages of its own, so that every kernel is loaded and every workspace exists; layers that are not our own run once more, to see that nothing in
-them depends on values that only the device knows (`runtime.cuda.guard`). All graphs share one memory pool: nothing in it
-outlives a replay, and replays never overlap.
+them depends on values that only the device knows (`runtime.cuda.guard`). All graphs share one memory pool: replays never
+overlap, and what they leave is read before the next one, but for what the spans of a step share, which is kept.
 
 What is never true: a graph outlives its layers' weights or its pool (it holds both); warming up or capturing writes to an
 input or a page that serves; who drops graphs waits for more than the one that is being captured.
@@ -20,6 +20,7 @@ input or a page that serves; who drops graphs waits for more than the one that i
 import contextlib
 import functools
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,11 +33,14 @@ from kvstore.ids import LayerRange
 from runtime.batch import LayerKV, StepBatch, run_layers
 from runtime.cuda.guard import StaticOnly
 from runtime.cuda.spans import Bucket, Buckets, cover, num_blocks
-from runtime.cuda.step import HostStep, PagedStep, Twins, pad_decode, query_blocks
+from runtime.cuda.step import HostStep, PagedStep, Twins, pad_decode, query_blocks, upload
 from runtime.sampling import likeliest
 
 log = logging.getLogger("midflight.worker")
 
+MOST_TWINNED = 1 << 18
+"""Entries of page tables that are copied as a whole, whatever a step needs of them: a MiB takes 40 us at 25 GB/s. Of more only what is needed
+is, in another launch."""
 _NO_PAGES = np.empty(0, np.int32)
 _failed: list[Any] = []
 """Graphs whose capture failed. Torch's allocator of pinned memory goes on asking them which stream they were captured on."""
@@ -73,7 +77,9 @@ class StaticInputs:
         if bucket.tokens:
             arrays["blocks"] = ((2, num_blocks(bucket)), np.int32)
         self._numbers = Twins(arrays, device)
-        self._tables = Twins({"pages": ((num_layers, rows, width), np.int32)}, device)
+        shape = (num_layers, rows, width)
+        self._twin = Twins({"pages": (shape, np.int32)}, device) if math.prod(shape) <= MOST_TWINNED else None
+        self._tables = self._twin.there["pages"] if self._twin else torch.zeros(shape, dtype=torch.int32, device=device)
         here = self._numbers.here
         here["context_lens"].fill(1)
         here["query_starts"][:] = np.minimum(np.arange(rows + 1), tokens if not bucket.tokens else 1)
@@ -99,13 +105,14 @@ class StaticInputs:
     def fill(self, layers: LayerRange, step: HostStep, tokens: np.ndarray) -> np.ndarray | None:
         """Put a step over the pages of `layers` in, with its `tokens`; of a decode step, which row of the step each row now is. Nothing is
         waited for, but what was put in before must have been used."""
-        here, tables = self._numbers.here, self._tables.here["pages"][layers.start : layers.stop]
-        slots = here["slots"][layers.start : layers.stop]
-        rows, count, width = len(step.context_lens), len(step.positions), step.tables.shape[2]
-        source = None
+        here, slots = self._numbers.here, self._numbers.here["slots"][layers.start : layers.stop]
+        rows, count, source = len(step.context_lens), len(step.positions), None
         if self.bucket.tokens:
             blocks = query_blocks(step.query_starts)
             here["positions"][:count], here["tokens"][:count] = step.positions, tokens
+            here["tokens"][count:] = (
+                0  # a later hop's may be `AHEAD`, and no hop's stay for the embedding of another step
+            )
             here["context_lens"][:rows] = step.context_lens
             here["query_starts"][: rows + 1] = step.query_starts
             here["query_starts"][rows + 1 :] = count
@@ -113,18 +120,31 @@ class StaticInputs:
             here["blocks"][0, blocks.shape[1] :] = -1
             slots[:, :count] = step.slots
             slots[:, count:] = -1
-            tables[:, :rows, :width] = step.tables
+            self._fill_tables(layers, step.tables)
         else:
             source = pad_decode(step, self.bucket.rows)
             here["positions"][:], here["tokens"][:] = step.positions[source], tokens[source]
             here["context_lens"][:] = step.context_lens[source]
             slots[:] = step.slots[:, source]
-            tables[:, :, :width] = step.tables[:, source]
-            if self._fills:
-                tables[:, :, width:] = tables[:, :, :1]
+            self._fill_tables(layers, step.tables[:, source])
         self._numbers.send()
-        self._tables.send_part("pages", slice(layers.start, layers.stop))
         return source
+
+    def _fill_tables(self, layers: LayerRange, pages: np.ndarray) -> None:
+        """Put ``[num_layers, R, B]`` in: small tables as a whole, by their twin; of large ones what there is."""
+        part = slice(layers.start, layers.stop)
+        rows, width = pages.shape[1:]
+        if self._twin is not None:
+            here = self._twin.here["pages"][part]
+            here[:, :rows, :width] = pages
+            if self._fills:
+                here[:, :rows, width:] = pages[:, :, :1]
+            self._twin.send_part("pages", part)
+            return
+        there, sent = self._tables[part, :rows], upload(pages, self._tables.device)
+        there[:, :, :width].copy_(sent)
+        if self._fills and width < there.shape[2]:
+            there[:, :, width:].copy_(sent[:, :, :1].expand(-1, -1, there.shape[2] - width))
 
     def batch(self) -> StepBatch:
         """The step as layers want it. Fresh each time: what one graph derives must not be another's input."""
@@ -132,7 +152,7 @@ class StaticInputs:
         paged = PagedStep(
             query_starts=there["query_starts"],
             context_lens=there["context_lens"],
-            tables=self._tables.there["pages"],
+            tables=self._tables,
             slots=there["slots"],
             row_of_layer=self._rows,
             max_query=self.bucket.tokens or 1,
@@ -270,8 +290,8 @@ class Graphs:
         return bucket
 
     def read(self, lm_head: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Logits ``[N, vocab_size]`` of hidden states ``[N, hidden]``, and `runtime.sampling.likeliest` of N rows or more, until the next call;
-        None where no graph does it."""
+        """Logits ``[N, vocab_size]`` of hidden states ``[N, hidden]``, and `runtime.sampling.likeliest` of N rows or more, until the next
+        replay; None where no graph does it."""
         rows = next((rows for rows in self.buckets.rows if rows >= len(hidden)), 0)
         found = self._heads.get(rows)
         if found is None or found.lm_head is not lm_head:
@@ -404,11 +424,14 @@ class Graphs:
 
     def _capture_head(self, rows: int, lm_head: Any) -> None:
         _, hidden_size, _, dtype, device = self._sizes
-        static = StaticHead(rows, hidden_size, dtype, device)
-        graph = self._record(
-            lambda: StaticHead(rows, hidden_size, dtype, device).run(lm_head), lambda: static.run(lm_head)
-        )
-        self._heads[rows] = _CapturedHead(graph, lm_head, static)
+        made: list[StaticHead] = []
+
+        def warm_up() -> None:
+            made.append(StaticHead(rows, hidden_size, dtype, device))
+            StaticHead(rows, hidden_size, dtype, device).run(lm_head)
+
+        graph = self._record(warm_up, lambda: made[0].run(lm_head))
+        self._heads[rows] = _CapturedHead(graph, lm_head, made[0])
 
     def _record(self, warm_up: Callable[[], None], run: Callable[[], None]) -> Any:
         """A graph of what `run` queues, after `warm_up`."""

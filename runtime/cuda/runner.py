@@ -1,8 +1,7 @@
 """Runs the layers of a hop on a device whose work is queued: by graphs where a step allows it, else layer by layer.
 
-How it works: `run` takes what the host planned and the hidden state wherever it is, uploads the step's numbers in one copy,
-and queues everything on the current stream. A decode step whose bucket has been captured is replayed; prompts, mixed
-steps and layers that cannot be captured run eagerly. `finish` brings the hidden state that leaves this worker to pinned
+How it works: `run` takes what the host planned and the hidden state wherever it is, uploads the step's numbers, and queues everything on the
+current stream. A step whose bucket has been captured is replayed; longer ones, and layers that cannot be captured, run eagerly. `finish` brings the hidden state that leaves this worker to pinned
 memory and waits for it, which is the step's one wait (on the last hop that wait is the sampler's).
 
 It works on any device, without graphs on all but CUDA; the tests run it on the CPU.
@@ -52,10 +51,12 @@ class Runner:
         pool: PagePool,
         hidden: torch.Tensor | None,
         embedding: Callable[[torch.Tensor], torch.Tensor] | None,
+        before_eager: Callable[[], None] = lambda: None,
     ) -> torch.Tensor:
         """The hidden state after `layers`, ``[T, hidden]`` on the device, until the next call.
 
-        `hidden` is what came from the hop before, anywhere; None at the first, which has the `embedding`.
+        `hidden` is what came from the hop before, anywhere; None at the first, which has the `embedding`. `before_eager` is called first
+        where no graph does it.
         """
         with self._timed():
             if hidden is not None and (arrived := getattr(hidden, "arrived", None)) is not None:
@@ -72,6 +73,7 @@ class Runner:
                     self.num_replayed += 1
                     return self._replay(layers, bucket, planned, pool, hidden, embedding)
             self.num_eager += 1
+            before_eager()
             return self._eager(layers, units, step, planned, pool, hidden, embedding)
 
     def prepare(self, layers: LayerRange, planned: PlannedBatch, pool: PagePool) -> None:

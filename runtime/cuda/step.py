@@ -7,7 +7,8 @@ all, so that what a padded row writes is what its original writes, to the same p
 to no row and have no place.
 
 Entries of a row's page table beyond its context repeat its first page, which exists and is finite: kernels may read
-a masked position, and a NaN survives a weight of zero.
+a masked position, and a NaN survives a weight of zero. (Only where attention reads no entry beyond does a graph's table hold what steps before
+have left there.)
 
 What is never true: a kernel needs a number that only the host has, or the host one that only the device has.
 """
@@ -36,7 +37,7 @@ class PagedStep:
     context_lens: torch.Tensor
     """int32 ``[R]``."""
     tables: torch.Tensor
-    """int32 ``[num_layers, R, B]``: pages. Every entry is a page that exists."""
+    """int32 ``[num_layers, R, B]``: pages. Every entry that attention reads is a page that exists."""
     slots: torch.Tensor
     """int64 ``[num_layers, T]``: where K goes, as a row of `flat_pool`; V goes `block_size` rows later. Negative: nowhere, for
     which `write` is not made."""

@@ -141,7 +141,7 @@ class LeanLayer:
 
     @property
     def captures(self) -> bool:
-        """Whether a decode step through it may be captured in a graph: everything that it reads is on the device."""
+        """Whether a step through it may be captured in a graph: everything that it reads is on the device."""
         return not self._has_kernels
 
     @property

@@ -32,16 +32,18 @@ class Compiled:
         return self._launch
 
     def _launch(self, *args: Any, **options: Any) -> None:
-        kernel, kinds, constants = self._kernel, {}, {}
+        kernel, kinds, constants, attributes = self._kernel, {}, {}, {}
         for parameter, value in zip(kernel.params, args, strict=True):
             if parameter.is_constexpr:
                 constants[(parameter.num,)] = value
                 kinds[parameter.name] = "constexpr"
             elif hasattr(value, "data_ptr"):
                 kinds[parameter.name] = "*" + _NAMES[str(value.dtype)]
+                if not parameter.do_not_specialize_on_alignment:
+                    attributes[(parameter.num,)] = [["tt.divisibility", 16]]
             else:
                 kinds[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-        source = ASTSource(fn=kernel, signature=kinds, constexprs=constants)
+        source = ASTSource(fn=kernel, signature=kinds, constexprs=constants, attrs=attributes)
         target = GPUTarget("cuda", self._capability, 32)
         self._shared.append(triton.compile(source, target=target, options=options).metadata.shared)
 

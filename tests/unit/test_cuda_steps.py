@@ -37,9 +37,9 @@ from runtime.cuda.spans import (
     spans_of,
     static_bytes,
 )
-from runtime.cuda.step import host_step, pad_decode, query_blocks
+from runtime.cuda.step import HostStep, host_step, pad_decode, query_blocks
 from runtime.layout import Layout, Segment
-from runtime.messages import Row, Sampling, SequenceStart, StepPlan
+from runtime.messages import AHEAD, Row, Sampling, SequenceStart, StepPlan
 from runtime.model import lean
 from runtime.model.lean import LeanEmbedding, LeanHead, LeanLayer
 from runtime.sampling import sample_queued
@@ -230,9 +230,10 @@ def test_a_stage_with_a_runner_says_what_one_without_says(model, counts, monkeyp
     assert [len(tokens) for tokens in answers[0]] == [0, 1, 2, *[3] * 6, 1]
 
 
-@pytest.mark.parametrize("moves", [False, True])
-def test_a_step_that_is_planned_while_another_is_waited_for(model, moves, monkeypatch):
-    """Whatever happens to the pages before it runs. Sampling is that of devices, which are waited for."""
+@pytest.mark.parametrize(("early", "moves"), [(False, False), (False, True), (True, False)])
+def test_a_step_that_is_planned_while_another_is_waited_for(model, early, moves, monkeypatch):
+    """Whatever happens to the pages before it runs. Sampling is that of devices, which are waited for; `early`: as where the same worker's first
+    hop has the next step before its last hop samples this one."""
     monkeypatch.setattr("runtime.stage.sample", sample_queued)
     layout, answers = Layout(1, 3, (Segment("w0", LayerRange(0, 3)),)), []
     for ahead in (False, True):
@@ -249,6 +250,8 @@ def test_a_step_that_is_planned_while_another_is_waited_for(model, moves, monkey
                 hidden = stage.run(plan, 0, None)
                 following = plans[at + 1 : at + 2] if ahead else []
                 stage.meanwhile = functools.partial(plan_all, stage, following)
+                if early:
+                    stage.meanwhile()
                 tokens.append(stage.sample(hidden).tokens)
                 if moves and at == 4:
                     pool.drop([9])
@@ -276,6 +279,37 @@ class Inputs(Runner):
         for field in dataclasses.fields(expected):
             assert np.array_equal(getattr(numbers, field.name), getattr(expected, field.name))
         return super()._eager(layers, units, step, planned, pool, hidden, embedding)
+
+
+def test_what_a_later_hop_has_for_tokens_never_meets_the_embedding():
+    """Of a step that was formed ahead only the first hop is told the tokens; the inputs stay when it becomes the first."""
+    inputs = StaticInputs(Bucket(4, 64, 32), 1, 48, BLOCK_SIZE, torch.float32, CPU)
+
+    def fill(count, token):
+        tables = np.zeros((1, 1, 1), np.int32)
+        starts, lens = np.array([0, count], np.int32), np.array([count], np.int32)
+        step = HostStep(np.arange(count), starts, lens, tables, np.arange(count)[None])
+        inputs.fill(LayerRange(0, 1), step, np.full(count, token))
+
+    fill(20, AHEAD)
+    fill(5, 7)
+    assert inputs.tokens.tolist() == [7] * 5 + [0] * 27
+
+
+@pytest.mark.parametrize("fills", [False, True])
+@pytest.mark.parametrize("most", [0, 1 << 18])
+def test_tables_that_are_too_large_to_be_copied_whole(fills, most, monkeypatch):
+    monkeypatch.setattr(graphs, "MOST_TWINNED", most)
+    inputs = StaticInputs(Bucket(4, 64), 3, 48, BLOCK_SIZE, torch.float32, CPU, fills)
+    tables = np.arange(2 * 2 * 3, dtype=np.int32).reshape(2, 2, 3) + 1
+    lens = np.array([17, 20], np.int32)
+    inputs.fill(
+        LayerRange(1, 3), HostStep(lens - 1, np.arange(3), lens, tables, np.zeros((2, 2), np.int64)), np.zeros(2)
+    )
+    found = inputs.batch().paged.tables.numpy()
+    assert not found[0].any()
+    assert (found[1:, :, :3] == tables[:, [0, 1, 0, 0]]).all()
+    assert (found[1:, :, 3:] == (tables[:, [0, 1, 0, 0], :1] if fills else 0)).all()
 
 
 def test_padding_repeats_the_row_that_costs_the_least(model, monkeypatch):

@@ -31,3 +31,18 @@ def test_it_does_not_wait_while_a_step_is_here():
     inbox = Inbox()
     inbox.put("step", is_step=True)
     assert inbox.take(None) == "step"
+
+
+def test_a_step_that_was_looked_at_is_the_one_that_is_taken():
+    """Whatever comes between the look and the taking."""
+    inbox = Inbox()
+    assert inbox.is_empty
+    assert inbox.next_step is None
+    inbox.put("step 1", is_step=True)
+    inbox.put("step 2", is_step=True)
+    assert not inbox.is_empty
+    assert inbox.next_step == "step 1"
+    inbox.put("prepare", is_step=False)
+    inbox.take_step()
+    assert inbox.next_step is None, "something else goes first"
+    assert [inbox.take(0.0) for _ in range(3)] == ["prepare", "step 2", None]
