@@ -147,15 +147,22 @@ class Loader:
         self._own_form()
         self._compile(spec)
         warm_up(self.units, keys, spec, self._device.device, block_size=self._warm_up_block_size(load))
-        if not self._is_profiled:
-            self._is_profiled = True
-            points = profile.measure(self.units, spec, self._device.device, block_size=self._warm_up_block_size(load))
-            emulation = self._device.emulation
-            self.profile = points if emulation is None else [emulation.point(point) for point in points]
+        points: list[ProfilePoint] = []
+        if self.queued is None and not self._is_profiled:
+            points = profile.measure(self.units, spec, self._device.device)
         pool = self.make_pool(load, num_layers)
         if self.queued is not None:
             progress(len(keys), "capturing graphs")
-            self.queued.capture(self.units, self._segments(load))
+            segments = self._segments(load)
+            self.queued.capture(self.units, segments)
+            if not self._is_profiled:
+                points = profile.measure_queued(
+                    self.units, spec, self._device.device, self.queued.runner, segments, pool
+                )
+        if not self._is_profiled:
+            self._is_profiled = True
+            emulation = self._device.emulation
+            self.profile = points if emulation is None else [emulation.point(point) for point in points]
         return pool
 
     def make_pool(self, load: Load, num_layers: int) -> PagePool:

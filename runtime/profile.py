@@ -7,6 +7,9 @@ share of the time allows, one at least, so a large model is measured on a few of
 Decode shapes tell what reading weights and KV costs, a chunk what arithmetic does, and the sampled rows what the LM head
 and a draw do. The first pass over a shape is thrown away when there is time: it pays for cold caches and lazy set-up.
 
+On a device whose work is queued whole segments run as they do in steps (`measure_queued`), by graphs where there are some: a layer that is given to the
+device piece by piece may keep the host ten times as long as the device.
+
 Never true: something is measured while a step could run.
 """
 
@@ -19,11 +22,12 @@ import torch
 from kvstore.ids import LayerRange
 from kvstore.page_pool import PagePool
 from runtime.batch import LayerKV, StepBatch
-from runtime.cuda.step import attach
-from runtime.messages import ProfilePoint, Sampling
+from runtime.cuda.runner import Runner
+from runtime.messages import ProfilePoint, Sampling, StepPlan
 from runtime.model.spec import ModelSpec
 from runtime.sampling import SamplingRow, sample
 from runtime.stage import Units
+from runtime.stage_state import PlannedBatch
 
 BUDGET_S = 0.8
 BLOCK_SIZE = 16
@@ -37,9 +41,8 @@ def measure(
     spec: ModelSpec,
     device: torch.device,
     clock: Callable[[], float] = time.perf_counter,
-    block_size: int = BLOCK_SIZE,
 ) -> list[ProfilePoint]:
-    """Seconds of each shape over the layers that are held, and of sampling if the LM head is."""
+    """Seconds of each shape over the layers that are held, on a processor, and of sampling if the LM head is."""
     layers = sorted(units.layers)
     num_shapes = len(SHAPES) * bool(layers) + len(SAMPLED_ROWS) * (units.lm_head is not None)
     share_s = BUDGET_S / max(1, num_shapes)
@@ -47,10 +50,82 @@ def measure(
     with torch.inference_mode():
         run = _run_of(layers)
         for shape in SHAPES if layers else ():
-            points.append(_time_layers(units, run, spec, device, shape, share_s, clock, block_size))
+            points.append(_time_layers(units, run, spec, device, shape, share_s, clock))
         if units.lm_head is not None:
             points += [_time_head(units, spec, device, rows, share_s, clock) for rows in SAMPLED_ROWS]
     return points
+
+
+def measure_queued(
+    units: Units,
+    spec: ModelSpec,
+    device: torch.device,
+    runner: Runner,
+    segments: Sequence[LayerRange],
+    pool: PagePool,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[ProfilePoint]:
+    """As `measure`, for what `runner` would run over `segments`; `pool` is empty, before and after. Shapes for which it has no pages are left out."""
+    points: list[ProfilePoint] = []
+    with torch.inference_mode():
+        segment = max(segments, key=len, default=LayerRange(0, 0))
+        if len(segment):
+            pool.hold(segment)
+            for shape in SHAPES:
+                if (point := _time_segment(units, spec, device, runner, segment, pool, shape, clock)) is not None:
+                    points.append(point)
+            pool.drop(segment)
+        if units.lm_head is not None:
+            points += [_time_head(units, spec, device, rows, BUDGET_S, clock, runner) for rows in SAMPLED_ROWS]
+    return points
+
+
+def _time_segment(
+    units: Units,
+    spec: ModelSpec,
+    device: torch.device,
+    runner: Runner,
+    segment: LayerRange,
+    pool: PagePool,
+    shape: tuple[int, int, int],
+    clock: Callable[[], float],
+) -> ProfilePoint | None:
+    """The second of two passes of the shape through the whole segment."""
+    rows, tokens, context = shape
+    context = min(context, spec.max_context)
+    tokens = min(tokens, context)
+    blocks = -(-context // pool.block_size)
+    if rows * blocks * len(segment) > pool.num_free:
+        return None
+    tables = np.arange(rows * blocks, dtype=np.int32).reshape(rows, blocks)
+    pool.ensure(tables.ravel())
+    planned = PlannedBatch(
+        plan=StepPlan(0, 0, 0, [], []),
+        positions=np.tile(np.arange(context - tokens, context, dtype=np.int64), rows),
+        query_starts=np.arange(rows + 1, dtype=np.int32) * tokens,
+        context_lens=np.full(rows, context, np.int32),
+        block_tables=tables,
+        prompt_lens=np.full(rows, context if tokens > 1 else 0, np.int32),
+        tokens=np.zeros(rows * tokens, np.int64),
+        sequences=[],
+    )
+    hidden = torch.zeros(rows * tokens, spec.hidden_size, dtype=getattr(torch, spec.dtype), device=device)
+    seconds = 0.0
+    for _ in range(2):
+        began_s = clock()
+        runner.run(segment, units.layers, planned, pool, hidden, None)
+        runner.wait()
+        seconds = clock() - began_s
+    pool.release_blocks(tables.ravel())
+    is_decode = tokens == 1
+    return ProfilePoint(
+        decode_rows=rows if is_decode else 0,
+        decode_context=context if is_decode else 0,
+        prefill_tokens=0 if is_decode else rows * tokens,
+        samples=0,
+        layers=segment,
+        seconds=seconds,
+    )
 
 
 def _run_of(layers: Sequence[int]) -> list[int]:
@@ -71,15 +146,14 @@ def _time_layers(
     shape: tuple[int, int, int],
     share_s: float,
     clock: Callable[[], float],
-    block_size: int,
 ) -> ProfilePoint:
     """The shape through as many of `layers` as half of its share allows; then once more through the same."""
     rows, tokens, context = shape
     context = min(context, spec.max_context)
     tokens = min(tokens, context)
-    blocks = -(-context // block_size)
+    blocks = -(-context // BLOCK_SIZE)
     dtype = getattr(torch, spec.dtype)
-    pool = PagePool(rows * blocks, block_size, spec.num_kv_heads, spec.head_dim, dtype, device)
+    pool = PagePool(rows * blocks, BLOCK_SIZE, spec.num_kv_heads, spec.head_dim, dtype, device)
     tables = np.arange(rows * blocks, dtype=np.int32).reshape(rows, blocks)
     positions = torch.arange(context - tokens, context, device=device).repeat(rows)
     batch = StepBatch(
@@ -96,11 +170,8 @@ def _time_layers(
         for count, layer in enumerate(chosen):
             pool.hold([layer])
             pool.ensure(tables.ravel())
-            if units.runner is not None:
-                attach(batch, pool, (layer,), device)
             began_s = clock()
             units.layers[layer](hidden, batch, LayerKV(layer, pool.data, pool.page_of(layer)))
-            _wait_for(device)
             spent_s += clock() - began_s
             pool.drop([layer])
             if spent_s > until_s:
@@ -122,7 +193,13 @@ def _time_layers(
 
 
 def _time_head(
-    units: Units, spec: ModelSpec, device: torch.device, rows: int, share_s: float, clock: Callable[[], float]
+    units: Units,
+    spec: ModelSpec,
+    device: torch.device,
+    rows: int,
+    share_s: float,
+    clock: Callable[[], float],
+    runner: Runner | None = None,
 ) -> ProfilePoint:
     """Logits of so many rows and a token for each: half of them drawn, half the likeliest, as requests are."""
     assert units.lm_head is not None
@@ -131,14 +208,10 @@ def _time_head(
     seconds = 0.0
     for _ in range(2):
         began_s = clock()
-        sample(units.lm_head(hidden), draws)
-        _wait_for(device)
+        found = runner.read(units.lm_head, hidden) if runner is not None else None
+        logits, first = found if found is not None else (units.lm_head(hidden), None)
+        sample(logits, draws, first)
         seconds = clock() - began_s
         if seconds > share_s / 2:
             break
     return ProfilePoint(rows, 1, 0, rows, LayerRange(0, 0), seconds)
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -14,13 +14,16 @@ import pytest
 import torch
 
 from kvstore.ids import LayerRange
+from kvstore.page_memory import HostMemory
 from kvstore.page_pool import PagePool, PoolExhausted
+from runtime.cuda.runner import Runner
 from runtime.layout import Layout, Segment
 from runtime.loading import Loader
 from runtime.member import Pace, unit_keys
 from runtime.messages import MIN_FREE_BYTES, Load
 from runtime.model import checkpoint
 from runtime.model.config import inspect_model
+from runtime.profile import SHAPES
 from tests.tiny_models import NUM_LAYERS, write_tiny
 
 BUDGET = 96 << 20
@@ -181,7 +184,57 @@ class Idle:
 
     def capture(self, *what: Any) -> None: ...
 
-    def retain(self, layers: Any) -> None: ...
+    def retain(self, *what: Any) -> None: ...
+
+
+class Beside(Idle):
+    """A device's side on the host: steps go through a runner, nothing is captured."""
+
+    def __init__(self) -> None:
+        self.runner: Any = Runner(torch.device("cpu"))
+        self.copies = None
+        self.captured: list[LayerRange] = []
+
+    def budget(self, *what: Any) -> int:
+        return BUDGET
+
+    def memory(self, capacity: int) -> HostMemory:
+        return HostMemory(capacity)
+
+    def drop_pool(self) -> None: ...
+
+    def pool_made(self, *what: Any) -> None: ...
+
+    def capture(self, units: Any, segments: list[LayerRange], *what: Any) -> None:
+        self.captured += segments
+
+
+def test_where_work_is_queued_the_profile_is_of_what_steps_will_run(tiny: Path) -> None:
+    loader, layout = loader_of(), split(3, 1)
+    loader.queued = beside = Beside()  # type: ignore[assignment]
+    loader.units.runner = beside.runner
+    pool = load(loader, load_message(tiny, layout))
+    assert beside.captured == [LayerRange(0, 3)]
+    assert beside.runner.num_eager == 2 * len(SHAPES)
+    assert [(p.decode_rows, p.decode_context, p.prefill_tokens) for p in loader.profile] == [
+        (1, 16, 0), (8, 256, 0), (32, 64, 0), (0, 0, 16), (0, 0, 128),
+    ]  # fmt: skip
+    assert all(point.layers == LayerRange(0, 3) and point.seconds > 0.0 for point in loader.profile)
+    assert pool.num_used == 0
+    pool.check_integrity()
+    loader.profile = []
+    load(loader, load_message(tiny, layout))
+    assert not loader.profile, "once for a model"
+
+
+def test_a_small_pool_is_profiled_with_what_fits(tiny: Path) -> None:
+    loader, layout = loader_of(), split(NUM_LAYERS)
+    loader.queued = beside = Beside()  # type: ignore[assignment]
+    loader.units.runner = beside.runner
+    page_bytes = BLOCK_SIZE * inspect_model(str(tiny), dtype="float32").kv_bytes_per_token_layer()
+    load(loader, load_message(tiny, layout, kv_bytes=12 * NUM_LAYERS * page_bytes))
+    assert [p.decode_rows for p in loader.profile if not p.samples] == [1, 8, 0, 0], "32 rows do not"
+    assert [p.samples for p in loader.profile if p.samples] == [1, 8, 32]
 
 
 @pytest.mark.parametrize("is_queued", [False, True])
