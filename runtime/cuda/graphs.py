@@ -2,9 +2,9 @@
 
 How it works: the graphs of one bucket share `StaticInputs`: the hidden state (each graph reads it and writes it back, so
 graphs of consecutive spans chain by themselves), positions, page tables and slots. A step is padded to its bucket,
-copied into them on the compute stream, and then its spans are replayed there one after the other, after a graph of what all of them share (what
-the positions are turned by). The LM head, with the choice of the likeliest
-token, has graphs of its own, one for each number of rows.
+copied into them on the compute stream, and then its spans are replayed there one after the other, after a graph of what all of
+them share (what the positions are turned by). The LM head, with the choice of the likeliest token, has graphs of its own, one for each
+number of rows.
 
 Capturing happens in the loader's thread, on a stream of its own that runs nothing else, in mode `thread_local`, which
 leaves the serving thread free to allocate and to launch. It does not go through `torch.cuda.graph`, which waits for the
@@ -110,9 +110,7 @@ class StaticInputs:
         if self.bucket.tokens:
             blocks = query_blocks(step.query_starts)
             here["positions"][:count], here["tokens"][:count] = step.positions, tokens
-            here["tokens"][count:] = (
-                0  # a later hop's may be `AHEAD`, and no hop's stay for the embedding of another step
-            )
+            here["tokens"][count:] = 0  # a later hop's may be `AHEAD`, which must not stay for the embedding
             here["context_lens"][:rows] = step.context_lens
             here["query_starts"][: rows + 1] = step.query_starts
             here["query_starts"][rows + 1 :] = count
