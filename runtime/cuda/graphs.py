@@ -290,7 +290,7 @@ class Graphs:
     def read(self, lm_head: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Logits ``[N, vocab_size]`` of hidden states ``[N, hidden]``, and `runtime.sampling.likeliest` of N rows or more, until the next
         replay; None where no graph does it."""
-        rows = next((rows for rows in self.buckets.rows if rows >= len(hidden)), 0)
+        rows = next((rows for rows in self.buckets.of_head() if rows >= len(hidden)), 0)
         found = self._heads.get(rows)
         if found is None or found.lm_head is not lm_head:
             return None
@@ -363,7 +363,7 @@ class Graphs:
                         (f"layers {span}", is_there, functools.partial(self._capture, span, bucket, layers, data))
                     )
         if getattr(lm_head, "captures", False):
-            for rows in reversed(self.buckets.rows):
+            for rows in reversed(self.buckets.of_head()):
                 is_there = functools.partial(self._has_head, rows, lm_head)
                 jobs.append(("the LM head", is_there, functools.partial(self._capture_head, rows, lm_head)))
         for what, is_there, make in jobs:

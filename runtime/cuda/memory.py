@@ -49,7 +49,7 @@ def reserve_for(spec: ModelSpec, buckets: Buckets | None, block_size: int) -> Re
         graphs = num_spans * len(buckets.all()) * GRAPH_BYTES
         graphs += static_bytes(buckets, spec.num_layers, spec.hidden_size * element, block_size)
         graphs += 2 * (buckets.most_positions or 0) * spec.kv_bytes_per_token_layer()
-        graphs += sum(buckets.rows) * spec.vocab_size * (4 + element)  # logits stay where graphs left them
+        graphs += sum(buckets.of_head()) * spec.vocab_size * (4 + element)  # logits stay where graphs left them
         graphs += max(buckets.tokens, default=0) * token
     return Reserve(ARRIVING_LAYERS * max(spec.layer_bytes), graphs, STEP_TOKENS * token, CONTEXT_BYTES + SAMPLING_BYTES)
 

@@ -14,7 +14,10 @@ from dataclasses import dataclass
 from kvstore.ids import LayerRange
 
 LONGEST_SPAN = 4
-MAX_ROWS = 64
+MAX_ROWS = 256
+"""What the server computes at once, unless it is told otherwise."""
+HEAD_ROWS = 64
+"""The LM head has graphs for so many rows: their logits stay, and of more rows the launches are a small part of a step."""
 _ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 PROMPT_TOKENS = (32, 128, 256, 512)
 """Tokens of the buckets for steps with prompts. Up to a hundred or two, more tokens take a device no longer than fewer."""
@@ -69,7 +72,11 @@ class Buckets:
 
     def _of_prompts(self) -> list[Bucket]:
         context = min(self.contexts[-1], PROMPT_CONTEXT)
-        return [Bucket(self.rows[-1], context, tokens) for tokens in self.tokens]
+        return [Bucket(min(self.rows[-1], tokens), context, tokens) for tokens in self.tokens]
+
+    def of_head(self) -> list[int]:
+        """The numbers of rows that there are graphs of the LM head for, ascending."""
+        return [rows for rows in self.rows if rows <= HEAD_ROWS]
 
     def _has(self, rows: int, context: int) -> bool:
         return self.most_positions is None or rows * context <= self.most_positions

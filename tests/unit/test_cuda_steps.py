@@ -7,6 +7,7 @@ import importlib.util
 import os
 import threading
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, MistralConfig, Qwen3Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
+from api.config import ServeConfig
 from kvstore.ids import LayerRange
 from kvstore.page_memory import HostMemory
 from kvstore.page_pool import PagePool
@@ -26,6 +28,7 @@ from runtime.cuda.graphs import Graphs, StaticInputs
 from runtime.cuda.runner import Runner
 from runtime.cuda.spans import (
     LONGEST_SPAN,
+    MAX_ROWS,
     PROMPT_CONTEXT,
     PROMPT_TOKENS,
     QUERIES,
@@ -398,7 +401,16 @@ def test_steps_with_prompts_have_buckets_of_their_own(rows, more, context, max_c
         assert bucket.rows >= rows
         assert bucket.context >= context
         assert bucket.tokens == min(size for size in PROMPT_TOKENS if size >= tokens)
+        assert bucket.rows <= bucket.tokens, "every row has a token"
     assert make_buckets(64, max_context, 16).fit(rows, 1, tokens) is None
+
+
+def test_as_many_rows_as_the_server_takes_have_buckets():
+    buckets = make_buckets(MAX_ROWS, 8192, 256, prompts=True)
+    limit = ServeConfig(model="", home=Path()).max_running
+    assert buckets.fit(limit, 8192, limit) is not None
+    assert buckets.fit(limit - 1, 8192, limit + 200) is not None
+    assert buckets.of_head()[-1] < limit, "logits of so many rows are not kept"
 
 
 @given(st.lists(st.integers(1, 70), min_size=1, max_size=20))
