@@ -1,7 +1,6 @@
 """Server-sent events written straight to the transport, from the engine's callback.
 
-A token costs one JSON string, one bytes object and one `transport.write`; uvloop gathers what is written to a socket in
-one turn of the loop into one system call. What aiohttp still does: the headers, and the end of the body. Bytes that a
+A token costs one JSON string, one bytes object and one `transport.write`, which is a system call at once unless something waits to be sent. What aiohttp still does: the headers, and the end of the body. Bytes that a
 client doesn't read are bounded: beyond the limit the connection is dropped, which ends the request.
 """
 
