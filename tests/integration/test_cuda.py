@@ -24,7 +24,7 @@ from runtime.cuda.spans import Buckets
 from runtime.messages import Sampling, StepPlan
 from runtime.model.builder import UnitBuilder
 from runtime.model.config import inspect_model
-from runtime.model.lean import LeanEmbedding, LeanLayer
+from runtime.model.lean import LeanEmbedding, LeanHead, LeanLayer
 from runtime.sampling import SamplingRow, sample
 from runtime.stage_state import StageState
 from tests.integration.server import Server
@@ -90,7 +90,15 @@ def lean_units(model: Any, device: torch.device, dtype: torch.dtype) -> tuple[di
 class Side:
     """A stage of four layers on one device, lean ones if no others are given."""
 
-    def __init__(self, model: Any, device: torch.device, dtype: torch.dtype, graphs: bool, units: Any = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        device: torch.device,
+        dtype: torch.dtype,
+        graphs: bool,
+        units: Any = None,
+        tokens: tuple[int, ...] = (),
+    ) -> None:
         config, self.device = model.config, device
         self.layers, self.embedding = units or lean_units(model, device, dtype)
         self.pool = PagePool(400, 16, config.num_key_value_heads, config.head_dim, dtype, device)
@@ -100,7 +108,8 @@ class Side:
         if graphs:
             sizes = (len(self.layers), config.hidden_size, 16, dtype, device)
             page_shape = tuple(self.pool.data.shape[1:])
-            self.runner.graphs = Graphs(Buckets((2, 4), (256,)), *sizes, page_shape, capture_streams(device))
+            buckets = Buckets((2, 4), (256,), tokens=tokens)
+            self.runner.graphs = Graphs(buckets, *sizes, page_shape, capture_streams(device))
 
     def run(self, plan: StepPlan) -> torch.Tensor:
         planned = self.state.plan_batch(plan)
@@ -136,10 +145,13 @@ def test_lean_layers_equal_the_cpus(tiny: Path) -> None:
         torch.testing.assert_close(ours.run(plan), theirs.run(plan), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("tokens", [(), (32, 64)], ids=["decode", "prompts"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_graphs_say_what_eager_steps_say(tiny: Path, dtype: torch.dtype) -> None:
+def test_graphs_say_what_eager_steps_say(tiny: Path, dtype: torch.dtype, tokens: tuple[int, ...]) -> None:
+    if tokens and not fused.has_kernels(DEVICE, dtype):
+        pytest.skip("steps with prompts are captured where Triton is")
     model = load_reference(tiny)
-    eager, graphed = (Side(model, DEVICE, dtype, graphs) for graphs in (False, True))
+    eager, graphed = (Side(model, DEVICE, dtype, graphs, tokens=tokens) for graphs in (False, True))
     graphs = graphed.runner.graphs
     assert graphs is not None
     assert graphs.capture(graphed.layers, [LayerRange(0, 4)], graphed.pool.data) > 0, graphs.why_not
@@ -148,7 +160,26 @@ def test_graphs_say_what_eager_steps_say(tiny: Path, dtype: torch.dtype) -> None
     )  # padded products are another kernel's, which sums in another order
     for plan in make_plans():
         torch.testing.assert_close(graphed.run(plan), eager.run(plan), atol=tolerance, rtol=tolerance)
-    assert graphed.runner.num_replayed == 12
+    assert graphed.runner.num_replayed == (15 if tokens else 12)
+
+
+def test_the_graph_of_the_head_says_what_the_head_says(tiny: Path) -> None:
+    model = load_reference(tiny)
+    side = Side(model, DEVICE, torch.float32, True)
+    weights = model.model.norm.weight, model.lm_head.weight
+    head = LeanHead(*weights, model.config.rms_norm_eps, DEVICE, torch.float32)
+    assert side.runner.graphs is not None
+    assert side.runner.graphs.capture({}, [], side.pool.data, lm_head=head) == 2, side.runner.graphs.why_not
+    with torch.inference_mode():
+        for rows in (1, 3):
+            hidden = torch.randn(rows, model.config.hidden_size, device=DEVICE)
+            found, expected = side.runner.read(head, hidden), head(hidden)
+            assert found is not None
+            torch.testing.assert_close(found[0], expected, atol=1e-4, rtol=1e-4)
+            assert torch.equal(found[1][0, :rows], expected.argmax(1))
+        assert side.runner.read(head, torch.zeros(5, model.config.hidden_size, device=DEVICE)) is None
+    side.runner.graphs.retain((0, 1))
+    assert side.runner.read(head, hidden) is None
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral_sliding", "gemma2", "gemma3", "qwen3_moe", "mixtral"])
