@@ -91,9 +91,7 @@ def _time_segment(
     clock: Callable[[], float],
 ) -> ProfilePoint | None:
     """The second of two passes of the shape through the whole segment."""
-    rows, tokens, context = shape
-    context = min(context, spec.max_context)
-    tokens = min(tokens, context)
+    rows, tokens, context = _within(spec, shape)
     blocks = -(-context // pool.block_size)
     if rows * blocks * len(segment) > pool.num_free:
         return None
@@ -117,15 +115,7 @@ def _time_segment(
         runner.wait()
         seconds = clock() - began_s
     pool.release_blocks(tables.ravel())
-    is_decode = tokens == 1
-    return ProfilePoint(
-        decode_rows=rows if is_decode else 0,
-        decode_context=context if is_decode else 0,
-        prefill_tokens=0 if is_decode else rows * tokens,
-        samples=0,
-        layers=segment,
-        seconds=seconds,
-    )
+    return _point((rows, tokens, context), segment, seconds)
 
 
 def _run_of(layers: Sequence[int]) -> list[int]:
@@ -148,9 +138,7 @@ def _time_layers(
     clock: Callable[[], float],
 ) -> ProfilePoint:
     """The shape through as many of `layers` as half of its share allows; then once more through the same."""
-    rows, tokens, context = shape
-    context = min(context, spec.max_context)
-    tokens = min(tokens, context)
+    rows, tokens, context = _within(spec, shape)
     blocks = -(-context // BLOCK_SIZE)
     dtype = getattr(torch, spec.dtype)
     pool = PagePool(rows * blocks, BLOCK_SIZE, spec.num_kv_heads, spec.head_dim, dtype, device)
@@ -181,13 +169,25 @@ def _time_layers(
     count, seconds = through(layers, share_s / 2)
     if seconds < share_s / 2:
         count, seconds = through(layers[:count], share_s)
+    return _point((rows, tokens, context), LayerRange(layers[0], layers[0] + count), seconds)
+
+
+def _within(spec: ModelSpec, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """The shape, or as much of it as the model has positions for."""
+    rows, tokens, context = shape
+    context = min(context, spec.max_context)
+    return rows, min(tokens, context), context
+
+
+def _point(shape: tuple[int, int, int], layers: LayerRange, seconds: float) -> ProfilePoint:
+    rows, tokens, context = shape
     is_decode = tokens == 1
     return ProfilePoint(
         decode_rows=rows if is_decode else 0,
         decode_context=context if is_decode else 0,
         prefill_tokens=0 if is_decode else rows * tokens,
         samples=0,
-        layers=LayerRange(layers[0], layers[0] + count),
+        layers=layers,
         seconds=seconds,
     )
 

@@ -226,10 +226,8 @@ class Worker:
 
     def take_step(self) -> None:
         self._inbox.take_step()
-        self._busy = (
-            Step.__name__,
-            time.perf_counter(),
-        )  # the step that waited is not what this thread has been at since the one before began
+        # This thread has not been at the step that waited since the one before began.
+        self._busy = Step.__name__, time.perf_counter()
 
     # -- threads of the door and the heartbeat --------------------------------------------------------------
 

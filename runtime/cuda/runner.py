@@ -65,15 +65,15 @@ class Runner:
                 hidden.record_stream(current)
             if not len(layers):  # an end of the model may have none
                 return self._enter(hidden, embedding, planned)
-            step = make_batch(planned, torch.device("cpu"))
             if self.graphs is not None and not self.graphs.why_not:
-                rows, context, tokens = len(step.context_lens), int(step.context_lens.max(initial=1)), step.num_tokens
-                bucket = self.graphs.find(layers, rows, context, tokens, units, pool.data)
+                lens, tokens = planned.context_lens, len(planned.positions)
+                bucket = self.graphs.find(layers, len(lens), int(lens.max(initial=1)), tokens, units, pool.data)
                 if bucket is not None:
                     self.num_replayed += 1
                     return self._replay(layers, bucket, planned, pool, hidden, embedding)
             self.num_eager += 1
             before_eager()
+            step = make_batch(planned, torch.device("cpu"))
             return self._eager(layers, units, step, planned, pool, hidden, embedding)
 
     def prepare(self, layers: LayerRange, planned: PlannedBatch, pool: PagePool) -> None:
